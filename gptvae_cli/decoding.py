@@ -1,0 +1,432 @@
+"""Decoding: texts token by token, from latents and prompts.
+
+Two ways to the next token's logits stand side by side, and a test holds them equal: `PlainDecoder` reads the whole
+row again for every token, through x-transformers; `CachedDecoder` keeps keys and values and runs the same weights
+as a handful of fused products. `run` drives either over a stream of rows: rows that have ended leave the batch and
+waiting rows take their places.
+
+A row that outgrows the decoder's window goes on from the newer half of its tokens, with its latent still in front.
+x-transformers' own cache evicts the latent's keys and values at that point, and the text stops listening to it.
+
+Shapes: B rows of the batch, T tokens, S slots of the cache, D model width, H heads, K head width, R rotated part of
+a head, Z latent width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptvae_cli import noise
+from gptvae_cli.config import SampleConfig
+
+if TYPE_CHECKING:
+    from gptvae_cli.model import GPTVAE
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to write. Row and copy name its noise; the prompt has no BOS; the latent is [Z] or None."""
+
+    row: int
+    copy: int
+    prompt: Sequence[int]
+    latent: Tensor | None
+
+
+@dataclass(eq=False)
+class Row:
+    """A text being written: `context` is what the decoder sees of it, `new` what has been written, EOS included."""
+
+    index: int
+    context: list[int]
+    latent: Tensor | None
+    max_new: int
+    uniforms: Sequence[float] = ()
+    new: list[int] = field(default_factory=list)
+
+
+Choose = Callable[[Tensor, Sequence[Row]], Tensor]
+"""Picks one token for every row from logits [B V]."""
+
+
+def decode(
+    model: GPTVAE,
+    requests: Iterable[Request],
+    sample: SampleConfig,
+    *,
+    banned: Sequence[int] = (),
+    batch_size: int = 64,
+    on_token: Callable[[int, int], None] | None = None,
+    cached: bool = True,
+) -> Iterator[list[int]]:
+    """Writes texts, and yields the new tokens of each, without EOS, in the order of the requests.
+
+    A text depends on its request and on `sample`, not on the other rows nor on the batch size.
+
+    Args:
+        model: a model with a config (it names the special tokens).
+        requests: taken as places in the batch become free.
+        sample: how tokens are chosen.
+        banned: tokens that are never written, besides padding and BOS.
+        batch_size: rows that are decoded together.
+        on_token: called with (position of the request, token) as each token is chosen.
+        cached: False takes the plain path.
+    """
+    config = model.config
+    assert config is not None, "decode needs a model that was built from a config"
+    max_new = sample.max_tokens or config.max_seq_len - 1
+    never = torch.tensor(sorted({config.pad_id, config.bos_id, *banned}), device=model.device)
+
+    def choose(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
+        logits_BV = logits_BV.index_fill(-1, never, float("-inf"))
+        if sample.greedy:
+            return logits_BV.argmax(dim=-1)
+        uniforms_B = torch.tensor([row.uniforms[len(row.new)] for row in rows], dtype=torch.float64)
+        return draw(filter_logits(logits_BV, sample), uniforms_B.to(logits_BV.device))
+
+    def rows() -> Iterator[Row]:
+        for index, request in enumerate(requests):
+            uniforms = (
+                () if sample.greedy else noise.token_uniforms(sample.seed, request.row, request.copy, max_new)
+            )
+            yield Row(index, [config.bos_id, *request.prompt], request.latent, max_new, uniforms)
+
+    waiting: dict[int, list[int]] = {}
+    next_index = 0
+    for row in run(
+        model, rows(), choose, eos_id=config.eos_id, batch_size=batch_size, on_token=on_token, cached=cached
+    ):
+        waiting[row.index] = row.new[:-1] if row.new and row.new[-1] == config.eos_id else row.new
+        while next_index in waiting:
+            yield waiting.pop(next_index)
+            next_index += 1
+
+
+@torch.inference_mode()
+def run(
+    model: GPTVAE,
+    rows: Iterable[Row],
+    choose: Choose,
+    *,
+    eos_id: int | None,
+    batch_size: int,
+    on_token: Callable[[int, int], None] | None = None,
+    cached: bool = True,
+) -> Iterator[Row]:
+    """Continues rows until each has written EOS or its `max_new` tokens; yields them as they end."""
+    waiting = iter(rows)
+    engine: _Engine = CachedDecoder(model) if cached and model.can_decode_cached else PlainDecoder(model)
+    active: list[Row] = []
+    while True:
+        # Joining costs a pass of its own over the new rows, so they join several at a time.
+        if len(active) <= batch_size - max(1, batch_size // 4):
+            joining: list[Row] = []
+            for row in islice(waiting, batch_size - len(active)):
+                if row.max_new <= 0:
+                    yield row
+                    continue
+                row.context = row.context[-model.max_seq_len :]
+                joining.append(row)
+            if joining:
+                active += joining
+                _advance(joining, choose(engine.join(joining), joining), on_token)
+                yield from _take_ended(engine, active, eos_id)
+                continue
+        if not active:
+            return
+        if overgrown := [row for row in active if len(row.context) > model.max_seq_len]:
+            engine.leave([active.index(row) for row in overgrown])
+            active = [row for row in active if row not in overgrown]
+            for row in overgrown:
+                row.context = row.context[-((model.max_seq_len + 1) // 2) :]
+            active += overgrown
+            logits_BV = engine.join(overgrown)
+            _advance(overgrown, choose(logits_BV, overgrown), on_token)
+            yield from _take_ended(engine, active, eos_id)
+            continue
+        _advance(active, choose(engine.step(active), active), on_token)
+        yield from _take_ended(engine, active, eos_id)
+
+
+def _advance(rows: Sequence[Row], tokens_B: Tensor, on_token: Callable[[int, int], None] | None) -> None:
+    for row, token in zip(rows, tokens_B.tolist(), strict=True):
+        row.context.append(token)
+        row.new.append(token)
+        if on_token is not None:
+            on_token(row.index, token)
+
+
+def _take_ended(engine: _Engine, active: list[Row], eos_id: int | None) -> Iterator[Row]:
+    ended = [i for i, row in enumerate(active) if row.new[-1] == eos_id or len(row.new) >= row.max_new]
+    if ended:
+        rows = [active[i] for i in ended]
+        engine.leave(ended)
+        for i in reversed(ended):
+            del active[i]
+        yield from rows
+
+
+# Choosing a token ----------------------------------------------------------------------------------------------------
+
+
+def filter_logits(logits_BV: Tensor, sample: SampleConfig) -> Tensor:
+    """Temperature, then top-k, top-p and min-p: excluded tokens get minus infinity [B V]."""
+    logits_BV = logits_BV.float() / sample.temperature
+    if sample.top_k is not None and sample.top_k < logits_BV.shape[-1]:
+        least_B1 = logits_BV.topk(sample.top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
+    if sample.top_p is not None and sample.top_p < 1:
+        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+        probs_BV = sorted_BV.softmax(dim=-1)
+        # A token stays while the share before it is short of p, so that the likeliest always stays.
+        excluded_BV = probs_BV.cumsum(dim=-1) - probs_BV >= sample.top_p
+        logits_BV = logits_BV.masked_fill(excluded_BV.scatter(-1, order_BV, excluded_BV), float("-inf"))
+    if sample.min_p is not None:
+        probs_BV = logits_BV.softmax(dim=-1)
+        logits_BV = logits_BV.masked_fill(
+            probs_BV < sample.min_p * probs_BV.amax(-1, keepdim=True), float("-inf")
+        )
+    return logits_BV
+
+
+def draw(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """One token a row by inverting the cumulative distribution at one uniform number in [0, 1) [B].
+
+    float64, so that a token of zero probability is never drawn and the order of summation does not show.
+    """
+    cumulative_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
+    target_B1 = (uniforms_B * cumulative_BV[:, -1])[:, None]
+    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+
+
+# Next-token logits ---------------------------------------------------------------------------------------------------
+
+
+class _Engine(Protocol):
+    """What `run` asks of a decoder. Its rows keep the order in which they joined."""
+
+    def join(self, rows: Sequence[Row]) -> Tensor:
+        """Adds rows behind those that are there, and returns their next-token logits [B V]."""
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        """Next-token logits of all rows, each of which has one new token [B V]."""
+
+    def leave(self, places: Sequence[int]) -> None:
+        """Forgets the rows at these places; those behind them move up."""
+
+
+class PlainDecoder:
+    """Reads every row from its first token, through x-transformers, for any keyword that the model was built with."""
+
+    def __init__(self, model: GPTVAE) -> None:
+        self.model = model
+
+    def join(self, rows: Sequence[Row]) -> Tensor:
+        return self.step(rows)
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        model = self.model
+        tokens_BT, length_B = _right_padded([row.context for row in rows], model.device)
+        latents_BZ, keep_B = _stack_latents(rows, model)
+        hidden_BTD = model.hidden(tokens_BT, latents_BZ, None if bool(keep_B.all()) else keep_B)
+        return model.logits(hidden_BTD[torch.arange(len(rows), device=model.device), length_B - 1])
+
+    def leave(self, places: Sequence[int]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attn_gamma_D: Tensor
+    qkv_ED: Tensor
+    attn_out_DE: Tensor
+    ff_gamma_D: Tensor
+    ff_in: tuple[Tensor, Tensor]
+    ff_out: tuple[Tensor, Tensor]
+
+
+class CachedDecoder:
+    """Keys and values of every row in one preallocated cache; one position costs one pass over the weights.
+
+    Keys are stored rotated. The latent's slot comes first; a row without a latent has no such slot, which rotary
+    positions, being relative, do not notice.
+    """
+
+    @staticmethod
+    def supports(options: Mapping[str, Any]) -> bool:
+        """Whether these keywords of x-transformers' `Decoder` describe the layers that this class computes."""
+        return options.get("rotary_pos_emb") is True and set(options) <= {
+            "rotary_pos_emb",
+            "attn_flash",
+            "verbose",
+        }
+
+    def __init__(self, model: GPTVAE) -> None:
+        stack = model.decoder.attn_layers
+        self.model = model
+        self.heads, self.head_width = stack.attn_heads, stack.attn_dim_head
+        self.embedding_VD = model.decoder.token_emb.emb.weight
+        self.final_gamma_D = stack.final_norm.gamma + 1
+        self.to_logits_VD = model.decoder.to_logits.weight
+        frequencies_R = stack.rotary_pos_emb.inv_freq
+        self.rotated = 2 * len(frequencies_R)
+        positions_S = torch.arange(model.max_seq_len + 1, device=model.device, dtype=torch.float32)
+        angles_SR = (positions_S[:, None] * frequencies_R.float()).repeat_interleave(2, dim=-1)
+        self.cos_SR, self.sin_SR = angles_SR.cos(), angles_SR.sin()
+        blocks = list(stack.layers)
+        self.layers = [
+            _read_layer(attention, feedforward)
+            for attention, feedforward in zip(blocks[::2], blocks[1::2], strict=True)
+        ]
+        self.positions_B = torch.zeros(0, dtype=torch.long, device=model.device)
+        self.cache_LXBHSK = torch.zeros(
+            len(self.layers),
+            2,
+            0,
+            self.heads,
+            0,
+            self.head_width,
+            device=model.device,
+            dtype=self.embedding_VD.dtype,
+        )
+
+    def join(self, rows: Sequence[Row]) -> Tensor:
+        device, first = self.model.device, len(self.positions_B)
+        tokens_BT, length_B = _right_padded([row.context for row in rows], device)
+        latents_BZ, keep_B = _stack_latents(rows, self.model)
+        x_BTD = self.embedding_VD[tokens_BT]
+        if bool(keep_B.any()):
+            token_B1D = self.model.from_latent_to_prepend_token(latents_BZ)
+            with_latent_BTD = torch.cat([token_B1D, x_BTD], dim=1)
+            without_latent_BTD = F.pad(x_BTD, (0, 0, 0, 1))
+            x_BTD = torch.where(keep_B[:, None, None], with_latent_BTD, without_latent_BTD)
+            length_B = length_B + keep_B
+        length = x_BTD.shape[1]
+        self._grow(first + len(rows), length)
+        self.positions_B = torch.cat([self.positions_B, length_B - 1])
+        places_B = torch.arange(len(rows), device=device)
+        slots_T = torch.arange(length, device=device)
+        # Padding behind a row is computed and stored, but its slots are masked until real tokens overwrite them.
+        for layer, cache_XBHSK in zip(self.layers, self.cache_LXBHSK, strict=True):
+            q_BHTK, k_BHTK, v_BHTK = self._project(layer, x_BTD, slots_T)
+            cache_XBHSK[0, first : first + len(rows), :, :length] = k_BHTK
+            cache_XBHSK[1, first : first + len(rows), :, :length] = v_BHTK
+            x_BTD = self._finish(
+                layer, x_BTD, F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+            )
+        return self._logits(x_BTD[places_B, length_B - 1])
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        tokens_B = torch.tensor([row.context[-1] for row in rows], device=self.model.device)
+        self.positions_B = self.positions_B + 1
+        used = int(self.positions_B.max()) + 1
+        self._grow(len(rows), used)
+        x_B1D = self.embedding_VD[tokens_B][:, None]
+        together = bool((self.positions_B == used - 1).all())
+        mask_B11S = None
+        if not together:
+            slots_S = torch.arange(used, device=self.model.device)
+            mask_B11S = (slots_S <= self.positions_B[:, None])[:, None, None]
+        places_B = torch.arange(len(rows), device=self.model.device)
+        slot_positions_B1 = self.positions_B[:, None]
+        for layer, cache_XBHSK in zip(self.layers, self.cache_LXBHSK, strict=True):
+            q_BH1K, k_BH1K, v_BH1K = self._project(layer, x_B1D, slot_positions_B1)
+            if together:
+                cache_XBHSK[0, : len(rows), :, used - 1] = k_BH1K[:, :, 0]
+                cache_XBHSK[1, : len(rows), :, used - 1] = v_BH1K[:, :, 0]
+            else:
+                cache_XBHSK[0][places_B, :, self.positions_B] = k_BH1K[:, :, 0]
+                cache_XBHSK[1][places_B, :, self.positions_B] = v_BH1K[:, :, 0]
+            keys_BHSK, values_BHSK = cache_XBHSK[:, : len(rows), :, :used]
+            attended_BH1K = F.scaled_dot_product_attention(
+                q_BH1K, keys_BHSK, values_BHSK, attn_mask=mask_B11S
+            )
+            x_B1D = self._finish(layer, x_B1D, attended_BH1K)
+        return self._logits(x_B1D[:, 0])
+
+    def leave(self, places: Sequence[int]) -> None:
+        gone = set(places)
+        count = len(self.positions_B)
+        stay = torch.tensor(
+            [i for i in range(count) if i not in gone], dtype=torch.long, device=self.model.device
+        )
+        used = int(self.positions_B.max()) + 1
+        # From the first gap on; the rows before it stay where they are.
+        first = min(gone)
+        moving = stay[first:]
+        if len(moving):
+            self.cache_LXBHSK[:, :, first : first + len(moving), :, :used] = self.cache_LXBHSK[
+                :, :, moving, :, :used
+            ]
+        self.positions_B = self.positions_B[stay]
+
+    def _project(self, layer: _Layer, x_BTD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B H T K]; positions are [T], or [B T]."""
+        normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight=layer.attn_gamma_D)
+        qkv_BTXHK = F.linear(normed_BTD, layer.qkv_ED).unflatten(-1, (3, self.heads, self.head_width))
+        qk_BTXHK, v_BTHK = qkv_BTXHK[:, :, :2], qkv_BTXHK[:, :, 2]
+        cos_T11R, sin_T11R = (
+            self.cos_SR[positions_T][..., None, None, :],
+            self.sin_SR[positions_T][..., None, None, :],
+        )
+        rotating_BTXHR = qk_BTXHK[..., : self.rotated]
+        even, odd = rotating_BTXHR[..., 0::2], rotating_BTXHR[..., 1::2]
+        turned_BTXHR = torch.stack((-odd, even), dim=-1).flatten(-2)
+        rotated_BTXHR = rotating_BTXHR * cos_T11R + turned_BTXHR * sin_T11R
+        qk_BTXHK = torch.cat([rotated_BTXHR.to(qk_BTXHK.dtype), qk_BTXHK[..., self.rotated :]], dim=-1)
+        q_BTHK, k_BTHK = qk_BTXHK.unbind(2)
+        return q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
+
+    def _finish(self, layer: _Layer, x_BTD: Tensor, attended_BHTK: Tensor) -> Tensor:
+        """The rest of a layer behind its attention: output product, residuals, feed-forward."""
+        x_BTD = x_BTD + F.linear(attended_BHTK.transpose(1, 2).flatten(-2), layer.attn_out_DE)
+        normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight=layer.ff_gamma_D)
+        return x_BTD + F.linear(F.gelu(F.linear(normed_BTD, *layer.ff_in)), *layer.ff_out)
+
+    def _logits(self, x_BD: Tensor) -> Tensor:
+        return F.linear(F.layer_norm(x_BD, x_BD.shape[-1:], weight=self.final_gamma_D), self.to_logits_VD)
+
+    def _grow(self, rows: int, slots: int) -> None:
+        layers, two, old_rows, heads, old_slots, width = self.cache_LXBHSK.shape
+        if rows <= old_rows and slots <= old_slots:
+            return
+        new_rows = max(rows, old_rows)
+        new_slots = min(max(slots, 2 * old_slots, 32), self.model.max_seq_len + 1)
+        grown = self.cache_LXBHSK.new_zeros(layers, two, new_rows, heads, max(new_slots, old_slots), width)
+        grown[:, :, :old_rows, :, :old_slots] = self.cache_LXBHSK
+        self.cache_LXBHSK = grown
+
+
+def _read_layer(attention_block: Any, feedforward_block: Any) -> _Layer:
+    (attn_norm, _, _), attention, _ = attention_block
+    (ff_norm, _, _), feedforward, _ = feedforward_block
+    linears = [module for module in feedforward.modules() if isinstance(module, torch.nn.Linear)]
+    return _Layer(
+        attn_gamma_D=attn_norm.gamma + 1,
+        qkv_ED=torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]),
+        attn_out_DE=attention.to_out.weight,
+        ff_gamma_D=ff_norm.gamma + 1,
+        ff_in=(linears[0].weight, linears[0].bias),
+        ff_out=(linears[1].weight, linears[1].bias),
+    )
+
+
+def _right_padded(contexts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens [B T], padded with 0, which causal attention never looks at; and lengths [B]."""
+    tokens = [torch.tensor(context, dtype=torch.long) for context in contexts]
+    lengths = torch.tensor([len(context) for context in contexts], device=device)
+    return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device), lengths
+
+
+def _stack_latents(rows: Sequence[Row], model: GPTVAE) -> tuple[Tensor, Tensor]:
+    """Latents [B Z], zeros where there is none, and whether there is one [B]."""
+    zero_Z = torch.zeros(model.dim_latent, device=model.device, dtype=next(model.parameters()).dtype)
+    latents_BZ = torch.stack([zero_Z if row.latent is None else row.latent.to(zero_Z) for row in rows])
+    return latents_BZ, torch.tensor([row.latent is not None for row in rows], device=model.device)

@@ -1,0 +1,128 @@
+"""The mathematics of a Gaussian latent: pure functions over tensors.
+
+Shapes: B batch, N texts of a set, Z latent width, K path steps.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gptvae_cli.config import PathKind
+from gptvae_cli.errors import ConfigError
+
+COLLAPSED_NATS = 1.0
+"""A latent whose mutual information with the text is below this has collapsed."""
+
+
+def reparameterize(mean_BZ: Tensor, log_var_BZ: Tensor, noise_BZ: Tensor) -> Tensor:
+    """A sample `mean + std * noise` that gradients flow through [B Z].
+
+    Source: Kingma and Welling 2013 (arXiv 1312.6114), eq. 4.
+    """
+    return mean_BZ + (0.5 * log_var_BZ).exp() * noise_BZ
+
+
+def kl_to_standard_normal(mean_BZ: Tensor, log_var_BZ: Tensor) -> Tensor:
+    """KL(N(mean, var) || N(0, 1)) of every dimension, in nats [B Z].
+
+    Source: Kingma and Welling 2013 (arXiv 1312.6114), appendix B.
+    """
+    return 0.5 * (log_var_BZ.exp() + mean_BZ.square() - log_var_BZ - 1.0)
+
+
+def free_bits(kl_BZ: Tensor, floor: float) -> Tensor:
+    """KL of a batch with a floor under every dimension's batch mean, in nats per text (a scalar).
+
+    Source: Kingma et al. 2016 (arXiv 1606.04934), eq. 15. The mean over the batch is taken before the floor,
+    so that a dimension may tell texts apart by spending more on one than on another.
+    """
+    return kl_BZ.mean(dim=0).clamp(min=floor).sum()
+
+
+def mutual_information(mean_NZ: Tensor, log_var_NZ: Tensor, sample_NZ: Tensor, *, chunk: int = 256) -> float:
+    """Monte Carlo estimate of I(text; z) in nats, under the aggregate posterior of these N texts.
+
+    Averages log q(z_i | x_i) - log (1/N sum_j q(z_i | x_j)) over one sample z_i per text. It cannot exceed ln N,
+    so judge it against min(KL, ln N).
+
+    Source: Hoffman and Johnson 2016, "ELBO surgery"; Dieng et al. 2019 (arXiv 1807.04863), eq. 8.
+    """
+    mean_NZ, log_var_NZ, sample_NZ = mean_NZ.double(), log_var_NZ.double(), sample_NZ.double()
+    inverse_var_NZ = (-log_var_NZ).exp()
+    # The quadratic form sum_z (s - m)^2 / v is expanded into matrix products: N x N x Z would not fit.
+    scale_N = (mean_NZ.square() * inverse_var_NZ + log_var_NZ).sum(-1)
+    total = 0.0
+    for start in range(0, len(sample_NZ), chunk):
+        sample_CZ = sample_NZ[start : start + chunk]
+        log_density_CN = -0.5 * (
+            sample_CZ.square() @ inverse_var_NZ.T - 2 * sample_CZ @ (mean_NZ * inverse_var_NZ).T + scale_N
+        )
+        own_C = log_density_CN.diagonal(offset=start)
+        total += float((own_C - torch.logsumexp(log_density_CN, dim=-1)).sum())
+    return total / len(sample_NZ) + math.log(len(sample_NZ))
+
+
+def active_dimensions(mean_NZ: Tensor, threshold: float) -> int:
+    """Dimensions whose posterior mean varies over the texts by more than `threshold` (a variance).
+
+    Source: Burda et al. 2015 (arXiv 1509.00519), section 5.2, with 0.01.
+    """
+    return int((mean_NZ.var(dim=0, unbiased=False) > threshold).sum())
+
+
+def lerp(start_Z: Tensor, end_Z: Tensor, steps: int) -> Tensor:
+    """Points on the straight line between two latents, both ends counted and exact [K Z]."""
+    weight_K1 = _weights(steps).to(start_Z)
+    path_KZ = start_Z + weight_K1 * (end_Z - start_Z)
+    path_KZ[-1] = end_Z
+    return path_KZ
+
+
+def slerp(start_Z: Tensor, end_Z: Tensor, steps: int) -> Tensor:
+    """Points on the arc between two latents: angle spherical, norm linear; both ends counted and exact [K Z].
+
+    A straight line between two draws of a wide Gaussian passes through its empty middle, an arc does not.
+    Where no arc is defined (parallel, opposite or zero ends) the path is the straight line.
+
+    Source: Shoemake 1985; White 2016 (arXiv 1609.04468) for latents.
+    """
+    start_norm, end_norm = start_Z.double().norm(), end_Z.double().norm()
+    if start_norm == 0 or end_norm == 0:
+        return lerp(start_Z, end_Z, steps)
+    start_unit_Z, end_unit_Z = start_Z.double() / start_norm, end_Z.double() / end_norm
+    # The half-angle form keeps its digits near 0 and pi, where acos of the dot product loses half of them.
+    angle = 2 * torch.atan2((start_unit_Z - end_unit_Z).norm(), (start_unit_Z + end_unit_Z).norm())
+    if angle.sin() < 1e-6:
+        return lerp(start_Z, end_Z, steps)
+    weight_K1 = _weights(steps).double().to(start_Z.device)
+    direction_KZ = ((1 - weight_K1) * angle).sin() * start_unit_Z + (weight_K1 * angle).sin() * end_unit_Z
+    norm_K1 = (1 - weight_K1) * start_norm + weight_K1 * end_norm
+    path_KZ = (norm_K1 * direction_KZ / angle.sin()).to(start_Z)
+    path_KZ[0], path_KZ[-1] = start_Z, end_Z
+    return path_KZ
+
+
+def path(points_NZ: Tensor, steps: int, kind: PathKind) -> Tensor:
+    """A path through N points in order; `steps` counts both ends of every segment, joints appear once.
+
+    Args:
+        points_NZ: at least two latents.
+        steps: points of one segment, at least 2.
+
+    Returns:
+        ((N - 1) * (steps - 1) + 1 latents) [K Z].
+    """
+    if len(points_NZ) < 2:
+        raise ConfigError(f"a path needs at least 2 latents, found {len(points_NZ)}")
+    between = slerp if kind == "slerp" else lerp
+    segments = [between(a, b, steps) for a, b in zip(points_NZ, points_NZ[1:], strict=False)]
+    return torch.cat([segments[0], *(segment[1:] for segment in segments[1:])])
+
+
+def _weights(steps: int) -> Tensor:
+    if steps < 2:
+        raise ConfigError(f"steps is {steps}, it must be at least 2: both ends are counted")
+    return torch.linspace(0, 1, steps, dtype=torch.float64)[:, None]

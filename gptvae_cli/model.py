@@ -1,0 +1,418 @@
+"""The model: an encoder that averages into a Gaussian posterior, and a decoder that reads a sample of it.
+
+`GPTVAE` keeps the contract of `x_transformers.gpt_vae.GPTVAE`: constructor, state dict, losses, greedy text. What it
+adds is marked as an addition. This is the only module that knows x-transformers.
+
+Shapes: B batch, T tokens, D model width, Z latent width, V vocabulary.
+
+Source: Zhao et al. 2023 (ACT, arXiv 2304.13705) for the conditional VAE; Kingma et al. 2016 (arXiv 1606.04934) and
+FREE Transformer (arXiv 2510.17558) for the floor under the KL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, AutoregressiveWrapper, top_k
+from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
+
+from gptvae_cli import decoding
+from gptvae_cli.config import ModelConfig
+from gptvae_cli.errors import ConfigError
+from gptvae_cli.latent import kl_to_standard_normal, reparameterize
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z | text): a diagonal Gaussian for every row."""
+
+    mean_BZ: Tensor
+    log_var_BZ: Tensor
+
+    def sample(self, noise_BZ: Tensor) -> Tensor:
+        """A latent for every row, from standard normal noise [B Z]."""
+        return reparameterize(self.mean_BZ, self.log_var_BZ, noise_BZ)
+
+    def kl_BZ(self) -> Tensor:
+        """KL to the standard normal, nats per row and dimension [B Z]."""
+        return kl_to_standard_normal(self.mean_BZ, self.log_var_BZ)
+
+
+class GPTVAE(nn.Module):
+    """A GPT with a Gaussian latent that is prepended to the decoder's input as one token.
+
+    Args:
+        num_tokens: size of the vocabulary V.
+        dim: width D of encoder and decoder.
+        depth: layers of the decoder.
+        enc_depth: layers of the encoder.
+        max_seq_len: longest sequence the decoder reads; `generate` goes beyond it with a moving window.
+        dim_latent: width Z of the latent; `dim` by default.
+        attn_dim_head, heads: width and number of the attention heads.
+        enc_kwargs, dec_kwargs: keywords of x-transformers' `Encoder` and `Decoder`; they win over `kwargs`.
+        vae_kl_loss_weight: factor of the KL in `forward`.
+        vae_kl_div_floor: nats under which a dimension's KL costs nothing in `forward`, per row.
+        latents_dropout_prob: share of the rows that train without their latent.
+        pad_id: id that marks padding; -1 is allowed.
+        encoder: a module `(seq, mask=mask) -> [B D]` in place of the built-in encoder.
+        bos_id: (addition) what an empty prompt starts with.
+        kwargs: keywords of both `Encoder` and `Decoder`, such as `rotary_pos_emb=True`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        dim: int,
+        depth: int,
+        enc_depth: int,
+        max_seq_len: int,
+        dim_latent: int | None = None,
+        attn_dim_head: int = 64,
+        heads: int = 8,
+        enc_kwargs: Mapping[str, Any] | None = None,
+        dec_kwargs: Mapping[str, Any] | None = None,
+        vae_kl_loss_weight: float = 1.0,
+        vae_kl_div_floor: float = 0.0,
+        latents_dropout_prob: float = 0.5,
+        pad_id: int = -1,
+        encoder: nn.Module | None = None,
+        bos_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        dim_latent = dim if dim_latent is None else dim_latent
+        layers: dict[str, Any] = {"dim": dim, "attn_dim_head": attn_dim_head, "heads": heads}
+        if encoder is None:
+            encoder = TransformerWrapper(
+                num_tokens=num_tokens,
+                max_seq_len=max_seq_len + 1,
+                return_only_embed=True,
+                average_pool_embed=True,
+                attn_layers=Encoder(**{**layers, "depth": enc_depth, **kwargs, **(enc_kwargs or {})}),
+            )
+        self.encoder = encoder
+        self.to_latent_mean_log_variance = nn.Sequential(
+            nn.Linear(dim, dim_latent * 2), Rearrange("b (two z) -> two b z", two=2)
+        )
+        self.from_latent_to_prepend_token = nn.Sequential(
+            nn.Linear(dim_latent, dim), Rearrange("b d -> b 1 d")
+        )
+        decoder_options = {**kwargs, **(dec_kwargs or {})}
+        self.decoder = TransformerWrapper(
+            num_tokens=num_tokens,
+            max_seq_len=max_seq_len,
+            attn_layers=Decoder(**{**layers, "depth": depth, **decoder_options}),
+        )
+        self.ar_wrapped_decoder = AutoregressiveWrapper(self.decoder, ignore_index=pad_id)
+        self.latents_dropout = nn.Dropout(latents_dropout_prob)
+
+        self.config: ModelConfig | None = None
+        self.dim_latent = dim_latent
+        self.max_seq_len = max_seq_len
+        self.pad_id = pad_id
+        self.bos_id = bos_id
+        self.vae_kl_div_floor = vae_kl_div_floor
+        self.vae_kl_loss_weight = vae_kl_loss_weight
+        self.can_decode_cached = decoding.CachedDecoder.supports(decoder_options)
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> GPTVAE:
+        """The architecture that the tool trains: rotary positions, so that a row whose latent is masked equals a
+        row that never had one, and fused attention."""
+        model = cls(
+            num_tokens=config.num_tokens,
+            dim=config.dim,
+            depth=config.depth,
+            enc_depth=config.enc_depth,
+            max_seq_len=config.max_seq_len,
+            dim_latent=config.dim_latent,
+            attn_dim_head=config.attn_dim_head,
+            heads=config.heads,
+            pad_id=config.pad_id,
+            bos_id=config.bos_id,
+            rotary_pos_emb=True,
+            attn_flash=True,
+            verbose=False,  # keeps a warning about small rotary widths off people's terminals
+        )
+        model.config = config
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def posterior(self, seq_BT: Tensor) -> Posterior:
+        """(Addition) q(z | text) of padded rows; padding does not change it.
+
+        Args:
+            seq_BT: tokens, padded with `pad_id`.
+        """
+        mask_BT = seq_BT != self.pad_id
+        # A negative pad id cannot be embedded; what stands in its place is masked anyway.
+        seq_BT = seq_BT.masked_fill(~mask_BT, max(self.pad_id, 0))
+        pooled_BD = self.encoder(seq_BT, mask=mask_BT)
+        mean_BZ, log_var_BZ = self.to_latent_mean_log_variance(pooled_BD)
+        return Posterior(mean_BZ, log_var_BZ)
+
+    @overload
+    def encode_to_latents(
+        self,
+        seq: Tensor,
+        return_mean_log_var: Literal[False] = False,
+        *,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor: ...
+    @overload
+    def encode_to_latents(
+        self,
+        seq: Tensor,
+        return_mean_log_var: Literal[True],
+        *,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+    def encode_to_latents(
+        self,
+        seq: Tensor,
+        return_mean_log_var: bool = False,
+        *,
+        sample: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Latents of padded rows [B Z], by default a random draw of the posterior as the seed class does.
+
+        Args:
+            seq: tokens, padded with `pad_id` [B T].
+            return_mean_log_var: return `(latents, (mean, log variance))`.
+            sample: (addition) False returns the posterior mean, the encoding to store.
+            generator: (addition) a CPU generator; without one torch's global state is used, as in the seed class.
+        """
+        posterior = self.posterior(seq)
+        latents_BZ = posterior.mean_BZ
+        if sample:
+            latents_BZ = posterior.sample(_noise_like(posterior.mean_BZ, generator))
+        if not return_mean_log_var:
+            return latents_BZ
+        return latents_BZ, (posterior.mean_BZ, posterior.log_var_BZ)
+
+    @overload
+    def forward(
+        self,
+        seq: Tensor,
+        seq_for_latents: Tensor | None = None,
+        return_all_losses: Literal[False] = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        seq: Tensor,
+        seq_for_latents: Tensor | None = None,
+        *,
+        return_all_losses: Literal[True],
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+    def forward(
+        self,
+        seq: Tensor,
+        seq_for_latents: Tensor | None = None,
+        return_all_losses: bool = False,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The seed class's loss: cross-entropy in nats per token plus KL in nats per row above the floor.
+
+        The two are in different units, so that the effective beta is the length of the texts: use it to
+        reproduce, and `objective.py` to train.
+
+        Args:
+            seq: tokens for the decoder, padded with `pad_id` [B T].
+            seq_for_latents: tokens for the encoder; `seq` by default [B T'].
+            return_all_losses: return `(total, (cross-entropy, KL above the floor))`.
+            generator: (addition) a CPU generator for the noise and for the dropping of latents.
+        """
+        latents_BZ, (mean_BZ, log_var_BZ) = self.encode_to_latents(
+            seq if seq_for_latents is None else seq_for_latents, return_mean_log_var=True, generator=generator
+        )
+        dropped_B = self._drop_latents(len(seq), generator)
+        ar_loss = self.ar_wrapped_decoder(
+            seq,
+            prepend_embeds=self.from_latent_to_prepend_token(latents_BZ),
+            seq_start_pos=dropped_B.long(),  # a dropped row starts at 1 and does not attend to the latent at 0
+        )
+        kl_BZ = F.relu(kl_to_standard_normal(mean_BZ, log_var_BZ) - self.vae_kl_div_floor)
+        vae_kl_loss = kl_BZ.sum(dim=-1).mean()
+        total = ar_loss + vae_kl_loss * self.vae_kl_loss_weight
+        return (total, (ar_loss, vae_kl_loss)) if return_all_losses else total
+
+    def hidden(self, tokens_BT: Tensor, latents_BZ: Tensor, keep_B: Tensor | None = None) -> Tensor:
+        """(Addition) The decoder's last hidden states at the tokens' positions, the latent's slot cut off [B T D].
+
+        Args:
+            tokens_BT: the decoder's input, BOS first; padding goes behind.
+            latents_BZ: one latent a row.
+            keep_B: True where a row sees its latent; every row does by default.
+        """
+        hidden_BTD = self.decoder(
+            tokens_BT.masked_fill(tokens_BT == self.pad_id, max(self.pad_id, 0)),
+            prepend_embeds=self.from_latent_to_prepend_token(latents_BZ),
+            seq_start_pos=None if keep_B is None else (~keep_B).long(),
+            return_embeddings=True,
+        )
+        return hidden_BTD[:, 1:]
+
+    def logits(self, hidden_D: Tensor) -> Tensor:
+        """(Addition) Next-token logits of hidden states of any leading shape [... V]."""
+        logits: Tensor = self.decoder.to_logits(hidden_D)
+        return logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        seq_len: int,
+        latents: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        seq_for_latents: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        **generate_kwargs: Any,
+    ) -> Tensor:
+        """Continues prompts, and returns the new tokens only [B n].
+
+        Takes the keywords of x-transformers' `AutoregressiveWrapper.generate`. Up to `max_seq_len` greedy text is
+        the seed class's; beyond it the window moves on and keeps the latent, which the seed class loses.
+
+        Args:
+            prompts: tokens [B T], one prompt [T], or (addition) a list of prompts of different lengths, which is
+                what `prompt_lens` says of a padded tensor. Empty prompts start from `bos_id`.
+            seq_len: new tokens at most; fewer are returned once every row has ended.
+            latents: [B Z], or one latent [Z] for every prompt; one prompt with B latents is repeated (addition).
+            seq_for_latents: tokens to encode the latents from, sampled as in the seed class [B T'].
+            generator: (addition) a CPU generator; without one torch's global state is used.
+            generate_kwargs: `eos_token`, `temperature`, `prompt_lens`, `filter_logits_fn`, `filter_kwargs`,
+                `cache_kv`; any other keyword hands the whole call to x-transformers' own loop.
+
+        Returns:
+            New tokens; behind a row's `eos_token` stands `pad_id`.
+
+        Raises:
+            ConfigError: for an empty prompt without a `bos_id`, or rows and latents that cannot be matched.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            if seq_for_latents is not None:
+                if latents is not None:
+                    raise ConfigError("generate takes latents or seq_for_latents, found both")
+                latents = self.encode_to_latents(seq_for_latents, generator=generator)
+            if latents is not None:
+                latents = torch.as_tensor(latents, device=self.device, dtype=torch.get_default_dtype())
+            return self._generate(prompts, seq_len, latents, generator, **generate_kwargs)
+        finally:
+            self.train(was_training)
+
+    def _generate(
+        self,
+        prompts: Tensor | Sequence[Tensor],
+        seq_len: int,
+        latents: Tensor | None,
+        generator: torch.Generator | None,
+        *,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        prompt_lens: Tensor | None = None,
+        filter_logits_fn: str | Any = top_k,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        cache_kv: bool = True,
+        **foreign: Any,
+    ) -> Tensor:
+        if foreign:
+            prepend = None
+            if latents is not None:
+                batch = len(prompts) if not isinstance(prompts, Tensor) or prompts.ndim == 2 else 1
+                rows_BZ = latents.expand(batch, -1) if latents.ndim == 1 else latents
+                prepend = self.from_latent_to_prepend_token(rows_BZ)
+            result: Tensor = self.ar_wrapped_decoder.generate(
+                prompts,
+                seq_len,
+                eos_token=eos_token,
+                temperature=temperature,
+                prompt_lens=prompt_lens,
+                filter_logits_fn=filter_logits_fn,
+                filter_kwargs=dict(filter_kwargs or {}),
+                cache_kv=cache_kv,
+                prepend_embeds=prepend,
+                **foreign,
+            )
+            return result
+
+        single = isinstance(prompts, Tensor) and prompts.ndim == 1 and (latents is None or latents.ndim == 1)
+        contexts = self._prompt_rows(prompts, prompt_lens)
+        if latents is not None and latents.ndim == 1:
+            latents = latents.expand(len(contexts), -1)
+        if latents is not None and len(contexts) == 1:
+            contexts = contexts * len(latents)
+        if latents is not None and len(contexts) != len(latents):
+            raise ConfigError(
+                f"found {len(contexts)} prompts and {len(latents)} latents, they must be as many"
+            )
+
+        filter_fn = (
+            FILTER_LOGITS_FN[filter_logits_fn] if isinstance(filter_logits_fn, str) else filter_logits_fn
+        )
+        uniforms_BT = torch.rand(len(contexts), seq_len, generator=generator, dtype=torch.float64)
+
+        def choose(logits_BV: Tensor, rows: Sequence[decoding.Row]) -> Tensor:
+            if temperature == 0:
+                return logits_BV.argmax(dim=-1)
+            filtered_BV = filter_fn(logits_BV, **(filter_kwargs or {})) / temperature
+            uniforms_B = torch.stack([uniforms_BT[row.index, len(row.new)] for row in rows])
+            return decoding.draw(filtered_BV, uniforms_B.to(logits_BV.device))
+
+        rows = [
+            decoding.Row(index, context, None if latents is None else latents[index], seq_len)
+            for index, context in enumerate(contexts)
+        ]
+        done = decoding.run(self, rows, choose, eos_id=eos_token, batch_size=len(rows), cached=cache_kv)
+        # A row keeps its EOS here, as in the seed class; what stands behind it is padding.
+        new = [torch.tensor(row.new, dtype=torch.long) for row in sorted(done, key=lambda row: row.index)]
+        padded_BT = nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=self.pad_id).to(
+            self.device
+        )
+        return padded_BT[0] if single else padded_BT
+
+    def _prompt_rows(self, prompts: Tensor | Sequence[Tensor], prompt_lens: Tensor | None) -> list[list[int]]:
+        rows = list(prompts.reshape(-1, prompts.shape[-1])) if isinstance(prompts, Tensor) else list(prompts)
+        contexts: list[list[int]] = [row.tolist() for row in rows]
+        if prompt_lens is not None:
+            contexts = [row[:length] for row, length in zip(contexts, prompt_lens.tolist(), strict=True)]
+        for context in contexts:
+            if not context:
+                if self.bos_id is None:
+                    raise ConfigError(
+                        "found an empty prompt, a model without a bos_id needs at least one token"
+                    )
+                context.append(self.bos_id)
+        return contexts
+
+    def _drop_latents(self, batch: int, generator: torch.Generator | None) -> Tensor:
+        ones_B = torch.ones(batch, device=self.device)
+        if generator is None or not self.training:
+            dropped_B: Tensor = ~self.latents_dropout(ones_B).bool()
+            return dropped_B
+        return torch.rand(batch, generator=generator).to(self.device) < self.latents_dropout.p
+
+
+def _noise_like(mean_BZ: Tensor, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return torch.randn_like(mean_BZ)
+    return torch.randn(mean_BZ.shape, generator=generator).to(mean_BZ)
