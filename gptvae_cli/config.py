@@ -104,7 +104,12 @@ class DataConfig:
         if share is not None:
             _require(0 < share <= 0.5, "valid", self.valid, "a file or a share above 0 and up to 0.5")
         if self.latents_from is not None:
-            _require(self.unit != "window", "latents_from", self.unit, "used with a unit of line, paragraph or file")
+            _require(
+                self.unit != "window",
+                "latents_from",
+                self.unit,
+                "used with a unit of line, paragraph or file",
+            )
 
     @property
     def valid_share(self) -> float | None:

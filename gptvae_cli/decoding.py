@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +50,7 @@ class Row:
     context: list[int]
     latent: Tensor | None
     max_new: int
-    uniforms: Sequence[float] = ()
+    uniforms: Sequence[float] | npt.NDArray[np.float64] = ()
     new: list[int] = field(default_factory=list)
 
 
@@ -93,9 +95,7 @@ def decode(
 
     def rows() -> Iterator[Row]:
         for index, request in enumerate(requests):
-            uniforms = (
-                () if sample.greedy else noise.token_uniforms(sample.seed, request.row, request.copy, max_new)
-            )
+            uniforms = () if sample.greedy else noise.token_uniforms(sample.seed, request.row, request.copy, max_new)
             yield Row(index, [config.bos_id, *request.prompt], request.latent, max_new, uniforms)
 
     waiting: dict[int, list[int]] = {}
@@ -190,9 +190,7 @@ def filter_logits(logits_BV: Tensor, sample: SampleConfig) -> Tensor:
         logits_BV = logits_BV.masked_fill(excluded_BV.scatter(-1, order_BV, excluded_BV), float("-inf"))
     if sample.min_p is not None:
         probs_BV = logits_BV.softmax(dim=-1)
-        logits_BV = logits_BV.masked_fill(
-            probs_BV < sample.min_p * probs_BV.amax(-1, keepdim=True), float("-inf")
-        )
+        logits_BV = logits_BV.masked_fill(probs_BV < sample.min_p * probs_BV.amax(-1, keepdim=True), float("-inf"))
     return logits_BV
 
 
@@ -318,9 +316,7 @@ class CachedDecoder:
             q_BHTK, k_BHTK, v_BHTK = self._project(layer, x_BTD, slots_T)
             cache_XBHSK[0, first : first + len(rows), :, :length] = k_BHTK
             cache_XBHSK[1, first : first + len(rows), :, :length] = v_BHTK
-            x_BTD = self._finish(
-                layer, x_BTD, F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
-            )
+            x_BTD = self._finish(layer, x_BTD, F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True))
         return self._logits(x_BTD[places_B, length_B - 1])
 
     def step(self, rows: Sequence[Row]) -> Tensor:
@@ -345,32 +341,26 @@ class CachedDecoder:
                 cache_XBHSK[0][places_B, :, self.positions_B] = k_BH1K[:, :, 0]
                 cache_XBHSK[1][places_B, :, self.positions_B] = v_BH1K[:, :, 0]
             keys_BHSK, values_BHSK = cache_XBHSK[:, : len(rows), :, :used]
-            attended_BH1K = F.scaled_dot_product_attention(
-                q_BH1K, keys_BHSK, values_BHSK, attn_mask=mask_B11S
-            )
+            attended_BH1K = F.scaled_dot_product_attention(q_BH1K, keys_BHSK, values_BHSK, attn_mask=mask_B11S)
             x_B1D = self._finish(layer, x_B1D, attended_BH1K)
         return self._logits(x_B1D[:, 0])
 
     def leave(self, places: Sequence[int]) -> None:
         gone = set(places)
         count = len(self.positions_B)
-        stay = torch.tensor(
-            [i for i in range(count) if i not in gone], dtype=torch.long, device=self.model.device
-        )
+        stay = torch.tensor([i for i in range(count) if i not in gone], dtype=torch.long, device=self.model.device)
         used = int(self.positions_B.max()) + 1
         # From the first gap on; the rows before it stay where they are.
         first = min(gone)
         moving = stay[first:]
         if len(moving):
-            self.cache_LXBHSK[:, :, first : first + len(moving), :, :used] = self.cache_LXBHSK[
-                :, :, moving, :, :used
-            ]
+            self.cache_LXBHSK[:, :, first : first + len(moving), :, :used] = self.cache_LXBHSK[:, :, moving, :, :used]
         self.positions_B = self.positions_B[stay]
 
     def _project(self, layer: _Layer, x_BTD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B H T K]; positions are [T], or [B T]."""
         normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight=layer.attn_gamma_D)
-        qkv_BTXHK = F.linear(normed_BTD, layer.qkv_ED).unflatten(-1, (3, self.heads, self.head_width))
+        qkv_BTXHK = F.linear(normed_BTD, layer.qkv_ED).view(*x_BTD.shape[:2], 3, self.heads, self.head_width)
         qk_BTXHK, v_BTHK = qkv_BTXHK[:, :, :2], qkv_BTXHK[:, :, 2]
         cos_T11R, sin_T11R = (
             self.cos_SR[positions_T][..., None, None, :],

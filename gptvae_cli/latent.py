@@ -6,6 +6,7 @@ Shapes: B batch, N texts of a set, Z latent width, K path steps.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,13 +34,22 @@ def kl_to_standard_normal(mean_BZ: Tensor, log_var_BZ: Tensor) -> Tensor:
     return 0.5 * (log_var_BZ.exp() + mean_BZ.square() - log_var_BZ - 1.0)
 
 
-def free_bits(kl_BZ: Tensor, floor: float) -> Tensor:
+def free_bits(kl_BZ: Tensor, floor: float, keep_B: Tensor | None = None) -> Tensor:
     """KL of a batch with a floor under every dimension's batch mean, in nats per text (a scalar).
+
+    Args:
+        kl_BZ: KL of every row and dimension, nats.
+        floor: nats per dimension that cost nothing.
+        keep_B: True where a row counts; every row does by default.
 
     Source: Kingma et al. 2016 (arXiv 1606.04934), eq. 15. The mean over the batch is taken before the floor,
     so that a dimension may tell texts apart by spending more on one than on another.
     """
-    return kl_BZ.mean(dim=0).clamp(min=floor).sum()
+    if keep_B is None:
+        mean_Z = kl_BZ.mean(dim=0)
+    else:
+        mean_Z = (kl_BZ * keep_B[:, None]).sum(dim=0) / keep_B.sum().clamp(min=1)
+    return mean_Z.clamp(min=floor).sum()
 
 
 def mutual_information(mean_NZ: Tensor, log_var_NZ: Tensor, sample_NZ: Tensor, *, chunk: int = 256) -> float:
@@ -76,7 +86,7 @@ def active_dimensions(mean_NZ: Tensor, threshold: float) -> int:
 def lerp(start_Z: Tensor, end_Z: Tensor, steps: int) -> Tensor:
     """Points on the straight line between two latents, both ends counted and exact [K Z]."""
     weight_K1 = _weights(steps).to(start_Z)
-    path_KZ = start_Z + weight_K1 * (end_Z - start_Z)
+    path_KZ: Tensor = start_Z + weight_K1 * (end_Z - start_Z)
     path_KZ[-1] = end_Z
     return path_KZ
 
@@ -100,7 +110,7 @@ def slerp(start_Z: Tensor, end_Z: Tensor, steps: int) -> Tensor:
     weight_K1 = _weights(steps).double().to(start_Z.device)
     direction_KZ = ((1 - weight_K1) * angle).sin() * start_unit_Z + (weight_K1 * angle).sin() * end_unit_Z
     norm_K1 = (1 - weight_K1) * start_norm + weight_K1 * end_norm
-    path_KZ = (norm_K1 * direction_KZ / angle.sin()).to(start_Z)
+    path_KZ: Tensor = (norm_K1 * direction_KZ / angle.sin()).to(start_Z)
     path_KZ[0], path_KZ[-1] = start_Z, end_Z
     return path_KZ
 
@@ -118,7 +128,7 @@ def path(points_NZ: Tensor, steps: int, kind: PathKind) -> Tensor:
     if len(points_NZ) < 2:
         raise ConfigError(f"a path needs at least 2 latents, found {len(points_NZ)}")
     between = slerp if kind == "slerp" else lerp
-    segments = [between(a, b, steps) for a, b in zip(points_NZ, points_NZ[1:], strict=False)]
+    segments = [between(a, b, steps) for a, b in pairwise(points_NZ)]
     return torch.cat([segments[0], *(segment[1:] for segment in segments[1:])])
 
 

@@ -101,9 +101,7 @@ class GPTVAE(nn.Module):
         self.to_latent_mean_log_variance = nn.Sequential(
             nn.Linear(dim, dim_latent * 2), Rearrange("b (two z) -> two b z", two=2)
         )
-        self.from_latent_to_prepend_token = nn.Sequential(
-            nn.Linear(dim_latent, dim), Rearrange("b d -> b 1 d")
-        )
+        self.from_latent_to_prepend_token = nn.Sequential(nn.Linear(dim_latent, dim), Rearrange("b d -> b 1 d"))
         decoder_options = {**kwargs, **(dec_kwargs or {})}
         self.decoder = TransformerWrapper(
             num_tokens=num_tokens,
@@ -262,7 +260,7 @@ class GPTVAE(nn.Module):
             latents_BZ: one latent a row.
             keep_B: True where a row sees its latent; every row does by default.
         """
-        hidden_BTD = self.decoder(
+        hidden_BTD: Tensor = self.decoder(
             tokens_BT.masked_fill(tokens_BT == self.pad_id, max(self.pad_id, 0)),
             prepend_embeds=self.from_latent_to_prepend_token(latents_BZ),
             seq_start_pos=None if keep_B is None else (~keep_B).long(),
@@ -362,13 +360,9 @@ class GPTVAE(nn.Module):
         if latents is not None and len(contexts) == 1:
             contexts = contexts * len(latents)
         if latents is not None and len(contexts) != len(latents):
-            raise ConfigError(
-                f"found {len(contexts)} prompts and {len(latents)} latents, they must be as many"
-            )
+            raise ConfigError(f"found {len(contexts)} prompts and {len(latents)} latents, they must be as many")
 
-        filter_fn = (
-            FILTER_LOGITS_FN[filter_logits_fn] if isinstance(filter_logits_fn, str) else filter_logits_fn
-        )
+        filter_fn = FILTER_LOGITS_FN[filter_logits_fn] if isinstance(filter_logits_fn, str) else filter_logits_fn
         uniforms_BT = torch.rand(len(contexts), seq_len, generator=generator, dtype=torch.float64)
 
         def choose(logits_BV: Tensor, rows: Sequence[decoding.Row]) -> Tensor:
@@ -385,9 +379,7 @@ class GPTVAE(nn.Module):
         done = decoding.run(self, rows, choose, eos_id=eos_token, batch_size=len(rows), cached=cache_kv)
         # A row keeps its EOS here, as in the seed class; what stands behind it is padding.
         new = [torch.tensor(row.new, dtype=torch.long) for row in sorted(done, key=lambda row: row.index)]
-        padded_BT = nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=self.pad_id).to(
-            self.device
-        )
+        padded_BT = nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=self.pad_id).to(self.device)
         return padded_BT[0] if single else padded_BT
 
     def _prompt_rows(self, prompts: Tensor | Sequence[Tensor], prompt_lens: Tensor | None) -> list[list[int]]:
@@ -398,9 +390,7 @@ class GPTVAE(nn.Module):
         for context in contexts:
             if not context:
                 if self.bos_id is None:
-                    raise ConfigError(
-                        "found an empty prompt, a model without a bos_id needs at least one token"
-                    )
+                    raise ConfigError("found an empty prompt, a model without a bos_id needs at least one token")
                 context.append(self.bos_id)
         return contexts
 

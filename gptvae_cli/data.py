@@ -1,0 +1,467 @@
+"""Corpora as tokens: a memory-mapped cache, rows of it, and batches of rows.
+
+Texts are read once, tokenised in pieces and appended to flat files, so that neither the corpus nor its tokens have
+to fit in memory. Which rows make up which batch is a pure function of seed and epoch.
+
+Shapes: B batch, T tokens, N rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gptvae_cli.config import DataConfig, ModelConfig
+from gptvae_cli.errors import CheckpointError, DataError
+from gptvae_cli.noise import Purpose, stream
+from gptvae_cli.objective import Batch
+from gptvae_cli.text import Tokenizer, automatic_tokenizer, read_texts
+
+Ints = npt.NDArray[np.int64]
+
+_SAMPLE_CHARS = 32 * 2**20
+"""How much text a tokenizer is chosen by and trained on."""
+_PIECE_CHARS = 2**20
+"""How much text is tokenised at a time."""
+_POOL_BATCHES = 64
+"""Batches whose rows are sorted by length together: more means less padding, and batches more alike in length."""
+
+
+# The cache -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What was found while a corpus was read.
+
+    Args:
+        texts: that are kept, held-out ones included.
+        empty: texts that were dropped because they are empty.
+        characters: of the kept texts.
+        digest: of all texts in order, to recognise the corpus by.
+        tokenizer_reason: why this tokenizer.
+    """
+
+    texts: int
+    empty: int
+    characters: int
+    digest: str
+    tokenizer_reason: str
+
+
+class TokenStore:
+    """Rows of tokens in two flat files: `NAME.tokens` (uint16 or uint32) and `NAME.offsets` (int64, N + 1)."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        try:
+            self.offsets: Ints = np.fromfile(folder / f"{name}.offsets", dtype="<i8")
+            path = folder / f"{name}.tokens"
+            width = path.stat().st_size // max(1, int(self.offsets[-1]))
+            dtype = np.dtype("<u2" if width < 4 else "<u4")
+            empty = np.zeros(0, dtype)
+            self.tokens = np.memmap(path, dtype, "r") if path.stat().st_size else empty
+        except (OSError, IndexError) as error:
+            raise CheckpointError(
+                f"the token cache {folder} is missing or damaged", hint="give the corpus again, with --force"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of every row, BOS and EOS not counted [N]."""
+        return np.diff(self.offsets)
+
+
+class _StoreWriter:
+    def __init__(self, folder: Path, name: str, num_tokens: int) -> None:
+        self.path = folder / name
+        self.dtype = np.dtype("<u2" if num_tokens <= 2**16 else "<u4")
+        self.file = (folder / f"{name}.tokens").open("wb")
+        self.offsets = [0]
+
+    def append(self, *pieces: Sequence[int]) -> None:
+        """One row, in one or several pieces."""
+        for piece in pieces:
+            self.file.write(np.asarray(piece, dtype=self.dtype).tobytes())
+        self.offsets.append(self.offsets[-1] + sum(map(len, pieces)))
+
+    def pop(self) -> npt.NDArray[Any]:
+        """Takes the last row back."""
+        stop = self.offsets.pop()
+        self.file.flush()
+        tokens = np.fromfile(f"{self.path}.tokens", self.dtype)[self.offsets[-1] : stop]
+        self.file.truncate(self.offsets[-1] * self.dtype.itemsize)
+        self.file.seek(0, 2)
+        return tokens
+
+    def close(self) -> None:
+        self.file.close()
+        np.asarray(self.offsets, dtype="<i8").tofile(f"{self.path}.offsets")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenised corpus: what to train on, what is held out, and what the encoder reads where that differs."""
+
+    tokenizer: Tokenizer
+    facts: CorpusFacts
+    train: TokenStore
+    valid: TokenStore
+    train_source: TokenStore | None
+    valid_source: TokenStore | None
+
+    @classmethod
+    def open(cls, folder: Path, tokenizer: Tokenizer) -> Corpus:
+        """The corpus that `build` left in a folder."""
+        try:
+            facts = CorpusFacts(**json.loads((folder / "corpus.json").read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"the token cache {folder} is missing or damaged", hint="give the corpus again, with --force"
+            ) from error
+        paired = (folder / "train.source.offsets").exists()
+        return cls(
+            tokenizer,
+            facts,
+            TokenStore(folder, "train"),
+            TokenStore(folder, "valid"),
+            TokenStore(folder, "train.source") if paired else None,
+            TokenStore(folder, "valid.source") if paired else None,
+        )
+
+    @classmethod
+    def build(
+        cls,
+        sources: Sequence[str],
+        config: DataConfig,
+        folder: Path,
+        *,
+        stdin: BinaryIO | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> Corpus:
+        """Reads texts, makes or loads the tokenizer, and writes the cache.
+
+        Args:
+            sources: files, folders or `-`; none is stdin.
+            config: what a text is and which tokenizer.
+            folder: where the cache goes; made if need be.
+            stdin: stands for standard input.
+            on_progress: called with the characters read so far.
+
+        Raises:
+            DataError: for a corpus that cannot be read, or that has fewer than two texts to train on.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        pairs = _pairs(sources, config, stdin)
+        sample = _take(pairs, _SAMPLE_CHARS)
+        tokenizer, reason = _make_tokenizer(config, sample)
+        read = _Reader(folder, tokenizer, config)
+        try:
+            read.all(chain(sample, pairs), on_progress)
+        finally:
+            read.close()
+        facts = CorpusFacts(read.texts, read.empty, read.characters, read.digest.hexdigest(), reason)
+        (folder / "corpus.json").write_text(json.dumps(asdict(facts), indent=1), "utf-8")
+        corpus = cls.open(folder, tokenizer)
+        if len(corpus.train) < 2 and config.unit != "window":
+            found = f"{len(corpus.train) + len(corpus.valid)} non-empty text(s)"
+            raise DataError(
+                f"found {found} in {', '.join(sources) or 'standard input'}, need at least two to train on"
+                " and one to hold out",
+                hint=f"a text is a {config.unit} here; --unit line|paragraph|file|window says otherwise",
+            )
+        if len(corpus.train.tokens) < 2:
+            raise DataError(f"found no text to train on in {', '.join(sources) or 'standard input'}")
+        return corpus
+
+
+class _Reader:
+    """Routes texts to the stores, and counts."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig) -> None:
+        names = ["train", "valid"] + (["train.source", "valid.source"] if config.latents_from else [])
+        for stale in folder.glob("*.offsets"):
+            stale.unlink()
+        self.stores = {name: _StoreWriter(folder, name, tokenizer.num_tokens) for name in names}
+        self.tokenizer, self.config = tokenizer, config
+        self.texts = self.empty = self.characters = 0
+        self.digest = hashlib.blake2b(digest_size=16)
+
+    def all(self, pairs: Iterator[tuple[str, str]], on_progress: Callable[[int], None] | None) -> None:
+        share = self.config.valid_share
+        while piece := _take(pairs, _PIECE_CHARS):
+            kept = [(text, source) for text, source in piece if text]
+            self.empty += len(piece) - len(kept)
+            self.texts += len(kept)
+            self.characters += sum(len(text) for text, _ in kept)
+            for text, _ in kept:
+                self.digest.update(text.encode("utf-8") + b"\xff")
+            if self.config.unit == "window":
+                for text, _ in kept:
+                    self._window(text, share)
+            else:
+                self._rows(kept, share)
+            if on_progress is not None:
+                on_progress(self.characters)
+        if share is None:
+            self._valid_file()
+        elif self.stores["valid"].offsets == [0] and len(self.stores["train"].offsets) > 1:
+            # Too few texts for the share to hit one: the last one is held out.
+            for store in self.stores.values():
+                if store.path.name.startswith("train"):
+                    self.stores[store.path.name.replace("train", "valid")].append(store.pop().tolist())
+
+    def close(self) -> None:
+        for store in self.stores.values():
+            store.close()
+
+    def _rows(self, pairs: Sequence[tuple[str, str]], share: float | None) -> None:
+        ids = self.tokenizer.encode_batch([text for text, _ in pairs])
+        sources = self.tokenizer.encode_batch([source for _, source in pairs]) if self.config.latents_from else []
+        for i, (text, _) in enumerate(pairs):
+            name = "valid" if share is not None and _hash_share(text) < share else "train"
+            self.stores[name].append(ids[i])
+            if sources:
+                self.stores[f"{name}.source"].append(sources[i])
+
+    def _window(self, text: str, share: float | None) -> None:
+        """A running text is tokenised in pieces that end at a line break, and its tail is held out."""
+        ids = np.array([i for piece in self.tokenizer.encode_batch(_line_pieces(text)) for i in piece], dtype=np.int64)
+        held_out = 0 if share is None else max(1, round(len(ids) * share))
+        self.stores["train"].append(ids[: len(ids) - held_out].tolist())
+        if held_out:
+            self.stores["valid"].append(ids[len(ids) - held_out :].tolist())
+
+    def _valid_file(self) -> None:
+        texts = (
+            text for text in read_texts([self.config.valid], unit=self.config.unit, field=self.config.field) if text
+        )
+        while piece := _take(((text, "") for text in texts), _PIECE_CHARS):
+            for text, _ in piece if self.config.unit == "window" else []:
+                pieces = self.tokenizer.encode_batch(_line_pieces(text))
+                self.stores["valid"].append(*pieces)
+            if self.config.unit != "window":
+                for ids in self.tokenizer.encode_batch([text for text, _ in piece]):
+                    self.stores["valid"].append(ids)
+        if self.stores["valid"].offsets == [0]:
+            raise DataError(f"found no text in the validation file {self.config.valid}")
+
+
+def corpus_digest(sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO | None = None) -> str:
+    """The digest that `CorpusFacts` holds, of a corpus as it is now."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text, _ in _pairs(sources, config, stdin):
+        if text:
+            digest.update(text.encode("utf-8") + b"\xff")
+    return digest.hexdigest()
+
+
+def _pairs(sources: Sequence[str], config: DataConfig, stdin: BinaryIO | None) -> Iterator[tuple[str, str]]:
+    """Texts, each with what the encoder reads (an empty string where that is the text itself)."""
+    texts = read_texts(sources, unit=config.unit, field=config.field, stdin=stdin)
+    if config.latents_from is None:
+        yield from ((text, "") for text in texts)
+        return
+    others = read_texts([config.latents_from], unit=config.unit, field=config.field)
+    nothing = object()
+    for count, text in enumerate(texts):
+        source = next(others, nothing)
+        if source is nothing:
+            raise DataError(
+                f"the corpus has more than {count} texts, {config.latents_from} has {count}",
+                hint="--latents-from needs one text for every text of the corpus, in the same order",
+            )
+        yield text, str(source)
+    if next(others, nothing) is not nothing:
+        raise DataError(
+            f"{config.latents_from} has more texts than the corpus",
+            hint="--latents-from needs one text for every text of the corpus, in the same order",
+        )
+
+
+def _take(pairs: Iterator[tuple[str, str]], characters: int) -> list[tuple[str, str]]:
+    """The next texts, until they hold this many characters; none at the end."""
+    taken: list[tuple[str, str]] = []
+    for pair in pairs:
+        taken.append(pair)
+        characters -= len(pair[0]) + len(pair[1]) + 1
+        if characters <= 0:
+            break
+    return taken
+
+
+def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tuple[Tokenizer, str]:
+    texts = [text for pair in sample for text in pair if text]
+    if config.tokenizer not in ("auto", "bytes", "bpe"):
+        return Tokenizer.from_file(Path(config.tokenizer)), f"read from {config.tokenizer}"
+    kind, size, reason = automatic_tokenizer(texts, None)
+    if config.tokenizer != "auto":
+        kind, reason = config.tokenizer, "asked for"
+    if kind == "bytes":
+        return Tokenizer.bytes(), reason
+    return Tokenizer.train_bpe(texts, config.vocab_size or size), reason
+
+
+def _hash_share(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: equal texts are held out together."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") / 2**64
+
+
+def _line_pieces(text: str, characters: int = 2**16) -> list[str]:
+    pieces, start = [], 0
+    while start < len(text):
+        stop = len(text)
+        if stop - start > characters:
+            stop = text.rfind("\n", start, start + characters) + 1 or start + characters
+        pieces.append(text[start:stop])
+        start = stop
+    return pieces
+
+
+# Rows and batches ----------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Sequences `BOS text EOS` over a store: its rows, or, with `window`, crops of its running texts.
+
+    A text longer than the model is cut and has no EOS, as has a crop.
+    """
+
+    def __init__(
+        self, store: TokenStore, config: ModelConfig, *, window: bool, source: TokenStore | None = None
+    ) -> None:
+        self.store, self.source, self.config, self.window = store, source, config, window
+        self.longest = config.max_seq_len - 1
+        if window:
+            self.crop = min(self.longest, int(store.lengths.max()))
+
+    @property
+    def cut(self) -> int:
+        """Texts that are longer than the model."""
+        return 0 if self.window else int((self.store.lengths + 2 > self.config.max_seq_len).sum())
+
+    def spans(self, seed: int | None = None, epoch: int = 0) -> tuple[Ints, Ints]:
+        """Where the rows of an epoch start and stop in the store, specials not counted.
+
+        Args:
+            seed: for crops: random places, anew in every epoch; None is consecutive places.
+        """
+        offsets = self.store.offsets
+        if not self.window:
+            starts, stops = offsets[:-1], offsets[1:]
+            whole = stops - starts + 2 <= self.config.max_seq_len
+            return starts, np.where(whole, stops, starts + self.longest)
+        if seed is None:
+            starts = np.concatenate([np.arange(a, b, self.crop) for a, b in pairwise(offsets)])
+            ends = np.repeat(offsets[1:], -(-self.store.lengths // self.crop))
+            return starts, np.minimum(starts + self.crop, ends)
+        # Every place of every text is equally likely to be the first of a crop.
+        places = np.maximum(self.store.lengths - self.crop + 1, 0)
+        count = max(1, len(self.store.tokens) // self.crop)
+        drawn = stream(seed, Purpose.ORDER, epoch, 1).integers(0, places.sum(), count)
+        text = np.searchsorted(places.cumsum(), drawn, side="right")
+        starts = offsets[text] + drawn - (places.cumsum() - places)[text]
+        return starts, starts + self.crop
+
+    def batch(self, starts: Ints, stops: Ints, index: Ints) -> Batch:
+        """The rows at these indices, padded to the longest."""
+        rows = [self._row(self.store, int(starts[i]), int(stops[i])) for i in index]
+        tokens_BT = _pad(rows, self.config.pad_id)
+        source_BT = None
+        if self.source is not None:
+            source_BT = _pad([self._source_row(int(i)) for i in index], self.config.pad_id)
+        return Batch(tokens_BT, source_BT, sum(len(row) - 1 for row in rows))
+
+    def _source_row(self, i: int) -> Ints:
+        assert self.source is not None
+        start, stop = int(self.source.offsets[i]), int(self.source.offsets[i + 1])
+        return self._row(self.source, start, stop if self._fits(start, stop) else start + self.longest)
+
+    def _row(self, store: TokenStore, start: int, stop: int) -> Ints:
+        whole = not self.window and self._fits(start, stop)
+        row = np.empty(stop - start + 1 + whole, dtype=np.int64)
+        row[0] = self.config.bos_id
+        row[1 : 1 + stop - start] = store.tokens[start:stop]
+        if whole:
+            row[-1] = self.config.eos_id
+        return row
+
+    def _fits(self, start: int, stop: int) -> bool:
+        """Whether the text has room for BOS and EOS; a text that is cut to `longest` has not."""
+        return stop - start + 2 <= self.config.max_seq_len
+
+
+def plan_batches(lengths: Ints, batch_tokens: int, order: np.random.Generator | None) -> list[Ints]:
+    """Cuts rows into batches of about `batch_tokens` tokens, padding counted, of rows about equally long.
+
+    Rows are shuffled, sorted by length within pools of many batches, cut, and the batches shuffled. Without
+    `order` all rows form one pool in their own order, sorted by length: for evaluation.
+
+    Args:
+        lengths: tokens of every row [N].
+        batch_tokens: the most a batch may hold; a longer row is a batch of its own.
+        order: draws the shuffle.
+
+    Returns:
+        Indices of rows, one array a batch; every row is in exactly one.
+    """
+    count = len(lengths)
+    shuffled = np.arange(count) if order is None else order.permutation(count)
+    pool = count
+    if order is not None:
+        mean = max(1.0, float(lengths.mean()))
+        pool = max(1, int(_POOL_BATCHES * batch_tokens / mean))
+    batches: list[Ints] = []
+    for begin in range(0, count, max(1, pool)):
+        rows = shuffled[begin : begin + pool]
+        rows = rows[np.argsort(lengths[rows], kind="stable")]
+        start = 0
+        while start < len(rows):
+            # Rows are in order of length, so the last one of a batch sets its width.
+            stop = start + 1
+            while stop < len(rows) and (stop + 1 - start) * lengths[rows[stop]] <= batch_tokens:
+                stop += 1
+            batches.append(rows[start:stop])
+            start = stop
+    if order is not None:
+        batches = [batches[i] for i in order.permutation(len(batches))]
+    return batches
+
+
+def padding_share(lengths: Ints, batches: Iterable[Ints]) -> float:
+    """Share of the tokens of these batches that is padding."""
+    padded = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
+    return 1 - int(lengths.sum()) / max(1, padded)
+
+
+def training_batches(rows: Rows, batch_tokens: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
+    """The batches of one epoch, a pure function of seed and epoch; the first `skip` are passed over."""
+    starts, stops = rows.spans(seed, epoch)
+    plan = plan_batches(stops - starts + 2, batch_tokens, stream(seed, Purpose.ORDER, epoch))
+    for index in islice(plan, skip, None):
+        yield rows.batch(starts, stops, index)
+
+
+def fixed_batches(rows: Rows, batch_tokens: int, most: int) -> list[Batch]:
+    """The first `most` rows, in batches, for evaluation: the same ones every time."""
+    starts, stops = rows.spans()
+    starts, stops = starts[:most], stops[:most]
+    return [rows.batch(starts, stops, index) for index in plan_batches(stops - starts + 2, batch_tokens, None)]
+
+
+def _pad(rows: Sequence[Ints], pad_id: int) -> torch.Tensor:
+    tokens_BT = np.full((len(rows), max(map(len, rows))), pad_id, dtype=np.int64)
+    for i, row in enumerate(rows):
+        tokens_BT[i, : len(row)] = row
+    return torch.from_numpy(tokens_BT)

@@ -1,0 +1,172 @@
+"""The training objective, in nats per target token.
+
+    total = (sum of cross-entropy over all rows
+             + beta * sum of KL over the rows that kept their latent
+             + weight * sum of bag-of-words cross-entropy) / target tokens
+
+Cross-entropy and KL are both sums, so that beta = 1 is the evidence lower bound whatever the length of the texts.
+The seed class adds a mean per token to a sum per row instead, which is a beta of about the length of a text; it is
+kept, as `objective="stock"`, to reproduce and to compare.
+
+Shapes: B batch, T tokens, D model width, Z latent width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptvae_cli.config import Objective
+from gptvae_cli.latent import free_bits
+from gptvae_cli.model import GPTVAE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows `BOS text EOS`, padded behind, and what the encoder reads where that is another text.
+
+    Args:
+        tokens_BT: what the decoder learns to write, and what the encoder reads unless `source_BT` is given.
+        source_BT: what the encoder reads instead.
+        target_tokens: tokens to predict: all but BOS and padding.
+    """
+
+    tokens_BT: Tensor
+    source_BT: Tensor | None
+    target_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        source_BT = None if self.source_BT is None else self.source_BT.to(device, non_blocking=True)
+        return Batch(self.tokens_BT.to(device, non_blocking=True), source_BT, self.target_tokens)
+
+    @property
+    def encoder_BT(self) -> Tensor:
+        """What the encoder reads."""
+        return self.tokens_BT if self.source_BT is None else self.source_BT
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Everything random in one pass over a batch.
+
+    Args:
+        latent_BZ: standard normal.
+        keep_B: True where the decoder sees the latent; None where every row does.
+        hide_BT: True where the decoder's input token is hidden (word dropout); None hides nothing.
+    """
+
+    latent_BZ: Tensor
+    keep_B: Tensor | None = None
+    hide_BT: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the terms of the objective are weighed at one moment of a run.
+
+    Args:
+        objective: the units, see `TrainConfig`.
+        beta: factor of the KL.
+        floor: free bits in nats per dimension.
+        bag_of_words: factor of the auxiliary loss.
+    """
+
+    objective: Objective
+    beta: float
+    floor: float
+    bag_of_words: float
+
+
+@dataclass(frozen=True)
+class Terms:
+    """One pass over a batch: what to differentiate, and the sums to report, which are detached.
+
+    Args:
+        total: the objective's share of this batch, nats per target token of the whole step.
+        cross_entropy: sum over all rows, nats.
+        kl: raw KL, sum over all rows, nats; never the excess over a floor.
+        bag_of_words: sum over all rows, nats.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    kl: Tensor
+    bag_of_words: Tensor
+
+
+class BagOfWords(nn.Module):
+    """Predicts a text's tokens, without their order, from its latent alone. It teaches the encoder while the decoder
+    does not listen yet, and is thrown away after training.
+
+    Source: Zhao et al. 2017 (arXiv 1703.10960), eq. 5.
+    """
+
+    def __init__(self, dim_latent: int, num_tokens: int) -> None:
+        super().__init__()
+        self.to_logits = nn.Linear(dim_latent, num_tokens)
+
+    def forward(self, latents_BZ: Tensor, tokens_BT: Tensor, ignore: tuple[int, ...]) -> Tensor:
+        """Sum of the cross-entropy of the tokens that are not ignored, in nats."""
+        log_probs_BV = self.to_logits(latents_BZ).float().log_softmax(dim=-1)
+        counted_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+        for token in ignore:
+            counted_BT &= tokens_BT != token
+        nats: Tensor = -(log_probs_BV.gather(1, tokens_BT) * counted_BT).sum()
+        return nats
+
+
+def cross_entropy_BT(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor, noise: Noise) -> Tensor:
+    """Nats of every token but the first, given those before it and the latent; 0 at padding [B T-1]."""
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    if noise.hide_BT is not None:
+        # BOS stays: it is what says that a text begins.
+        hide_BT = noise.hide_BT[:, : inputs_BT.shape[1]].clone()
+        hide_BT[:, 0] = False
+        inputs_BT = inputs_BT.masked_fill(hide_BT, model.pad_id)
+    hidden_BTD = model.hidden(inputs_BT, latents_BZ, noise.keep_B)
+    logits_NV = model.logits(hidden_BTD).flatten(0, 1)
+    nats_N = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=model.pad_id, reduction="none")
+    return nats_N.view_as(targets_BT)
+
+
+def objective(
+    model: GPTVAE,
+    bag_of_words: BagOfWords | None,
+    batch: Batch,
+    noise: Noise,
+    weights: Weights,
+    *,
+    step_tokens: int | None = None,
+) -> Terms:
+    """The loss of one batch, as the head of this module states it.
+
+    Args:
+        model: in training mode or not; nothing here is random beyond `noise`.
+        bag_of_words: the auxiliary head, or None.
+        batch: on the model's device, as is `noise`.
+        noise: the latent's noise and what is dropped.
+        weights: of the terms.
+        step_tokens: target tokens of the whole optimizer step, when this batch is a part of it.
+    """
+    posterior = model.posterior(batch.encoder_BT)
+    latents_BZ = posterior.sample(noise.latent_BZ)
+    cross_entropy = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, noise).sum()
+    kl_BZ = posterior.kl_BZ()
+    bow = cross_entropy.new_zeros(())
+    if bag_of_words is not None and weights.bag_of_words > 0:
+        config = model.config
+        assert config is not None, "the bag of words needs to know the special tokens"
+        bow = bag_of_words(latents_BZ, batch.tokens_BT, (config.pad_id, config.bos_id, config.eos_id))
+    tokens = step_tokens or batch.target_tokens
+    if weights.objective == "stock":
+        kl_term = F.relu(kl_BZ - weights.floor).sum(dim=-1).mean() * (batch.target_tokens / tokens)
+        total = cross_entropy / tokens + weights.beta * kl_term
+    else:
+        kept_rows = len(kl_BZ) if noise.keep_B is None else noise.keep_B.sum()
+        total = (cross_entropy + weights.beta * kept_rows * free_bits(kl_BZ, weights.floor, noise.keep_B)) / tokens
+    total = total + weights.bag_of_words * bow / tokens
+    return Terms(total, cross_entropy.detach(), kl_BZ.detach().sum(), bow.detach())
