@@ -14,10 +14,10 @@ a head, Z latent width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gptvae_cli import noise
 from gptvae_cli.config import SampleConfig
+from gptvae_cli.fused import attend
 
 if TYPE_CHECKING:
     from gptvae_cli.model import GPTVAE
@@ -44,7 +45,8 @@ class Request:
 
 @dataclass(eq=False)
 class Row:
-    """A text being written: `context` is what the decoder sees of it, `new` what has been written, EOS included."""
+    """A text being written: `context` is what the decoder sees of it, `new` what has been written, EOS included;
+    `max_new` is at least 1."""
 
     index: int
     context: list[int]
@@ -122,19 +124,15 @@ def run(
 ) -> Iterator[Row]:
     """Continues rows until each has written EOS or its `max_new` tokens; yields them as they end."""
     waiting = iter(rows)
-    engine: _Engine = CachedDecoder(model) if cached and model.can_decode_cached else PlainDecoder(model)
+    engine: _Engine = CachedDecoder(model) if cached and model.fused_decoder is not None else PlainDecoder(model)
     active: list[Row] = []
     while True:
         # Joining costs a pass of its own over the new rows, so they join several at a time.
         if len(active) <= batch_size - max(1, batch_size // 4):
-            joining: list[Row] = []
-            for row in islice(waiting, batch_size - len(active)):
-                if row.max_new <= 0:
-                    yield row
-                    continue
-                row.context = row.context[-model.max_seq_len :]
-                joining.append(row)
+            joining = list(islice(waiting, batch_size - len(active)))
             if joining:
+                for row in joining:
+                    row.context = row.context[-model.max_seq_len :]
                 active += joining
                 _advance(joining, choose(engine.join(joining), joining), on_token)
                 yield from _take_ended(engine, active, eos_id)
@@ -178,7 +176,9 @@ def _take_ended(engine: _Engine, active: list[Row], eos_id: int | None) -> Itera
 
 def filter_logits(logits_BV: Tensor, sample: SampleConfig) -> Tensor:
     """Temperature, then top-k, top-p and min-p: excluded tokens get minus infinity [B V]."""
-    logits_BV = logits_BV.float() / sample.temperature
+    # float64 and a largest logit of 0, so that no temperature, however small or large, overflows.
+    logits_BV = logits_BV.double()
+    logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sample.temperature
     if sample.top_k is not None and sample.top_k < logits_BV.shape[-1]:
         least_B1 = logits_BV.topk(sample.top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
@@ -233,21 +233,15 @@ class PlainDecoder:
         model = self.model
         tokens_BT, length_B = _right_padded([row.context for row in rows], model.device)
         latents_BZ, keep_B = _stack_latents(rows, model)
-        hidden_BTD = model.hidden(tokens_BT, latents_BZ, None if bool(keep_B.all()) else keep_B)
+        if bool(keep_B.any()):
+            hidden_BTD = model.hidden(tokens_BT, latents_BZ, None if bool(keep_B.all()) else keep_B, plain=True)
+        else:
+            # No slot at all rather than a masked one, as in the seed class: absolute positions tell them apart.
+            hidden_BTD = model.hidden(tokens_BT, None, plain=True)
         return model.logits(hidden_BTD[torch.arange(len(rows), device=model.device), length_B - 1])
 
     def leave(self, places: Sequence[int]) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class _Layer:
-    attn_gamma_D: Tensor
-    qkv_ED: Tensor
-    attn_out_DE: Tensor
-    ff_gamma_D: Tensor
-    ff_in: tuple[Tensor, Tensor]
-    ff_out: tuple[Tensor, Tensor]
 
 
 class CachedDecoder:
@@ -257,42 +251,17 @@ class CachedDecoder:
     positions, being relative, do not notice.
     """
 
-    @staticmethod
-    def supports(options: Mapping[str, Any]) -> bool:
-        """Whether these keywords of x-transformers' `Decoder` describe the layers that this class computes."""
-        return options.get("rotary_pos_emb") is True and set(options) <= {
-            "rotary_pos_emb",
-            "attn_flash",
-            "verbose",
-        }
-
     def __init__(self, model: GPTVAE) -> None:
-        stack = model.decoder.attn_layers
-        self.model = model
-        self.heads, self.head_width = stack.attn_heads, stack.attn_dim_head
+        assert model.fused_decoder is not None, "these layers have no fused form"
+        self.model, self.stack = model, model.fused_decoder
         self.embedding_VD = model.decoder.token_emb.emb.weight
-        self.final_gamma_D = stack.final_norm.gamma + 1
-        self.to_logits_VD = model.decoder.to_logits.weight
-        frequencies_R = stack.rotary_pos_emb.inv_freq
-        self.rotated = 2 * len(frequencies_R)
-        positions_S = torch.arange(model.max_seq_len + 1, device=model.device, dtype=torch.float32)
-        angles_SR = (positions_S[:, None] * frequencies_R.float()).repeat_interleave(2, dim=-1)
-        self.cos_SR, self.sin_SR = angles_SR.cos(), angles_SR.sin()
-        blocks = list(stack.layers)
-        self.layers = [
-            _read_layer(attention, feedforward)
-            for attention, feedforward in zip(blocks[::2], blocks[1::2], strict=True)
-        ]
+        self.layers = self.stack.layers()
+        # The stack keeps these for training too, which cannot use what was made in inference mode.
+        with torch.inference_mode(False):
+            self.cos_SK, self.sin_SK = self.stack.tables(model.max_seq_len + 1, self.embedding_VD)
         self.positions_B = torch.zeros(0, dtype=torch.long, device=model.device)
-        self.cache_LXBHSK = torch.zeros(
-            len(self.layers),
-            2,
-            0,
-            self.heads,
-            0,
-            self.head_width,
-            device=model.device,
-            dtype=self.embedding_VD.dtype,
+        self.cache_LXBHSK = self.embedding_VD.new_zeros(
+            len(self.layers), 2, 0, self.stack.heads, 0, self.stack.head_width
         )
 
     def join(self, rows: Sequence[Row]) -> Tensor:
@@ -310,13 +279,13 @@ class CachedDecoder:
         self._grow(first + len(rows), length)
         self.positions_B = torch.cat([self.positions_B, length_B - 1])
         places_B = torch.arange(len(rows), device=device)
-        slots_T = torch.arange(length, device=device)
+        cos_TK, sin_TK = self.cos_SK[:length], self.sin_SK[:length]
         # Padding behind a row is computed and stored, but its slots are masked until real tokens overwrite them.
         for layer, cache_XBHSK in zip(self.layers, self.cache_LXBHSK, strict=True):
-            q_BHTK, k_BHTK, v_BHTK = self._project(layer, x_BTD, slots_T)
+            q_BHTK, k_BHTK, v_BHTK = self.stack.project(layer, x_BTD, cos_TK, sin_TK)
             cache_XBHSK[0, first : first + len(rows), :, :length] = k_BHTK
             cache_XBHSK[1, first : first + len(rows), :, :length] = v_BHTK
-            x_BTD = self._finish(layer, x_BTD, F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True))
+            x_BTD = self.stack.finish(layer, x_BTD, attend(q_BHTK, k_BHTK, v_BHTK, None, causal=True))
         return self._logits(x_BTD[places_B, length_B - 1])
 
     def step(self, rows: Sequence[Row]) -> Tensor:
@@ -331,9 +300,9 @@ class CachedDecoder:
             slots_S = torch.arange(used, device=self.model.device)
             mask_B11S = (slots_S <= self.positions_B[:, None])[:, None, None]
         places_B = torch.arange(len(rows), device=self.model.device)
-        slot_positions_B1 = self.positions_B[:, None]
+        cos_B1K, sin_B1K = self.cos_SK[self.positions_B[:, None]], self.sin_SK[self.positions_B[:, None]]
         for layer, cache_XBHSK in zip(self.layers, self.cache_LXBHSK, strict=True):
-            q_BH1K, k_BH1K, v_BH1K = self._project(layer, x_B1D, slot_positions_B1)
+            q_BH1K, k_BH1K, v_BH1K = self.stack.project(layer, x_B1D, cos_B1K, sin_B1K)
             if together:
                 cache_XBHSK[0, : len(rows), :, used - 1] = k_BH1K[:, :, 0]
                 cache_XBHSK[1, : len(rows), :, used - 1] = v_BH1K[:, :, 0]
@@ -342,7 +311,7 @@ class CachedDecoder:
                 cache_XBHSK[1][places_B, :, self.positions_B] = v_BH1K[:, :, 0]
             keys_BHSK, values_BHSK = cache_XBHSK[:, : len(rows), :, :used]
             attended_BH1K = F.scaled_dot_product_attention(q_BH1K, keys_BHSK, values_BHSK, attn_mask=mask_B11S)
-            x_B1D = self._finish(layer, x_B1D, attended_BH1K)
+            x_B1D = self.stack.finish(layer, x_B1D, attended_BH1K)
         return self._logits(x_B1D[:, 0])
 
     def leave(self, places: Sequence[int]) -> None:
@@ -357,31 +326,8 @@ class CachedDecoder:
             self.cache_LXBHSK[:, :, first : first + len(moving), :, :used] = self.cache_LXBHSK[:, :, moving, :, :used]
         self.positions_B = self.positions_B[stay]
 
-    def _project(self, layer: _Layer, x_BTD: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B H T K]; positions are [T], or [B T]."""
-        normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight=layer.attn_gamma_D)
-        qkv_BTXHK = F.linear(normed_BTD, layer.qkv_ED).view(*x_BTD.shape[:2], 3, self.heads, self.head_width)
-        qk_BTXHK, v_BTHK = qkv_BTXHK[:, :, :2], qkv_BTXHK[:, :, 2]
-        cos_T11R, sin_T11R = (
-            self.cos_SR[positions_T][..., None, None, :],
-            self.sin_SR[positions_T][..., None, None, :],
-        )
-        rotating_BTXHR = qk_BTXHK[..., : self.rotated]
-        even, odd = rotating_BTXHR[..., 0::2], rotating_BTXHR[..., 1::2]
-        turned_BTXHR = torch.stack((-odd, even), dim=-1).flatten(-2)
-        rotated_BTXHR = rotating_BTXHR * cos_T11R + turned_BTXHR * sin_T11R
-        qk_BTXHK = torch.cat([rotated_BTXHR.to(qk_BTXHK.dtype), qk_BTXHK[..., self.rotated :]], dim=-1)
-        q_BTHK, k_BTHK = qk_BTXHK.unbind(2)
-        return q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
-
-    def _finish(self, layer: _Layer, x_BTD: Tensor, attended_BHTK: Tensor) -> Tensor:
-        """The rest of a layer behind its attention: output product, residuals, feed-forward."""
-        x_BTD = x_BTD + F.linear(attended_BHTK.transpose(1, 2).flatten(-2), layer.attn_out_DE)
-        normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight=layer.ff_gamma_D)
-        return x_BTD + F.linear(F.gelu(F.linear(normed_BTD, *layer.ff_in)), *layer.ff_out)
-
     def _logits(self, x_BD: Tensor) -> Tensor:
-        return F.linear(F.layer_norm(x_BD, x_BD.shape[-1:], weight=self.final_gamma_D), self.to_logits_VD)
+        return self.model.logits(self.stack.final_norm(x_BD))
 
     def _grow(self, rows: int, slots: int) -> None:
         layers, two, old_rows, heads, old_slots, width = self.cache_LXBHSK.shape
@@ -392,20 +338,6 @@ class CachedDecoder:
         grown = self.cache_LXBHSK.new_zeros(layers, two, new_rows, heads, max(new_slots, old_slots), width)
         grown[:, :, :old_rows, :, :old_slots] = self.cache_LXBHSK
         self.cache_LXBHSK = grown
-
-
-def _read_layer(attention_block: Any, feedforward_block: Any) -> _Layer:
-    (attn_norm, _, _), attention, _ = attention_block
-    (ff_norm, _, _), feedforward, _ = feedforward_block
-    linears = [module for module in feedforward.modules() if isinstance(module, torch.nn.Linear)]
-    return _Layer(
-        attn_gamma_D=attn_norm.gamma + 1,
-        qkv_ED=torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]),
-        attn_out_DE=attention.to_out.weight,
-        ff_gamma_D=ff_norm.gamma + 1,
-        ff_in=(linears[0].weight, linears[0].bias),
-        ff_out=(linears[1].weight, linears[1].bias),
-    )
 
 
 def _right_padded(contexts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ FREE Transformer (arXiv 2510.17558) for the floor under the KL.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, AutoregressiveWrapper, top_k
 from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
 
-from gptvae_cli import decoding
+from gptvae_cli import decoding, fused
 from gptvae_cli.config import ModelConfig
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.latent import kl_to_standard_normal, reparameterize
@@ -38,6 +38,10 @@ class Posterior:
     def sample(self, noise_BZ: Tensor) -> Tensor:
         """A latent for every row, from standard normal noise [B Z]."""
         return reparameterize(self.mean_BZ, self.log_var_BZ, noise_BZ)
+
+    def in_float32(self) -> Posterior:
+        """The same in float32: under autocast the encoder answers in bfloat16, too coarse to sum a KL in."""
+        return Posterior(self.mean_BZ.float(), self.log_var_BZ.float())
 
     def kl_BZ(self) -> Tensor:
         """KL to the standard normal, nats per row and dimension [B Z]."""
@@ -89,20 +93,22 @@ class GPTVAE(nn.Module):
         super().__init__()
         dim_latent = dim if dim_latent is None else dim_latent
         layers: dict[str, Any] = {"dim": dim, "attn_dim_head": attn_dim_head, "heads": heads}
+        encoder_options = {**kwargs, **(enc_kwargs or {})}
+        decoder_options = {**kwargs, **(dec_kwargs or {})}
+        builtin_encoder = encoder is None
         if encoder is None:
             encoder = TransformerWrapper(
                 num_tokens=num_tokens,
                 max_seq_len=max_seq_len + 1,
                 return_only_embed=True,
                 average_pool_embed=True,
-                attn_layers=Encoder(**{**layers, "depth": enc_depth, **kwargs, **(enc_kwargs or {})}),
+                attn_layers=Encoder(**{**layers, "depth": enc_depth, **encoder_options}),
             )
         self.encoder = encoder
         self.to_latent_mean_log_variance = nn.Sequential(
             nn.Linear(dim, dim_latent * 2), Rearrange("b (two z) -> two b z", two=2)
         )
         self.from_latent_to_prepend_token = nn.Sequential(nn.Linear(dim_latent, dim), Rearrange("b d -> b 1 d"))
-        decoder_options = {**kwargs, **(dec_kwargs or {})}
         self.decoder = TransformerWrapper(
             num_tokens=num_tokens,
             max_seq_len=max_seq_len,
@@ -118,7 +124,14 @@ class GPTVAE(nn.Module):
         self.bos_id = bos_id
         self.vae_kl_div_floor = vae_kl_div_floor
         self.vae_kl_loss_weight = vae_kl_loss_weight
-        self.can_decode_cached = decoding.CachedDecoder.supports(decoder_options)
+        # The fast path over the same weights, where the layers are of the kind that it computes. With one head
+        # x-transformers leaves out the output product, which that kind has.
+        self.fused_encoder: fused.Stack | None = None
+        self.fused_decoder: fused.Stack | None = None
+        if builtin_encoder and heads > 1 and fused.supports(encoder_options):
+            self.fused_encoder = fused.Stack(self.encoder.attn_layers, causal=False)
+        if heads > 1 and fused.supports(decoder_options):
+            self.fused_decoder = fused.Stack(self.decoder.attn_layers, causal=True)
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> GPTVAE:
@@ -146,16 +159,21 @@ class GPTVAE(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def posterior(self, seq_BT: Tensor) -> Posterior:
+    def posterior(self, seq_BT: Tensor, *, plain: bool = False) -> Posterior:
         """(Addition) q(z | text) of padded rows; padding does not change it.
 
         Args:
             seq_BT: tokens, padded with `pad_id`.
+            plain: go through x-transformers even where a fused path exists.
         """
         mask_BT = seq_BT != self.pad_id
         # A negative pad id cannot be embedded; what stands in its place is masked anyway.
         seq_BT = seq_BT.masked_fill(~mask_BT, max(self.pad_id, 0))
-        pooled_BD = self.encoder(seq_BT, mask=mask_BT)
+        if plain or self.fused_encoder is None:
+            pooled_BD = self.encoder(seq_BT, mask=mask_BT)
+        else:
+            hidden_BTD = self.fused_encoder(self.encoder.get_submodule("token_emb.emb")(seq_BT), mask_BT)
+            pooled_BD = (hidden_BTD * mask_BT[..., None]).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
         mean_BZ, log_var_BZ = self.to_latent_mean_log_variance(pooled_BD)
         return Posterior(mean_BZ, log_var_BZ)
 
@@ -252,21 +270,42 @@ class GPTVAE(nn.Module):
         total = ar_loss + vae_kl_loss * self.vae_kl_loss_weight
         return (total, (ar_loss, vae_kl_loss)) if return_all_losses else total
 
-    def hidden(self, tokens_BT: Tensor, latents_BZ: Tensor, keep_B: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None = None, *, plain: bool = False
+    ) -> Tensor:
         """(Addition) The decoder's last hidden states at the tokens' positions, the latent's slot cut off [B T D].
 
         Args:
             tokens_BT: the decoder's input, BOS first; padding goes behind.
-            latents_BZ: one latent a row.
+            latents_BZ: one latent a row; None leaves the latent's slot out, which absolute positions notice.
             keep_B: True where a row sees its latent; every row does by default.
+            plain: go through x-transformers even where a fused path exists.
         """
+        tokens_BT = tokens_BT.masked_fill(tokens_BT == self.pad_id, max(self.pad_id, 0))
+        if not plain and self.fused_decoder is not None:
+            return self._hidden_fused(self.fused_decoder, tokens_BT, latents_BZ, keep_B)
         hidden_BTD: Tensor = self.decoder(
-            tokens_BT.masked_fill(tokens_BT == self.pad_id, max(self.pad_id, 0)),
-            prepend_embeds=self.from_latent_to_prepend_token(latents_BZ),
+            tokens_BT,
+            prepend_embeds=None if latents_BZ is None else self.from_latent_to_prepend_token(latents_BZ),
             seq_start_pos=None if keep_B is None else (~keep_B).long(),
             return_embeddings=True,
         )
-        return hidden_BTD[:, 1:]
+        return hidden_BTD if latents_BZ is None else hidden_BTD[:, 1:]
+
+    def _hidden_fused(
+        self, stack: fused.Stack, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None
+    ) -> Tensor:
+        """A row without its latent starts one place earlier instead of masking the latent's slot: rotary positions
+        are relative, so this is the same, and attention needs no mask."""
+        embedded_BTD = self.decoder.token_emb.emb(tokens_BT)
+        if latents_BZ is None:
+            return stack(embedded_BTD)
+        with_latent_BTD = torch.cat([self.from_latent_to_prepend_token(latents_BZ), embedded_BTD], dim=1)
+        if keep_B is None:
+            return stack(with_latent_BTD)[:, 1:]
+        keep_B11 = keep_B[:, None, None]
+        hidden_BTD = stack(torch.where(keep_B11, with_latent_BTD, F.pad(embedded_BTD, (0, 0, 0, 1))))
+        return torch.where(keep_B11, hidden_BTD[:, 1:], hidden_BTD[:, :-1])
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(Addition) Next-token logits of hidden states of any leading shape [... V]."""
@@ -300,12 +339,14 @@ class GPTVAE(nn.Module):
                 `cache_kv`; any other keyword hands the whole call to x-transformers' own loop.
 
         Returns:
-            New tokens; behind a row's `eos_token` stands `pad_id`.
+            New tokens; behind a row's `eos_token` stands `pad_id`. One prompt [T] gives one row [n], as in the seed
+            class, unless several latents repeat it.
 
         Raises:
             ConfigError: for an empty prompt without a `bos_id`, or rows and latents that cannot be matched.
         """
-        was_training = self.training
+        # Part by part: a frozen encoder may well be in eval mode inside a model that is training.
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
             if seq_for_latents is not None:
@@ -313,10 +354,11 @@ class GPTVAE(nn.Module):
                     raise ConfigError("generate takes latents or seq_for_latents, found both")
                 latents = self.encode_to_latents(seq_for_latents, generator=generator)
             if latents is not None:
-                latents = torch.as_tensor(latents, device=self.device, dtype=torch.get_default_dtype())
+                latents = torch.as_tensor(latents, device=self.device, dtype=next(self.parameters()).dtype)
             return self._generate(prompts, seq_len, latents, generator, **generate_kwargs)
         finally:
-            self.train(was_training)
+            for module, mode in modes.items():
+                module.training = mode
 
     def _generate(
         self,
@@ -353,7 +395,6 @@ class GPTVAE(nn.Module):
             )
             return result
 
-        single = isinstance(prompts, Tensor) and prompts.ndim == 1 and (latents is None or latents.ndim == 1)
         contexts = self._prompt_rows(prompts, prompt_lens)
         if latents is not None and latents.ndim == 1:
             latents = latents.expand(len(contexts), -1)
@@ -376,15 +417,19 @@ class GPTVAE(nn.Module):
             decoding.Row(index, context, None if latents is None else latents[index], seq_len)
             for index, context in enumerate(contexts)
         ]
-        done = decoding.run(self, rows, choose, eos_id=eos_token, batch_size=len(rows), cached=cache_kv)
+        done: Iterable[decoding.Row] = rows
+        if seq_len > 0:
+            done = decoding.run(self, rows, choose, eos_id=eos_token, batch_size=len(rows), cached=cache_kv)
         # A row keeps its EOS here, as in the seed class; what stands behind it is padding.
         new = [torch.tensor(row.new, dtype=torch.long) for row in sorted(done, key=lambda row: row.index)]
         padded_BT = nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=self.pad_id).to(self.device)
+        single = isinstance(prompts, Tensor) and prompts.ndim == 1 and len(rows) == 1
         return padded_BT[0] if single else padded_BT
 
     def _prompt_rows(self, prompts: Tensor | Sequence[Tensor], prompt_lens: Tensor | None) -> list[list[int]]:
-        rows = list(prompts.reshape(-1, prompts.shape[-1])) if isinstance(prompts, Tensor) else list(prompts)
-        contexts: list[list[int]] = [row.tolist() for row in rows]
+        if isinstance(prompts, Tensor) and prompts.ndim == 1:
+            prompts = prompts[None]
+        contexts: list[list[int]] = [row.tolist() for row in prompts]
         if prompt_lens is not None:
             contexts = [row[:length] for row, length in zip(contexts, prompt_lens.tolist(), strict=True)]
         for context in contexts:

@@ -63,6 +63,12 @@ class Noise:
     keep_B: Tensor | None = None
     hide_BT: Tensor | None = None
 
+    def to(self, device: torch.device) -> Noise:
+        """The same noise on another device."""
+        keep_B = None if self.keep_B is None else self.keep_B.to(device, non_blocking=True)
+        hide_BT = None if self.hide_BT is None else self.hide_BT.to(device, non_blocking=True)
+        return Noise(self.latent_BZ.to(device, non_blocking=True), keep_B, hide_BT)
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -152,7 +158,7 @@ def objective(
         weights: of the terms.
         step_tokens: target tokens of the whole optimizer step, when this batch is a part of it.
     """
-    posterior = model.posterior(batch.encoder_BT)
+    posterior = model.posterior(batch.encoder_BT).in_float32()
     latents_BZ = posterior.sample(noise.latent_BZ)
     cross_entropy = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, noise).sum()
     kl_BZ = posterior.kl_BZ()

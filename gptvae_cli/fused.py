@@ -1,0 +1,154 @@
+"""The transformer layers of x-transformers, over the same weights, as a handful of fused products.
+
+x-transformers' `AttentionLayers` can be almost anything, and pays for it with hundreds of small operations a pass.
+This module computes one kind of layer, the one that the tool trains: pre-norm attention with rotary positions, then
+a feed-forward. Training, encoding and cached decoding share it; tests hold it equal to x-transformers.
+
+Shapes: B batch, T tokens, D model width, E all heads side by side, H heads, K head width, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def supports(options: Mapping[str, Any]) -> bool:
+    """Whether these keywords of x-transformers' `Encoder` or `Decoder` describe the layers computed here."""
+    return options.get("rotary_pos_emb") is True and set(options) <= {"rotary_pos_emb", "attn_flash", "verbose"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one attention block and one feed-forward block, products that share an input side by side."""
+
+    attn_gamma_D: Tensor
+    qkv_ED: Tensor
+    attn_out_DE: Tensor
+    ff_gamma_D: Tensor
+    ff_in: tuple[Tensor, Tensor]
+    ff_out: tuple[Tensor, Tensor]
+
+
+class Stack:
+    """An `AttentionLayers` module seen as fused layers. Weights are read at every call, so it can be trained.
+
+    Args:
+        layers: x-transformers' module, see `supports`.
+        causal: whether a position sees only those before it.
+    """
+
+    def __init__(self, layers: Any, *, causal: bool) -> None:
+        self.causal = causal
+        self.heads, self.head_width = layers.attn_heads, layers.attn_dim_head
+        blocks = list(layers.layers)
+        self._blocks = list(zip(blocks[::2], blocks[1::2], strict=True))
+        self._final_norm = layers.final_norm
+        self._rotary = layers.rotary_pos_emb
+        self._tables: tuple[Tensor, Tensor] | None = None
+        # Turns every pair (a, b) of rotated dimensions into (-b, a), as one product with ones and zeros.
+        rotated = 2 * len(self._rotary.inv_freq)
+        turn_KK = torch.zeros(self.head_width, self.head_width)
+        for first in range(0, rotated, 2):
+            turn_KK[first + 1, first], turn_KK[first, first + 1] = -1.0, 1.0
+        self._turn_KK = turn_KK
+
+    def layers(self) -> list[Layer]:
+        """The weights, fused; gradients flow through to the module's parameters."""
+        return [_read(attention, feedforward) for attention, feedforward in self._blocks]
+
+    def tables(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for positions 0 to `length` - 1 at least, 1 and 0 where nothing is rotated [S K]."""
+        if self._tables is None or len(self._tables[0]) < length or self._tables[0].device != like.device:
+            frequencies = self._rotary.inv_freq.detach().to(like.device, torch.float32)
+            positions_S = torch.arange(max(length, 64), device=like.device, dtype=torch.float32)
+            angles_SR = (positions_S[:, None] * frequencies).repeat_interleave(2, dim=-1)
+            still = self.head_width - angles_SR.shape[-1]
+            self._tables = F.pad(angles_SR.cos(), (0, still), value=1.0), F.pad(angles_SR.sin(), (0, still))
+            self._turn_KK = self._turn_KK.to(like.device)
+        return self._tables
+
+    def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm [B T D].
+
+        Args:
+            x_BTD: embedded tokens.
+            mask_BT: True where a position may be looked at; only without `causal`, which needs no mask as padding
+                stands behind.
+        """
+        length = x_BTD.shape[1]
+        cos_SK, sin_SK = self.tables(length, x_BTD)
+        bias = None
+        if mask_BT is not None:
+            bias = torch.zeros(mask_BT.shape, device=x_BTD.device).masked_fill(~mask_BT, float("-inf"))[:, None, None]
+        for layer in self.layers():
+            q_BHTK, k_BHTK, v_BHTK = self.project(layer, x_BTD, cos_SK[:length], sin_SK[:length])
+            x_BTD = self.finish(layer, x_BTD, attend(q_BHTK, k_BHTK, v_BHTK, bias, causal=self.causal))
+        return self.final_norm(x_BTD)
+
+    def project(self, layer: Layer, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys, and values [B H T K]; the tables are [T K], or [B T K]."""
+        normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight=layer.attn_gamma_D)
+        qkv_BTXHK = F.linear(normed_BTD, layer.qkv_ED).view(*x_BTD.shape[:2], 3, self.heads, self.head_width)
+        qk_BTXHK, v_BTHK = qkv_BTXHK[:, :, :2], qkv_BTXHK[:, :, 2]
+        turned_BTXHK = qk_BTXHK @ self._turn_KK.to(qk_BTXHK.dtype)
+        qk_BTXHK = qk_BTXHK * cos_TK[..., None, None, :].to(qk_BTXHK.dtype) + turned_BTXHK * sin_TK[
+            ..., None, None, :
+        ].to(qk_BTXHK.dtype)
+        q_BTHK, k_BTHK = qk_BTXHK.unbind(2)
+        return q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
+
+    def finish(self, layer: Layer, x_BTD: Tensor, attended_BHTK: Tensor) -> Tensor:
+        """The rest of a layer behind its attention: output product, residuals, feed-forward [B T D]."""
+        x_BTD = x_BTD + F.linear(attended_BHTK.transpose(1, 2).flatten(-2), layer.attn_out_DE)
+        normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight=layer.ff_gamma_D)
+        return x_BTD + F.linear(F.gelu(F.linear(normed_BTD, *layer.ff_in)), *layer.ff_out)
+
+    def final_norm(self, x_D: Tensor) -> Tensor:
+        """The norm behind the last layer, of any leading shape [... D]."""
+        return F.layer_norm(x_D, x_D.shape[-1:], weight=self._final_norm.gamma + 1)
+
+
+def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
+    """Softmax attention [B H T K].
+
+    Short rows in bfloat16 on a CPU are 5 to 8 times faster as plain products than in torch's fused kernel, forward
+    and backward (`tests/benchmarks/speed/`); everything else takes the fused kernel.
+
+    Args:
+        bias: added to the scores, -inf where a key may not be seen; broadcasts to [B H T S].
+        causal: a query sees the keys up to its own position; queries and keys then are the same positions.
+    """
+    if q_BHTK.device.type != "cpu" or q_BHTK.dtype != torch.bfloat16:
+        if bias is not None:
+            bias = bias.to(q_BHTK.dtype)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal)
+    scores_BHTS = (q_BHTK * q_BHTK.shape[-1] ** -0.5) @ k_BHSK.transpose(-1, -2)
+    if causal:
+        length = q_BHTK.shape[-2]
+        future_TS = torch.ones(length, length, dtype=torch.bool, device=q_BHTK.device).triu(1)
+        scores_BHTS = scores_BHTS.masked_fill(future_TS, float("-inf"))
+    if bias is not None:
+        scores_BHTS = scores_BHTS + bias.to(scores_BHTS.dtype)
+    attended_BHTK: Tensor = scores_BHTS.softmax(dim=-1) @ v_BHSK
+    return attended_BHTK
+
+
+def _read(attention_block: Any, feedforward_block: Any) -> Layer:
+    (attn_norm, _, _), attention, _ = attention_block
+    (ff_norm, _, _), feedforward, _ = feedforward_block
+    ff_in, ff_out = [module for module in feedforward.modules() if isinstance(module, nn.Linear)]
+    return Layer(
+        # x-transformers stores the gain as its distance from 1.
+        attn_gamma_D=attn_norm.gamma + 1,
+        qkv_ED=torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]),
+        attn_out_DE=attention.to_out.weight,
+        ff_gamma_D=ff_norm.gamma + 1,
+        ff_in=(ff_in.weight, ff_in.bias),
+        ff_out=(ff_out.weight, ff_out.bias),
+    )

@@ -1,0 +1,93 @@
+"""What several test modules share: tiny models that can be told apart, and the skipping of what needs a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from gptvae_cli.config import ModelConfig
+    from gptvae_cli.model import GPTVAE
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # x-transformers scripts a function while it is imported, which torch has begun to deprecate.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("requires_cuda") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU that torch can use")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are computed fastest by one thread, most of all where another process is busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_config() -> Callable[..., ModelConfig]:
+    """Makes a `ModelConfig` of 17 plain tokens and a window of 16; keywords change it."""
+    from gptvae_cli.config import ModelConfig
+
+    def make(**changes: Any) -> ModelConfig:
+        fields = {
+            "num_tokens": 20,
+            "dim": 32,
+            "depth": 2,
+            "enc_depth": 1,
+            "max_seq_len": 16,
+            "dim_latent": 8,
+            "heads": 2,
+            "attn_dim_head": 16,
+            "pad_id": 17,
+            "bos_id": 18,
+            "eos_id": 19,
+        }
+        return ModelConfig(**{**fields, **changes})
+
+    return make
+
+
+@pytest.fixture
+def shake(one_thread: None) -> Callable[..., Any]:
+    """Puts noise on every weight of a module, and returns it in eval mode.
+
+    Fresh weights would hide mistakes: gains are 1, biases 0, and the latent hardly shows.
+    """
+    import torch
+
+    def shake(module: Any, seed: int = 0) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return module.eval()
+
+    return shake
+
+
+@pytest.fixture
+def tiny_model(shake: Callable[..., Any], tiny_config: Callable[..., ModelConfig]) -> Callable[..., GPTVAE]:
+    """Makes a shaken model of `tiny_config`; keywords change the config."""
+    import torch
+
+    from gptvae_cli.model import GPTVAE
+
+    def make(*, seed: int = 0, **changes: Any) -> GPTVAE:
+        torch.manual_seed(seed)
+        model: GPTVAE = shake(GPTVAE.from_config(tiny_config(**changes)), seed)
+        return model
+
+    return make

@@ -1,0 +1,77 @@
+"""Noise: the same for the same name, and unrelated for any other."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from gptvae_cli.noise import Purpose, latent_noise, stream, token_uniforms
+
+
+def test_noise_does_not_depend_on_what_was_drawn_before() -> None:
+    first = latent_noise(7, 3, 1, 16)
+    for row in range(5):
+        latent_noise(7, row, 0, 16)
+        np.random.default_rng(row).random()
+    assert (latent_noise(7, 3, 1, 16) == first).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 1000])
+def test_a_longer_draw_starts_with_a_shorter_one(count: int) -> None:
+    """So that a longer limit on a text continues it instead of changing it."""
+    assert (token_uniforms(5, 2, 1, 2000)[:count] == token_uniforms(5, 2, 1, count)).all()
+    assert (latent_noise(5, 2, 1, 2000)[:count] == latent_noise(5, 2, 1, count)).all()
+
+
+def test_no_two_names_share_a_number() -> None:
+    """Rows and copies that are swapped, neighbours, purposes, and seeds beyond 32 bits."""
+    names = [
+        (seed, purpose, major, minor)
+        for seed in (0, 1, 2**32, 2**63 - 1)
+        for purpose in Purpose
+        for major, minor in ((0, 0), (0, 1), (1, 0), (1, 1), (2**40, 0), (0, 2**40))
+    ]
+    draws = {name: stream(*name).integers(2**63, size=200).tolist() for name in names}
+    for first, second in combinations(names, 2):
+        assert not set(draws[first]) & set(draws[second]), (first, second)
+
+
+@pytest.mark.parametrize("row", [0, 1, 10**9])
+def test_latents_and_tokens_of_a_row_are_streams_of_their_own(row: int) -> None:
+    latent = stream(3, Purpose.LATENT, row, 2).standard_normal(8, dtype=np.float32)
+    assert (latent_noise(3, row, 2, 8) == latent).all()
+    tokens = stream(3, Purpose.TOKENS, row, 2).random(8)
+    assert (token_uniforms(3, row, 2, 8) == tokens).all()
+
+
+def test_latents_are_standard_normal() -> None:
+    """Across rows, as a batch meets them: mean, variance, and fourth moment (3 for a Gaussian)."""
+    noise = np.stack([latent_noise(0, row, 0, 32) for row in range(2000)]).astype(np.float64)
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.var() - 1) < 0.03
+    assert abs((noise**4).mean() - 3) < 0.15
+    neighbours = np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1]
+    assert abs(neighbours) < 0.02
+
+
+def test_uniforms_fill_the_unit_interval() -> None:
+    noise = np.stack([token_uniforms(0, row, 0, 20) for row in range(2000)]).ravel()
+    assert ((noise >= 0) & (noise < 1)).all()
+    counts = np.histogram(noise, bins=20, range=(0, 1))[0]
+    assert (((counts - 2000) ** 2) / 2000).sum() < 43.8  # chi-square, 19 degrees of freedom, one in a thousand
+
+
+def test_a_seed_keeps_its_numbers() -> None:
+    """What `--seed 7` named in one release it names in the next."""
+    assert latent_noise(7, 1, 2, 3).tolist() == pytest.approx([-0.6322232, 0.5623785, -0.6278022], abs=1e-6)
+    assert token_uniforms(7, 1, 2, 3).tolist() == pytest.approx(
+        [0.8262336524306, 0.3099374374548, 0.3596261131781], abs=1e-12
+    )
+
+
+def test_noise_has_the_width_and_type_that_tensors_want() -> None:
+    assert latent_noise(0, 0, 0, 5).dtype == np.float32
+    assert token_uniforms(0, 0, 0, 5).dtype == np.float64
+    assert latent_noise(0, 0, 0, 0).shape == (0,)

@@ -1,0 +1,52 @@
+"""Schedules, as tables of progress and factor."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptvae_cli.schedule import learning_rate_factor, ramp
+
+
+@pytest.mark.parametrize(
+    ("progress", "warmup", "decay", "factor"),
+    [
+        (0.0, 0.1, 0.3, 0.0),  # starts at rest
+        (0.05, 0.1, 0.3, 0.5),  # half of the warm-up
+        (0.1, 0.1, 0.3, 1.0),
+        (0.4, 0.1, 0.3, 1.0),  # the plateau
+        (0.7, 0.1, 0.3, 1.0),
+        (0.85, 0.1, 0.3, 0.5),  # half of the decay
+        (1.0, 0.1, 0.3, 0.0),  # ends at rest
+        (0.0, 0.0, 0.3, 1.0),  # no warm-up
+        (1.0, 0.1, 0.0, 1.0),  # no decay
+        (0.0, 0.0, 0.0, 1.0),
+        (1.0, 0.0, 0.0, 1.0),
+        (0.5, 1.0, 0.0, 0.5),  # nothing but warm-up
+        (0.5, 0.0, 1.0, 0.5),  # nothing but decay
+        (0.5, 1.0, 1.0, 0.5),  # the two meet: the smaller counts
+        (0.25, 0.8, 0.8, 0.3125),
+        (0.75, 0.8, 0.8, 0.3125),
+        (1.1, 0.1, 0.3, 0.0),  # a last step may end after the time is up
+        (1.1, 0.1, 0.0, 1.0),
+        (-0.1, 0.1, 0.3, 0.0),
+    ],
+)
+def test_learning_rate_is_a_trapezoid(progress: float, warmup: float, decay: float, factor: float) -> None:
+    assert learning_rate_factor(progress, warmup=warmup, decay=decay) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("progress", "until", "factor"),
+    [
+        (0.0, 0.3, 0.0),
+        (0.15, 0.3, 0.5),
+        (0.3, 0.3, 1.0),
+        (1.0, 0.3, 1.0),
+        (1.2, 0.3, 1.0),
+        (-0.1, 0.3, 0.0),
+        (0.0, 0.0, 1.0),  # no ramp at all
+        (1.0, 1.0, 1.0),
+    ],
+)
+def test_beta_rises_and_stays(progress: float, until: float, factor: float) -> None:
+    assert ramp(progress, until) == pytest.approx(factor)
