@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gptvae_cli.errors import CheckpointError, GPTVAEError
@@ -33,16 +33,16 @@ from gptvae_cli.header import (
     check_version,
     json_object,
     read_layout,
-    read_model_file,
     reading,
 )
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Tokenizer
 
 _DIGEST_KEY = "sha256"
+_UNFIT = "the file is damaged or was edited, use one as gptvae wrote it"
 _WRITE_HINTS = {
-    errno.ENOSPC: "free some space and try again; the file that was there is unchanged",
-    errno.EDQUOT: "free some space and try again; the file that was there is unchanged",
+    errno.ENOSPC: "free some space; what was there is unchanged",
+    errno.EDQUOT: "free some space; what was there is unchanged",
     errno.EACCES: "choose a folder that you may write to",
     errno.EROFS: "choose a folder that you may write to",
     errno.ENOENT: "make the folder first",
@@ -80,15 +80,17 @@ def load(path: Path, *, device: torch.device) -> Checkpoint:
         CheckpointError: for a file that is missing, damaged, foreign, or whose tensors are not exactly those of
             the configuration in its header.
     """
-    file = read_model_file(path)
+    read_layout(path)
     with reading(path):
-        tensors = _read_tensors(path, file.metadata)
-        tokenizer = _tokenizer(file.header)
-        _check_config_is_honest(file.header, tensors)
+        metadata, tensors = _open(path)
+        header = ModelHeader.from_metadata(metadata)
+        _check_digest(metadata, tensors)
+        tokenizer = _tokenizer(header)
+        _check_config_is_honest(header, tensors)
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: draw nothing for them
-            model = GPTVAE.from_config(file.header.model)
+            model = GPTVAE.from_config(header.model)
         fill_model(model, tensors)
-    return Checkpoint(model.to(device).eval(), tokenizer, file.header)
+    return Checkpoint(model.to(device).eval(), tokenizer, header)
 
 
 def save_model(path: Path, model: GPTVAE, header: ModelHeader) -> None:
@@ -124,7 +126,7 @@ def load_state(path: Path) -> State:
     try:
         return State(*_read_state(path), note=None)
     except CheckpointError as newest_error:
-        previous = path.with_name(_previous_name(path))
+        previous = _behind_links(path).with_name(_previous_name(path))
         try:
             tensors, metadata = _read_state(previous)
         except CheckpointError:
@@ -175,12 +177,12 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, previous_name
         GPTVAEError: where that fails; a file that was there is unchanged.
     """
     try:
-        target = path.resolve()
-        if target.exists() and not target.is_file():
-            kind = "a folder" if target.is_dir() else "a device or a pipe"
-            raise GPTVAEError(f"cannot write {path}: it is {kind}, not a file", hint="choose another name")
+        target = _behind_links(path)
+        exists = _is_replaceable(target)
         # A folder of its own, in the same file system: whatever `write` leaves behind when it fails goes with it.
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as folder:
+        with tempfile.TemporaryDirectory(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", ignore_cleanup_errors=True
+        ) as folder:
             new = Path(folder) / target.name
             write(new)
             _sync(new)
@@ -188,14 +190,43 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, previous_name
             probe = Path(folder) / "mode"
             probe.touch()
             new.chmod(stat.S_IMODE(probe.stat().st_mode))
-            if previous_name is not None and target.exists():
+            if previous_name is not None and exists:
                 target.replace(target.with_name(previous_name))
             new.replace(target)
         with suppress(OSError):  # some network file systems cannot sync a folder; the file is in place all the same
             _sync(target.parent)
     except OSError as error:
-        hint = _WRITE_HINTS.get(error.errno or 0)
+        hint = _WRITE_HINTS.get(error.errno or 0, "what was there is unchanged")
         raise GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
+
+
+def _behind_links(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike `Path.resolve` it leaves a loop of links to the call that follows
+
+
+def _is_replaceable(target: Path) -> bool:
+    """Whether there is a file to replace.
+
+    Raises:
+        GPTVAEError: for a folder, a device or a pipe, which a rename would destroy.
+    """
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        raise GPTVAEError(f"cannot write {target}: it is {kind}, not a file", hint="choose another name")
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _save(
@@ -207,7 +238,7 @@ def _save(
         write_atomically(path, lambda new: save_file(plain, new, metadata=signed), previous_name=previous_name)
     except SafetensorError as error:  # the system's error as text: "I/O error: No space left on device"
         raise GPTVAEError(
-            f"cannot write {path}: {error}", hint="free some space and try again; the file that was there is unchanged"
+            f"cannot write {path}: {error}", hint="free some space; what was there is unchanged"
         ) from error
 
 
@@ -216,26 +247,32 @@ def _previous_name(path: Path) -> str:
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    layout = read_layout(path)
+    read_layout(path)
     with reading(path):
-        check_version(layout.metadata)
-        if STATE_KEY not in layout.metadata:
-            raise CheckpointError("it is a model, not a training state")
-        return _read_tensors(path, layout.metadata), json_object(layout.metadata[STATE_KEY], "its state")
+        metadata, tensors = _open(path)
+        check_version(metadata)
+        if STATE_KEY not in metadata:
+            raise CheckpointError("it is a model, not a training state", hint="name the state.safetensors of a run")
+        _check_digest(metadata, tensors)
+        return tensors, json_object(metadata[STATE_KEY], "its state")
 
 
-def _read_tensors(path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file that `read_layout` has checked; the tensors' bytes are mapped, not yet read.
+
+    Both come from one opening: a training may replace the file at any moment, with another that is as good.
+    """
     try:
-        tensors = load_file(path)  # maps the file, so that nothing is allocated yet
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise CheckpointError(f"safetensors refuses it: {str(error)[:200]}") from error
-    rest = {key: value for key, value in metadata.items() if key != _DIGEST_KEY}
-    if metadata.get(_DIGEST_KEY) != _digest(tensors, rest):
-        raise CheckpointError(
-            "its content is not what was written, the checksum differs",
-            hint="the file is damaged or was edited, make or copy it again",
-        )
-    return tensors
+        raise CheckpointError(f"safetensors refuses it: {str(error)[:200]}", hint=_UNFIT) from error
+
+
+def _check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    signed = {key: value for key, value in metadata.items() if key != _DIGEST_KEY}
+    if metadata.get(_DIGEST_KEY) != _digest(tensors, signed):
+        raise CheckpointError("its content is not what was written, the checksum differs", hint=_UNFIT)
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -244,21 +281,19 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     frame = [sorted(metadata.items()), [(name, str(tensors[name].dtype), [*tensors[name].shape]) for name in names]]
     digest = hashlib.sha256(json.dumps(frame).encode())
     for name in names:
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _tokenizer(header: ModelHeader) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_json(header.tokenizer)
-    except GPTVAEError as error:
-        raise CheckpointError(f"its tokenizer is wrong: {error.message[:200]}", hint=error.hint) from error
+    tokenizer = Tokenizer.from_json(header.tokenizer)
     found = (tokenizer.num_tokens, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
     model = header.model
     expected = (model.num_tokens, model.pad_id, model.bos_id, model.eos_id)
     if found != expected:
         raise CheckpointError(
-            f"its tokenizer has (tokens, pad, bos, eos) {found}, its model configuration has {expected}"
+            f"its tokenizer has (tokens, pad, bos, eos) {found}, its model configuration has {expected}",
+            hint=_UNFIT,
         )
     return tokenizer
 
@@ -271,7 +306,7 @@ def _check_config_is_honest(header: ModelHeader, tensors: Mapping[str, Tensor]) 
     """
     layers = header.model.depth + header.model.enc_depth
     if layers > len(tensors):  # a layer takes a millisecond even there
-        raise CheckpointError(f"its configuration has {layers} layers, it holds {len(tensors)} tensors")
+        raise CheckpointError(f"its configuration has {layers} layers, it holds {len(tensors)} tensors", hint=_UNFIT)
     with torch.device("meta"):
         expected = model_tensors(GPTVAE.from_config(header.model))
     _check_fit(tensors, expected)
@@ -280,20 +315,23 @@ def _check_config_is_honest(header: ModelHeader, tensors: Mapping[str, Tensor]) 
 def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name, tensor in expected.items():
         if name not in found:
-            raise CheckpointError(f"tensor {name!r} of shape {tuple(tensor.shape)} is missing")
+            raise CheckpointError(f"tensor {name!r} of shape {tuple(tensor.shape)} is missing", hint=_UNFIT)
         if found[name].shape != tensor.shape:
             raise CheckpointError(
                 f"tensor {name!r} has the shape {tuple(found[name].shape)}, "
-                f"the configuration expects {tuple(tensor.shape)}"
+                f"the configuration expects {tuple(tensor.shape)}",
+                hint=_UNFIT,
             )
         if found[name].dtype != tensor.dtype:
             raise CheckpointError(
-                f"tensor {name!r} has the type {found[name].dtype}, the configuration expects {tensor.dtype}"
+                f"tensor {name!r} has the type {found[name].dtype}, the configuration expects {tensor.dtype}",
+                hint=_UNFIT,
             )
     if unexpected := sorted(set(found) - set(expected)):
         shape = tuple(found[unexpected[0]].shape)
         raise CheckpointError(
-            f"tensor {brief(unexpected[0])} of shape {shape} is unexpected, as are {len(unexpected) - 1} others"
+            f"tensor {brief(unexpected[0])} of shape {shape} is unexpected, the first of {len(unexpected)} such",
+            hint=_UNFIT,
         )
 
 

@@ -6,14 +6,18 @@ a field and a keyword never have to be mapped onto each other.
 
 from __future__ import annotations
 
+import json
+import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from gptvae_cli.errors import ConfigError
 
 Unit = Literal["line", "paragraph", "file", "window"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
+TABLES = ("run", "data", "model", "train")
 Objective = Literal["elbo", "stock"]
 DType = Literal["auto", "float32", "bfloat16"]
 PathKind = Literal["slerp", "lerp"]
@@ -62,10 +66,17 @@ class ModelConfig:
         _require(4 <= self.num_tokens <= 2**22, "num_tokens", self.num_tokens, "between 4 and 4194304")
         _require(3 <= self.max_seq_len <= 2**20, "max_seq_len", self.max_seq_len, "between 3 and 1048576")
         _require(
-            4 <= self.attn_dim_head <= 1024 and self.attn_dim_head % 4 == 0,
+            8 <= self.attn_dim_head <= 1024 and self.attn_dim_head % 4 == 0,
             "attn_dim_head",
             self.attn_dim_head,
-            "a multiple of 4 between 4 and 1024",
+            "a multiple of 4 between 8 and 1024",
+        )
+        # x-transformers gives a single head no output product that could bring it back to the width of the model.
+        _require(
+            self.heads > 1 or self.attn_dim_head == self.dim,
+            "attn_dim_head",
+            self.attn_dim_head,
+            f"dim ({self.dim}) where there is one head",
         )
         specials = (self.pad_id, self.bos_id, self.eos_id)
         _require(
@@ -107,7 +118,7 @@ class DataConfig:
             _require(
                 self.unit != "window",
                 "latents_from",
-                self.unit,
+                self.latents_from,
                 "used with a unit of line, paragraph or file",
             )
 
@@ -131,7 +142,7 @@ class TrainConfig:
         max_time: seconds for the whole process, start-up and final evaluation included.
         batch_tokens: target tokens of one optimizer step, about.
         accumulate: micro-batches that one step is cut into.
-        lr: peak learning rate of AdamW.
+        lr: peak learning rate of AdamW; None is 2e-3 at a width of 128, falling with its square root.
         weight_decay: decoupled, on matrices only.
         warmup: share of the run over which the learning rate rises from 0.
         decay: share of the run, at its end, over which it falls to 0.
@@ -153,7 +164,7 @@ class TrainConfig:
     max_time: float | None = 600.0
     batch_tokens: int = 2048
     accumulate: int = 1
-    lr: float = 2e-3
+    lr: float | None = None
     weight_decay: float = 0.01
     warmup: float = 0.02
     decay: float = 0.3
@@ -175,14 +186,13 @@ class TrainConfig:
             None,
             "set, one of them at least",
         )
-        for name in ("steps", "epochs", "max_time"):
+        for name in ("steps", "epochs", "max_time", "lr"):
             value = getattr(self, name)
             if value is not None:
                 _require(0 < value < float("inf"), name, value, "above 0")
         for name, least in (("batch_tokens", 16), ("accumulate", 1)):
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        for name in ("lr", "clip"):
-            _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "above 0")
+        _require(0 < self.clip < float("inf"), "clip", self.clip, "above 0")
         for name in ("weight_decay", "vae_kl_loss_weight", "vae_kl_div_floor", "bag_of_words"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
         for name in ("warmup", "decay", "kl_warmup"):
@@ -190,6 +200,15 @@ class TrainConfig:
         for name in ("latents_dropout_prob", "word_dropout"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
+
+
+STOCK_RECIPE: dict[str, Any] = {
+    "kl_warmup": 0.0,
+    "vae_kl_div_floor": 0.0,
+    "latents_dropout_prob": 0.5,
+    "bag_of_words": 0.0,
+}
+"""What `objective="stock"` means where nothing else is said: the seed class's defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +269,7 @@ def from_dict(kind: type[Config], values: Mapping[str, object]) -> Config:
     try:
         return kind(**values)  # type: ignore[arg-type]
     except TypeError as error:
-        missing = [n for n in known if n not in values]
+        missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in values]
         raise ConfigError(f"{kind.__name__} needs a value for {', '.join(missing)}") from error
 
 
@@ -272,3 +291,39 @@ def _type_name(hint: Any) -> str:
         return "text"
     names = [_type_name(option) for option in options] if options else [getattr(hint, "__name__", str(hint))]
     return " or ".join("nothing" if name == "NoneType" else name for name in names)
+
+
+def read_toml(path: Path) -> dict[str, dict[str, Any]]:
+    """A configuration file: tables named `run`, `data`, `model` and `train`, see `to_toml`.
+
+    Raises:
+        ConfigError: for a file that is missing, not TOML, or has a table of another name.
+    """
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"the configuration {path} is not TOML: {error}") from error
+    for name, table in tables.items():
+        if name not in TABLES or not isinstance(table, dict):
+            raise ConfigError(
+                f"the configuration {path} has {name!r} at its top, known tables are {', '.join(TABLES)}",
+                hint="gptvae train --print-config shows the form",
+            )
+    return tables
+
+
+def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of strings, numbers, booleans and lists of strings as TOML; values of None are left out."""
+    lines: list[str] = []
+    for name, table in tables.items():
+        lines += [f"[{name}]"]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _toml_value(value: object) -> str:
+    # JSON is TOML here but for two things: escaped surrogate pairs (so nothing is escaped), and a bare DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

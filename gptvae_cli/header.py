@@ -33,7 +33,7 @@ DEFAULT_RUN = "./gptvae-run"
 MODEL_NAME = "model.safetensors"
 STATE_NAME = "state.safetensors"
 
-_MAX_HEADER_BYTES = 64 * 2**20  # a BPE of a million tokens takes about 50 MB
+_MAX_HEADER_BYTES = 100_000_000  # as in the reference library; a BPE of a million tokens takes about 50 MB
 _MAX_RANK = 8
 _ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _DAMAGED = "the file is damaged or incomplete, make or copy it again"
@@ -246,7 +246,9 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise CheckpointError(f"cannot load {path}: there is no such file", hint="check the path") from error
     except OSError as error:
-        raise CheckpointError(f"cannot load {path}: {error.strerror or error}") from error
+        raise CheckpointError(
+            f"cannot load {path}: {error.strerror or error}", hint="check the path and its permissions"
+        ) from error
 
 
 def brief(text: object) -> str:

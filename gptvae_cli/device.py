@@ -1,0 +1,133 @@
+"""Where a model runs and with which numbers: decided once, with the reason to print."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gptvae_cli.config import DType
+from gptvae_cli.errors import ConfigError, DeviceError
+
+# What a CPU needs to multiply bfloat16 matrices: torch's private test, and the flag in /proc/cpuinfo for a torch
+# that has renamed it.
+_CPU_BFLOAT16 = {
+    "AMX": ("_is_amx_tile_supported", "amx_bf16"),
+    "AVX512_BF16": ("_is_avx512_bf16_supported", "avx512_bf16"),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where to compute, and why there."""
+
+    device: torch.device
+    reason: str
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The type to compute in (weights stay float32, bfloat16 means autocast), and why this one."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def resolve_device(name: str) -> Device:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:n` means on this machine.
+
+    Raises:
+        ConfigError: for any other name.
+        DeviceError: for a GPU that is not there.
+    """
+    if name == "cpu":
+        return Device(torch.device("cpu"), "asked for")
+    match = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", name)
+    if name != "auto" and match is None:
+        raise ConfigError(f"device is {name!r}, it must be auto, cpu, cuda or cuda:n")
+    count, problem = _cuda_gpus()
+    if match is None:
+        if problem is not None:
+            return Device(torch.device("cpu"), problem)
+        return Device(torch.device("cuda", 0), f"found {torch.cuda.get_device_name(0)}")
+    if problem is not None:
+        raise DeviceError(f"device {name} was asked for, but {problem}", hint="use --device cpu")
+    index = int(match[1] or 0)
+    if index >= count:
+        last = f"cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0"
+        raise DeviceError(f"device {name} was asked for, but this machine has {last}", hint="use --device cuda")
+    return Device(torch.device("cuda", index), f"asked for, it is {torch.cuda.get_device_name(index)}")
+
+
+def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Precision:
+    """The type to compute in. `auto` takes bfloat16 where the hardware multiplies it, but for inference on a CPU.
+
+    Without the instructions for it, bfloat16 on a CPU is 40 to 500 times slower than float32.
+
+    Raises:
+        ConfigError: for a name that is none of `auto`, `float32` and `bfloat16`.
+    """
+    if name == "float32":
+        return Precision(torch.float32, "asked for")
+    if name not in ("auto", "bfloat16"):
+        raise ConfigError(f"dtype is {name!r}, it must be auto, float32 or bfloat16")
+    unit = _bfloat16_unit(device)
+    processor = "GPU" if device.type == "cuda" else "CPU"
+    if name == "bfloat16":
+        if unit is None:
+            return Precision(torch.bfloat16, f"asked for, but slow: this {processor} cannot multiply bfloat16")
+        return Precision(torch.bfloat16, "asked for")
+    if device.type == "cpu" and not training:
+        return Precision(torch.float32, "exact and fast enough on a CPU")
+    if unit is None:
+        return Precision(torch.float32, f"this {processor} cannot multiply bfloat16")
+    return Precision(torch.bfloat16, f"this {processor} multiplies it ({unit})")
+
+
+def set_threads(count: int | None) -> int:
+    """Sets how many CPU threads torch uses, its own choice for None, and returns how many that are.
+
+    Raises:
+        ConfigError: for less than one.
+    """
+    if count is not None:
+        if count < 1:
+            raise ConfigError(f"threads is {count}, it must be at least 1")
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
+
+
+def _cuda_gpus() -> tuple[int, str | None]:
+    """How many GPUs there are, and why none can be used where that is so."""
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        return 0, f"this torch ({torch.__version__}) is built without CUDA"
+    with warnings.catch_warnings(record=True) as caught:  # torch tells of an outdated driver in a warning
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 0:
+        return count, None
+    return 0, str(caught[0].message).partition("\n")[0] if caught else "torch finds no GPU"
+
+
+def _bfloat16_unit(device: torch.device) -> str | None:
+    """What multiplies bfloat16 matrices on this device, or None."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # torch answers for the current GPU
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_name(device) if supported else None
+    for feature, (test_name, flag) in _CPU_BFLOAT16.items():
+        test = getattr(torch.cpu, test_name, None)
+        if flag in _cpu_flags() if test is None else test():
+            return feature
+    return None
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())

@@ -1,0 +1,295 @@
+"""Configurations: what every field allows, in words, and the way to JSON and TOML and back."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptvae_cli.config import (
+    STOCK_RECIPE,
+    Config,
+    DataConfig,
+    ModelConfig,
+    SampleConfig,
+    TrainConfig,
+    from_dict,
+    read_toml,
+    to_dict,
+    to_toml,
+)
+from gptvae_cli.errors import ConfigError, ExitCode
+
+INF, NAN = float("inf"), float("nan")
+MODEL: dict[str, Any] = {
+    "num_tokens": 259,
+    "dim": 64,
+    "depth": 2,
+    "enc_depth": 1,
+    "max_seq_len": 32,
+    "dim_latent": 16,
+    "heads": 2,
+    "pad_id": 256,
+    "bos_id": 257,
+    "eos_id": 258,
+}
+
+
+def one_line(error: ConfigError) -> str:
+    """What every error has to be: a usage error told in one line."""
+    assert error.exit_code == ExitCode.USAGE
+    assert "\n" not in error.message
+    return error.message
+
+
+BETWEEN = "between 1 and 65536"
+SHARE = "between 0 and 1"
+BELOW_ONE = "at least 0 and below 1"
+SPECIALS = "three different tokens below 259"
+
+
+REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
+    (ModelConfig, {"num_tokens": 3}, "num-tokens is 3, it must be between 4 and 4194304"),
+    (ModelConfig, {"num_tokens": 2**22 + 1}, "num-tokens is 4194305, it must be between 4 and 4194304"),
+    (ModelConfig, {"dim": 0}, f"dim is 0, it must be {BETWEEN}"),
+    (ModelConfig, {"dim": 65537}, f"dim is 65537, it must be {BETWEEN}"),
+    (ModelConfig, {"depth": 0}, f"depth is 0, it must be {BETWEEN}"),
+    (ModelConfig, {"enc_depth": -1}, f"enc-depth is -1, it must be {BETWEEN}"),
+    (ModelConfig, {"dim_latent": 0}, f"dim-latent is 0, it must be {BETWEEN}"),
+    (ModelConfig, {"heads": 0}, f"heads is 0, it must be {BETWEEN}"),
+    (ModelConfig, {"max_seq_len": 2}, "max-seq-len is 2, it must be between 3 and 1048576"),
+    (ModelConfig, {"attn_dim_head": 4}, "attn-dim-head is 4, it must be a multiple of 4 between 8 and 1024"),
+    (ModelConfig, {"attn_dim_head": 30}, "attn-dim-head is 30, it must be a multiple of 4 between 8 and 1024"),
+    (ModelConfig, {"attn_dim_head": 1028}, "attn-dim-head is 1028, it must be a multiple of 4 between 8 and 1024"),
+    (
+        ModelConfig,
+        {"heads": 1, "attn_dim_head": 32},
+        "attn-dim-head is 32, it must be dim (64) where there is one head",
+    ),
+    (ModelConfig, {"eos_id": 257}, f"pad-id, bos-id, eos-id is (256, 257, 257), it must be {SPECIALS}"),
+    (ModelConfig, {"pad_id": 259}, f"pad-id, bos-id, eos-id is (259, 257, 258), it must be {SPECIALS}"),
+    (ModelConfig, {"pad_id": -1}, f"pad-id, bos-id, eos-id is (-1, 257, 258), it must be {SPECIALS}"),
+    (DataConfig, {"unit": "word"}, "unit is 'word', it must be one of line, paragraph, file, window"),
+    (DataConfig, {"vocab_size": 255}, "vocab-size is 255, it must be between 256 and 1048576"),
+    (DataConfig, {"valid": "0"}, "valid is '0', it must be a file or a share above 0 and up to 0.5"),
+    (DataConfig, {"valid": "0.6"}, "valid is '0.6', it must be a file or a share above 0 and up to 0.5"),
+    (DataConfig, {"valid": "nan"}, "valid is 'nan', it must be a file or a share above 0 and up to 0.5"),
+    (
+        DataConfig,
+        {"unit": "window", "latents_from": "a.txt"},
+        "latents-from is 'a.txt', it must be used with a unit of line, paragraph or file",
+    ),
+    (TrainConfig, {"objective": "mse"}, "objective is 'mse', it must be one of elbo, stock"),
+    (TrainConfig, {"max_time": None}, "steps, epochs, max-time is None, it must be set, one of them at least"),
+    (TrainConfig, {"steps": 0}, "steps is 0, it must be above 0"),
+    (TrainConfig, {"epochs": 0.0}, "epochs is 0.0, it must be above 0"),
+    (TrainConfig, {"max_time": INF}, "max-time is inf, it must be above 0"),
+    (TrainConfig, {"lr": -1.0}, "lr is -1.0, it must be above 0"),
+    (TrainConfig, {"batch_tokens": 15}, "batch-tokens is 15, it must be at least 16"),
+    (TrainConfig, {"accumulate": 0}, "accumulate is 0, it must be at least 1"),
+    (TrainConfig, {"clip": 0.0}, "clip is 0.0, it must be above 0"),
+    (TrainConfig, {"weight_decay": -0.1}, "weight-decay is -0.1, it must be 0 or more"),
+    (TrainConfig, {"vae_kl_loss_weight": INF}, "vae-kl-loss-weight is inf, it must be 0 or more"),
+    (TrainConfig, {"vae_kl_div_floor": -1.0}, "vae-kl-div-floor is -1.0, it must be 0 or more"),
+    (TrainConfig, {"bag_of_words": NAN}, "bag-of-words is nan, it must be 0 or more"),
+    (TrainConfig, {"warmup": 1.5}, f"warmup is 1.5, it must be {SHARE}"),
+    (TrainConfig, {"decay": -0.5}, f"decay is -0.5, it must be {SHARE}"),
+    (TrainConfig, {"kl_warmup": NAN}, f"kl-warmup is nan, it must be {SHARE}"),
+    (TrainConfig, {"latents_dropout_prob": 1.0}, f"latents-dropout-prob is 1.0, it must be {BELOW_ONE}"),
+    (TrainConfig, {"word_dropout": -0.1}, f"word-dropout is -0.1, it must be {BELOW_ONE}"),
+    (TrainConfig, {"seed": -1}, "seed is -1, it must be between 0 and 2^63 - 1"),
+    (SampleConfig, {"temperature": 0.0}, "temperature is 0.0, it must be above 0 (or use --greedy)"),
+    (SampleConfig, {"temperature": NAN}, "temperature is nan, it must be above 0 (or use --greedy)"),
+    (SampleConfig, {"top_k": 0}, "top-k is 0, it must be at least 1"),
+    (SampleConfig, {"top_p": 0.0}, "top-p is 0.0, it must be above 0 and up to 1"),
+    (SampleConfig, {"top_p": 1.1}, "top-p is 1.1, it must be above 0 and up to 1"),
+    (SampleConfig, {"min_p": NAN}, "min-p is nan, it must be above 0 and up to 1"),
+    (SampleConfig, {"max_tokens": 0}, "max-tokens is 0, it must be at least 1"),
+    (SampleConfig, {"seed": 2**63}, "seed is 9223372036854775808, it must be between 0 and 2^63 - 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"), REFUSED, ids=[f"{kind.__name__}-{'-'.join(values)}" for kind, values, _ in REFUSED]
+)
+def test_a_value_that_is_not_allowed_is_named_with_what_is(
+    kind: type[Config], values: dict[str, Any], message: str
+) -> None:
+    base = MODEL if kind is ModelConfig else {}
+    for make in (kind, lambda **fields: from_dict(kind, fields)):
+        with pytest.raises(ConfigError) as caught:
+            make(**base | values)
+        assert one_line(caught.value) == message
+
+
+def test_every_field_has_a_row_in_the_table_above_or_takes_any_text() -> None:
+    """A field that is added without a check would pass unseen."""
+    checked = {(kind, name) for kind, values, _ in REFUSED for name in values}
+    checked |= {(ModelConfig, "bos_id")}  # with the other two special tokens
+    unchecked = {
+        (kind.__name__, field.name)
+        for kind in (ModelConfig, DataConfig, TrainConfig, SampleConfig)
+        for field in fields(kind)
+        if (kind, field.name) not in checked
+    }
+    assert unchecked == {
+        ("DataConfig", "field"),
+        ("DataConfig", "tokenizer"),
+        ("TrainConfig", "strict"),
+        ("SampleConfig", "greedy"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (ModelConfig, {"num_tokens": 4, "pad_id": 0, "bos_id": 1, "eos_id": 3, "max_seq_len": 3, "attn_dim_head": 8}),
+        (ModelConfig, {"heads": 1, "dim": 1024, "attn_dim_head": 1024, "max_seq_len": 2**20, "num_tokens": 2**22}),
+        (DataConfig, {"valid": "0.5", "vocab_size": 256}),
+        (DataConfig, {"latents_from": "a.txt", "unit": "file"}),
+        (TrainConfig, {"steps": 1, "max_time": None, "warmup": 0.0, "decay": 1.0, "seed": 2**63 - 1}),
+        (TrainConfig, {"vae_kl_loss_weight": 0.0, "word_dropout": 0.99, "batch_tokens": 16}),
+        (SampleConfig, {"temperature": 1e-300, "top_k": 1, "top_p": 1.0, "min_p": 1.0, "max_tokens": 1}),
+    ],
+)
+def test_the_edges_of_what_is_allowed_are_allowed(kind: type[Config], values: dict[str, Any]) -> None:
+    base = MODEL if kind is ModelConfig else {}
+    assert to_dict(kind(**{**base, **values})).items() >= values.items()
+
+
+@pytest.mark.parametrize(
+    ("valid", "share"), [("0.05", 0.05), ("1e-3", 0.001), ("held-out.txt", None), ("./0.1", None), ("-", None)]
+)
+def test_valid_is_a_share_or_a_file(valid: str, share: float | None) -> None:
+    assert DataConfig(valid=valid).valid_share == share
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(**MODEL),
+        ModelConfig(**MODEL, attn_dim_head=12),
+        DataConfig(),
+        DataConfig(unit="window", field="é 中", valid="b.txt", tokenizer="t.json", vocab_size=300),
+        TrainConfig(),
+        TrainConfig(objective="stock", steps=5, epochs=0.5, max_time=None, lr=1e-5, strict=True),
+        SampleConfig(),
+        SampleConfig(temperature=0.3, top_k=5, top_p=0.9, min_p=0.1, greedy=True, max_tokens=9, seed=2**63 - 1),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_config_survives_json(config: Any) -> None:
+    values = json.loads(json.dumps(to_dict(config), allow_nan=False))
+    assert from_dict(type(config), values) == config
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = SampleConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.seed = 5  # type: ignore[misc]
+
+
+def test_an_unknown_field_is_named_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(SampleConfig, {"temprature": 1.0})
+    assert one_line(caught.value) == "SampleConfig has no field 'temprature'"
+    assert caught.value.hint is not None
+    assert "known fields: temperature, top_k" in caught.value.hint
+
+
+def test_missing_fields_are_named_and_those_with_a_default_are_not() -> None:
+    values = {name: value for name, value in MODEL.items() if name not in ("dim", "heads")}
+    with pytest.raises(ConfigError) as caught:
+        from_dict(ModelConfig, values)
+    assert one_line(caught.value) == "ModelConfig needs a value for dim, heads"
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ModelConfig, {"dim": "64"}, "dim is '64', it must be of type int"),
+        (ModelConfig, {"dim": 64.0}, "dim is 64.0, it must be of type int"),
+        (ModelConfig, {"dim": True}, "dim is True, it must be of type int"),
+        (ModelConfig, {"dim": None}, "dim is None, it must be of type int"),
+        (DataConfig, {"unit": 1}, "unit is 1, it must be of type text"),
+        (DataConfig, {"field": None}, "field is None, it must be of type str"),
+        (DataConfig, {"valid": 0.05}, "valid is 0.05, it must be of type str"),
+        (DataConfig, {"vocab_size": "many"}, "vocab-size is 'many', it must be of type int or nothing"),
+        (DataConfig, {"latents_from": ["a"]}, "latents-from is ['a'], it must be of type str or nothing"),
+        (TrainConfig, {"clip": "1"}, "clip is '1', it must be of type float"),
+        (TrainConfig, {"clip": True}, "clip is True, it must be of type float"),
+        (TrainConfig, {"epochs": {}}, "epochs is {}, it must be of type float or nothing"),
+        (TrainConfig, {"strict": 1}, "strict is 1, it must be of type bool"),
+        (TrainConfig, {"objective": []}, "objective is [], it must be of type text"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_the_type(
+    kind: type[Config], values: dict[str, Any], message: str
+) -> None:
+    """Before it is compared: a header is a stranger's JSON."""
+    base = MODEL if kind is ModelConfig else {}
+    with pytest.raises(ConfigError) as caught:
+        from_dict(kind, {**base, **values})
+    assert one_line(caught.value) == message
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert from_dict(TrainConfig, {"clip": 2, "max_time": 60}).clip == 2
+
+
+def test_the_stock_recipe_is_made_of_fields() -> None:
+    assert to_dict(from_dict(TrainConfig, {"objective": "stock", **STOCK_RECIPE})).items() >= STOCK_RECIPE.items()
+
+
+# TOML -----------------------------------------------------------------------------------------------------------------
+
+TRICKY = 'quote " backslash \\ tab \t é 中 😀 \u2028 del \x7f esc \x1b nul \x00 </script>'
+
+
+def test_a_config_survives_toml(tmp_path: Path) -> None:
+    tables: dict[str, dict[str, Any]] = {
+        "run": {"corpus": ["a.txt", TRICKY], "strict": True, "empty": []},
+        "data": to_dict(DataConfig(field=TRICKY)),
+        "train": to_dict(TrainConfig(lr=1e-5, steps=10**12, weight_decay=1e-300)),
+    }
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(tables), "utf-8")
+    found = read_toml(path)
+    assert found["run"] == tables["run"]
+    assert from_dict(DataConfig, found["data"]) == DataConfig(field=TRICKY)
+    assert from_dict(TrainConfig, found["train"]) == from_dict(TrainConfig, tables["train"])
+
+
+def test_values_of_none_are_left_out_of_toml() -> None:
+    assert tomllib.loads(to_toml({"train": {"lr": None, "steps": 5}})) == {"train": {"steps": 5}}
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path, "cannot read the configuration .*: No such file"),
+        (lambda path: path.parent, "cannot read the configuration .*: Is a directory"),
+        (lambda path: write(path, b"[train\n"), "is not TOML: "),
+        (lambda path: write(path, b'[data]\nfield = "\xff"'), "is not TOML: "),
+        (lambda path: write(path, b"[trian]\nsteps = 5"), "has 'trian' at its top, known tables are run, data"),
+        (lambda path: write(path, b"steps = 5"), "has 'steps' at its top"),
+        (lambda path: write(path, b"train = 5"), "has 'train' at its top"),
+    ],
+    ids=["missing", "folder", "broken", "not-utf-8", "unknown-table", "no-table", "not-a-table"],
+)
+def test_a_configuration_file_that_cannot_be_used_says_why(
+    tmp_path: Path, make: Callable[[Path], Path], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_toml(make(tmp_path / "config.toml"))
+    one_line(caught.value)

@@ -1,0 +1,188 @@
+"""The choice of device and number type, on machines that have and have not what was asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptvae_cli import device as device_module
+from gptvae_cli.device import resolve_device, resolve_dtype, set_threads
+from gptvae_cli.errors import ConfigError, DeviceError, ExitCode
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+Machine = Callable[..., None]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Pretends to be a machine: how many GPUs it has, what its torch was built for, what its parts can."""
+
+    def pretend(
+        *, gpus: int = 0, built: bool = True, warning: str | None = None, gpu_bf16: bool = True, cpu_bf16: bool = True
+    ) -> None:
+        def is_available() -> bool:
+            if warning is not None:
+                warnings.warn(warning, stacklevel=2)
+            return gpus > 0
+
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+        monkeypatch.setattr(torch.cuda, "is_available", is_available)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+        # Emulation counts as support unless torch is asked not to count it.
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu_bf16 or including_emulation
+        )
+        monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu_bf16, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+
+    return pretend
+
+
+@pytest.fixture
+def thread_count() -> Iterator[int]:
+    count = torch.get_num_threads()
+    yield count
+    torch.set_num_threads(count)
+
+
+def test_auto_takes_the_first_gpu_and_else_the_cpu(machine: Machine) -> None:
+    machine(gpus=2)
+    assert resolve_device("auto").device == torch.device("cuda", 0)
+    assert resolve_device("auto").reason == "found Test GPU"
+    machine(gpus=0)
+    assert resolve_device("auto").device == CPU
+    assert resolve_device("auto").reason == "torch finds no GPU"
+
+
+def test_cpu_is_taken_where_there_is_a_gpu_too(machine: Machine) -> None:
+    machine(gpus=1)
+    assert resolve_device("cpu").device == CPU
+
+
+def test_gpu_is_taken_by_its_number(machine: Machine) -> None:
+    machine(gpus=2)
+    assert resolve_device("cuda").device == torch.device("cuda", 0)
+    assert resolve_device("cuda:1").device == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        pytest.param({"built": False}, f"this torch ({torch.__version__}) is built without CUDA", id="CPU build"),
+        pytest.param({}, "torch finds no GPU", id="no GPU"),
+        pytest.param({"warning": "The driver is too old.\nUpdate it."}, "The driver is too old.", id="old driver"),
+    ],
+)
+def test_absent_gpu_says_why(machine: Machine, parts: dict[str, object], said: str) -> None:
+    """torch tells of an outdated driver in a warning only, which a pipeline would never show."""
+    machine(**parts)
+    with pytest.raises(DeviceError) as caught:
+        resolve_device("cuda")
+    assert caught.value.message == f"device cuda was asked for, but {said}"
+    assert caught.value.hint == "use --device cpu"
+    assert caught.value.exit_code == ExitCode.FAILURE
+    assert resolve_device("auto").device == CPU
+    assert resolve_device("auto").reason == said
+
+
+@pytest.mark.parametrize(("gpus", "found"), [(1, "only cuda:0"), (3, "cuda:0 to cuda:2")])
+def test_gpu_out_of_range_says_which_there_are(machine: Machine, gpus: int, found: str) -> None:
+    machine(gpus=gpus)
+    with pytest.raises(DeviceError, match=f"device cuda:3 was asked for, but this machine has {found}"):
+        resolve_device("cuda:3")
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "CPU", "cuda:", "cuda:-1", "cuda:x", "cuda:0 ", "cuda:99999", "mps"])
+def test_unknown_device_is_wrong_usage(name: str) -> None:
+    with pytest.raises(ConfigError, match="it must be auto, cpu, cuda or cuda:n") as caught:
+        resolve_device(name)
+    assert repr(name) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("device", "training", "parts", "dtype"),
+    [
+        pytest.param(CPU, False, {"cpu_bf16": True}, torch.float32, id="cpu inference"),
+        pytest.param(CPU, True, {"cpu_bf16": True}, torch.bfloat16, id="able cpu training"),
+        pytest.param(CPU, True, {"cpu_bf16": False}, torch.float32, id="plain cpu training"),
+        pytest.param(GPU, False, {"gpu_bf16": True}, torch.bfloat16, id="able gpu inference"),
+        pytest.param(GPU, True, {"gpu_bf16": True}, torch.bfloat16, id="able gpu training"),
+        pytest.param(GPU, True, {"gpu_bf16": False}, torch.float32, id="old gpu training"),
+    ],
+)
+def test_auto_takes_bfloat16_only_where_it_gains(
+    machine: Machine, device: torch.device, training: bool, parts: dict[str, bool], dtype: torch.dtype
+) -> None:
+    """bfloat16 on a CPU without instructions for it is 40 to 500 times slower than float32."""
+    machine(gpus=1, **parts)
+    precision = resolve_dtype("auto", device, training=training)
+    assert precision.dtype == dtype
+    assert precision.reason
+
+
+def test_asking_for_float32_is_always_granted(machine: Machine) -> None:
+    machine(gpus=1)
+    assert resolve_dtype("float32", GPU, training=True).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("device", "processor"), [(CPU, "CPU"), (GPU, "GPU")])
+def test_asking_for_bfloat16_is_granted_with_a_warning_where_it_is_slow(
+    machine: Machine, device: torch.device, processor: str
+) -> None:
+    machine(gpus=1, cpu_bf16=False, gpu_bf16=False)
+    precision = resolve_dtype("bfloat16", device, training=True)
+    assert precision.dtype == torch.bfloat16
+    assert precision.reason == f"asked for, but slow: this {processor} cannot multiply bfloat16"
+    machine(gpus=1)
+    assert resolve_dtype("bfloat16", device, training=True).reason == "asked for"
+
+
+def test_unknown_dtype_is_wrong_usage() -> None:
+    with pytest.raises(ConfigError, match="dtype is 'float16'"):
+        resolve_dtype("float16", CPU, training=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("flags", "able"), [({"avx2", "avx512_bf16"}, True), ({"amx_bf16"}, True), ({"avx2"}, False)])
+def test_cpu_flags_answer_where_torch_has_dropped_its_private_tests(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], able: bool
+) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    monkeypatch.setattr(device_module, "_cpu_flags", lambda: flags)
+    assert (resolve_dtype("auto", CPU, training=True).dtype == torch.bfloat16) == able
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="this system has no /proc/cpuinfo")
+def test_cpu_flags_agree_with_torch() -> None:
+    flags = device_module._cpu_flags()
+    if not flags:
+        pytest.skip("this processor does not list its flags")
+    assert ("avx2" in flags) == torch.cpu._is_avx2_supported()
+    assert ("avx512_bf16" in flags) == torch.cpu._is_avx512_bf16_supported()
+
+
+def test_threads_are_set_and_none_changes_nothing(thread_count: int) -> None:
+    assert set_threads(None) == thread_count
+    assert set_threads(thread_count + 1) == torch.get_num_threads() == thread_count + 1
+    assert set_threads(None) == thread_count + 1
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_less_than_one_thread_is_wrong_usage(count: int) -> None:
+    with pytest.raises(ConfigError, match=f"threads is {count}"):
+        set_threads(count)
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+def test_real_gpu_is_found_and_multiplies_in_the_chosen_type() -> None:
+    found = resolve_device("auto").device
+    dtype = resolve_dtype("auto", found, training=True).dtype
+    ones = torch.ones(8, 8, device=found, dtype=dtype)
+    assert float((ones @ ones)[0, 0]) == 8
