@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain, islice, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from gptvae_cli.config import DataConfig, ModelConfig
-from gptvae_cli.errors import CheckpointError, DataError
+from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch
 from gptvae_cli.text import Tokenizer, automatic_tokenizer, read_texts
@@ -65,14 +65,13 @@ class TokenStore:
         try:
             self.offsets: Ints = np.fromfile(folder / f"{name}.offsets", dtype="<i8")
             path = folder / f"{name}.tokens"
-            width = path.stat().st_size // max(1, int(self.offsets[-1]))
-            dtype = np.dtype("<u2" if width < 4 else "<u4")
-            empty = np.zeros(0, dtype)
-            self.tokens = np.memmap(path, dtype, "r") if path.stat().st_size else empty
-        except (OSError, IndexError) as error:
-            raise CheckpointError(
-                f"the token cache {folder} is missing or damaged", hint="give the corpus again, with --force"
-            ) from error
+            size, count = path.stat().st_size, int(self.offsets[-1])
+            if size not in (2 * count, 4 * count):
+                raise ValueError(f"{count} tokens in {size} bytes")
+            dtype = np.dtype("<u2" if size == 2 * count else "<u4")
+            self.tokens = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
+        except (OSError, IndexError, ValueError) as error:
+            raise _broken_cache(folder) from error
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -81,6 +80,12 @@ class TokenStore:
     def lengths(self) -> Ints:
         """Tokens of every row, BOS and EOS not counted [N]."""
         return np.diff(self.offsets)
+
+
+def _broken_cache(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"the token cache {folder} is missing or damaged", hint="give the corpus again, with --force"
+    )
 
 
 class _StoreWriter:
@@ -127,9 +132,7 @@ class Corpus:
         try:
             facts = CorpusFacts(**json.loads((folder / "corpus.json").read_text("utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(
-                f"the token cache {folder} is missing or damaged", hint="give the corpus again, with --force"
-            ) from error
+            raise _broken_cache(folder) from error
         paired = (folder / "train.source.offsets").exists()
         return cls(
             tokenizer,
@@ -161,7 +164,13 @@ class Corpus:
 
         Raises:
             DataError: for a corpus that cannot be read, or that has fewer than two texts to train on.
+            ConfigError: for a validation file where the encoder reads other texts: it has none of those.
         """
+        if config.latents_from is not None and config.valid_share is None:
+            raise ConfigError(
+                f"valid is {config.valid!r}, it must be a share of the corpus where latents-from names a file",
+                hint="leave --valid out, or say for example --valid 0.05",
+            )
         folder.mkdir(parents=True, exist_ok=True)
         pairs = _pairs(sources, config, stdin)
         sample = _take(pairs, _SAMPLE_CHARS)
@@ -305,12 +314,11 @@ def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tu
     texts = [text for pair in sample for text in pair if text]
     if config.tokenizer not in ("auto", "bytes", "bpe"):
         return Tokenizer.from_file(Path(config.tokenizer)), f"read from {config.tokenizer}"
-    kind, size, reason = automatic_tokenizer(texts, None)
-    if config.tokenizer != "auto":
-        kind, reason = config.tokenizer, "asked for"
+    choice = automatic_tokenizer(texts, None)
+    kind, reason = (choice.kind, choice.reason) if config.tokenizer == "auto" else (config.tokenizer, "asked for")
     if kind == "bytes":
         return Tokenizer.bytes(), reason
-    return Tokenizer.train_bpe(texts, config.vocab_size or size), reason
+    return Tokenizer.train_bpe(texts, config.vocab_size or choice.vocab_size), reason
 
 
 def _hash_share(text: str) -> float:
@@ -333,7 +341,7 @@ def _line_pieces(text: str, characters: int = 2**16) -> list[str]:
 
 
 class Rows:
-    """Sequences `BOS text EOS` over a store: its rows, or, with `window`, crops of its running texts.
+    """Sequences `BOS text EOS` over a store: its rows, or, with `window`, crops of all of it as one running text.
 
     A text longer than the model is cut and has no EOS, as has a crop.
     """
@@ -344,12 +352,17 @@ class Rows:
         self.store, self.source, self.config, self.window = store, source, config, window
         self.longest = config.max_seq_len - 1
         if window:
-            self.crop = min(self.longest, int(store.lengths.max()))
+            self.crop = min(self.longest, len(store.tokens))
 
     @property
     def cut(self) -> int:
-        """Texts that are longer than the model."""
-        return 0 if self.window else int((self.store.lengths + 2 > self.config.max_seq_len).sum())
+        """Texts that are longer than the model, or whose source is."""
+        if self.window:
+            return 0
+        longest = self.store.lengths
+        if self.source is not None:
+            longest = np.maximum(longest, self.source.lengths)
+        return int((longest + 2 > self.config.max_seq_len).sum())
 
     def spans(self, seed: int | None = None, epoch: int = 0) -> tuple[Ints, Ints]:
         """Where the rows of an epoch start and stop in the store, specials not counted.
@@ -362,16 +375,11 @@ class Rows:
             starts, stops = offsets[:-1], offsets[1:]
             whole = stops - starts + 2 <= self.config.max_seq_len
             return starts, np.where(whole, stops, starts + self.longest)
+        total = len(self.store.tokens)
         if seed is None:
-            starts = np.concatenate([np.arange(a, b, self.crop) for a, b in pairwise(offsets)])
-            ends = np.repeat(offsets[1:], -(-self.store.lengths // self.crop))
-            return starts, np.minimum(starts + self.crop, ends)
-        # Every place of every text is equally likely to be the first of a crop.
-        places = np.maximum(self.store.lengths - self.crop + 1, 0)
-        count = max(1, len(self.store.tokens) // self.crop)
-        drawn = stream(seed, Purpose.ORDER, epoch, 1).integers(0, places.sum(), count)
-        text = np.searchsorted(places.cumsum(), drawn, side="right")
-        starts = offsets[text] + drawn - (places.cumsum() - places)[text]
+            starts = np.arange(0, total, self.crop)
+            return starts, np.minimum(starts + self.crop, total)
+        starts = stream(seed, Purpose.ORDER, epoch, 1).integers(0, total - self.crop + 1, max(1, total // self.crop))
         return starts, starts + self.crop
 
     def batch(self, starts: Ints, stops: Ints, index: Ints) -> Batch:
@@ -445,12 +453,20 @@ def padding_share(lengths: Ints, batches: Iterable[Ints]) -> float:
     return 1 - int(lengths.sum()) / max(1, padded)
 
 
-def training_batches(rows: Rows, batch_tokens: int, seed: int, epoch: int, skip: int = 0) -> Iterator[Batch]:
-    """The batches of one epoch, a pure function of seed and epoch; the first `skip` are passed over."""
-    starts, stops = rows.spans(seed, epoch)
-    plan = plan_batches(stops - starts + 2, batch_tokens, stream(seed, Purpose.ORDER, epoch))
-    for index in islice(plan, skip, None):
-        yield rows.batch(starts, stops, index)
+class Epoch:
+    """The batches of one pass over the rows, a pure function of seed and epoch; its length is their number."""
+
+    def __init__(self, rows: Rows, batch_tokens: int, seed: int, epoch: int) -> None:
+        self.rows = rows
+        self.starts, self.stops = rows.spans(seed, epoch)
+        self.plan = plan_batches(self.stops - self.starts + 2, batch_tokens, stream(seed, Purpose.ORDER, epoch))
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def batches(self, skip: int = 0) -> Iterator[Batch]:
+        """The batches behind the first `skip`, in order."""
+        return (self.rows.batch(self.starts, self.stops, index) for index in self.plan[skip:])
 
 
 def fixed_batches(rows: Rows, batch_tokens: int, most: int) -> list[Batch]:
