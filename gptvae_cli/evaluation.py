@@ -1,0 +1,134 @@
+"""What the latent carries: figures over a held-out set, in nats per text.
+
+Shapes: B batch, N texts, T tokens, Z latent width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptvae_cli.config import SampleConfig
+from gptvae_cli.decoding import Request, decode
+from gptvae_cli.latent import COLLAPSED_NATS, active_dimensions, mutual_information
+from gptvae_cli.model import GPTVAE, Posterior
+from gptvae_cli.noise import Purpose, stream
+from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Means over the texts of one set, in nats per text; EOS is counted as a token and BOS is not.
+
+    Args:
+        texts: how many.
+        tokens: target tokens, of all of them.
+        cross_entropy: given a sample of the text's own posterior.
+        cross_entropy_shuffled: given another text's sample.
+        cross_entropy_without: given no latent.
+        kl: raw KL of the posterior from the prior, never the excess over a floor.
+        mutual_information: between text and latent, at most ln(texts).
+        active_001, active_02: dimensions whose posterior mean has a variance above 0.01 and above 0.2.
+    """
+
+    texts: int
+    tokens: int
+    cross_entropy: float
+    cross_entropy_shuffled: float
+    cross_entropy_without: float
+    kl: float
+    mutual_information: float
+    active_001: int
+    active_02: int
+
+    @property
+    def nll_bound(self) -> float:
+        """Negative ELBO: an upper bound of the NLL."""
+        return self.cross_entropy + self.kl
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the latent carries next to nothing."""
+        return self.mutual_information < COLLAPSED_NATS
+
+
+@torch.no_grad()
+def reconstruct(model: GPTVAE, rows: Sequence[Tensor], *, banned: Sequence[int] = ()) -> list[list[int]]:
+    """The greedy text of each row's posterior mean: tokens without BOS and EOS.
+
+    Args:
+        model: is left in the mode it was in.
+        rows: what the encoder reads, `BOS text EOS`, one tensor [T] a text.
+        banned: tokens that are never written.
+    """
+    config = model.config
+    assert config is not None
+    was_training = model.training
+    model.eval()
+    try:
+        tokens_BT = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=config.pad_id)
+        mean_BZ = model.posterior(tokens_BT.to(model.device)).mean_BZ
+        requests = (Request(row, 0, (), latent_Z) for row, latent_Z in enumerate(mean_BZ))
+        return list(decode(model, requests, SampleConfig(greedy=True), banned=banned))
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def measure(
+    model: GPTVAE, batches: Sequence[Batch], *, seed: int = 0, precision: torch.dtype = torch.float32
+) -> Figures:
+    """Figures over these batches; the noise is a function of the seed alone, so that two calls agree.
+
+    Args:
+        model: is put into eval mode and left as it was.
+        batches: of whole texts, in order of length, on any device.
+        seed: of the latents' noise.
+        precision: bfloat16 computes under autocast.
+    """
+    was_training = model.training
+    model.eval()
+    texts = sum(len(batch.tokens_BT) for batch in batches)
+    noise_NZ = torch.from_numpy(
+        stream(seed, Purpose.VALIDATION).standard_normal((texts, model.dim_latent), dtype="float32")
+    ).to(model.device)
+    sums = dict.fromkeys(("right", "shuffled", "without"), 0.0)
+    try:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+            posteriors = [model.posterior(batch.encoder_BT.to(model.device)).in_float32() for batch in batches]
+            everything = Posterior(
+                torch.cat([p.mean_BZ for p in posteriors]), torch.cat([p.log_var_BZ for p in posteriors])
+            )
+            latents_NZ = everything.sample(noise_NZ)
+            # Batches are in order of length, so the neighbour is another text of about the same length. It may be of
+            # another batch: one of a single row would else be given its own latent.
+            others_NZ = latents_NZ.roll(1, dims=0)
+            start = 0
+            for batch in batches:
+                batch = batch.to(model.device)
+                here = slice(start, start + len(batch.tokens_BT))
+                start = here.stop
+                nobody_B = torch.zeros(len(batch.tokens_BT), dtype=torch.bool, device=model.device)
+                for name, z_BZ, keep_B in (
+                    ("right", latents_NZ[here], None),
+                    ("shuffled", others_NZ[here], None),
+                    ("without", latents_NZ[here], nobody_B),
+                ):
+                    nats_BT = cross_entropy_BT(model, batch.tokens_BT, z_BZ, Noise(z_BZ, keep_B))
+                    sums[name] += float(nats_BT.double().sum())
+    finally:
+        model.train(was_training)
+    return Figures(
+        texts=texts,
+        tokens=sum(batch.target_tokens for batch in batches),
+        cross_entropy=sums["right"] / texts,
+        cross_entropy_shuffled=sums["shuffled"] / texts,
+        cross_entropy_without=sums["without"] / texts,
+        kl=float(everything.kl_BZ().double().sum(-1).mean()),
+        mutual_information=mutual_information(everything.mean_BZ, everything.log_var_BZ, latents_NZ),
+        active_001=active_dimensions(everything.mean_BZ, 0.01),
+        active_02=active_dimensions(everything.mean_BZ, 0.2),
+    )

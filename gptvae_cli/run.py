@@ -1,0 +1,380 @@
+"""A run folder: starting a training run in it, keeping its files, and resuming it.
+
+RUN/model.safetensors        the best model so far, alone all that other commands need
+RUN/state.safetensors        the last step: weights, optimizer, counters (and state.prev.safetensors)
+RUN/metrics.jsonl            one JSON object for every few seconds and every validation
+RUN/cache/                   the corpus as tokens
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from gptvae_cli import __version__, sizing
+from gptvae_cli.checkpoint import load, load_state, save_model, save_state
+from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from gptvae_cli.data import Corpus, Rows, corpus_digest, padding_share, plan_batches
+from gptvae_cli.device import Device, Precision
+from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, DataError, GPTVAEError
+from gptvae_cli.evaluation import Figures, reconstruct
+from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader
+from gptvae_cli.model import GPTVAE
+from gptvae_cli.text import Tokenizer
+from gptvae_cli.training import Learner, StepReport, counters_dict, train
+
+METRICS_NAME = "metrics.jsonl"
+CACHE_NAME = "cache"
+STATE_SECONDS = 60.0
+METRICS_SECONDS = 5.0
+_NEW_CACHE_NAME = "cache.part"
+_OURS = (MODEL_NAME, STATE_NAME, "state.prev.safetensors", METRICS_NAME, CACHE_NAME)
+
+
+@contextmanager
+def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
+    """Makes the folder, and keeps every other training run out of it meanwhile.
+
+    Args:
+        folder: of the run.
+        resume: there must be a state to go on from.
+        force: an earlier run may be there; `start` replaces it once the new corpus has been read.
+
+    Raises:
+        BusyError: where another process is training in it.
+        ConfigError: for an existing run without `resume` or `force`.
+        CheckpointError: for `resume` without a state.
+        GPTVAEError: for a folder that cannot be written.
+    """
+    was_there = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise GPTVAEError(
+            f"cannot make the run folder {folder}: {error.strerror}", hint="choose another one with --out"
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BusyError(
+                f"{folder} is in use by another training run", hint="wait for it, or choose another folder with --out"
+            ) from error
+        if not os.access(folder, os.W_OK):
+            raise GPTVAEError(f"cannot write to {folder}: permission denied", hint="choose another one with --out")
+        if resume and not (folder / STATE_NAME).exists():
+            raise CheckpointError(f"no run to resume in {folder}", hint="start one without --resume")
+        if not (resume or force) and any((folder / name).exists() for name in (STATE_NAME, MODEL_NAME, METRICS_NAME)):
+            raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
+        if not resume and (foreign := _foreign(folder / CACHE_NAME)):
+            raise ConfigError(
+                f"{foreign} is in the way and is not of gptvae's making", hint="choose another folder with --out"
+            )
+        yield
+    finally:
+        os.close(handle)
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _foreign(cache: Path) -> Path | None:
+    """Something in the place of the cache that a corpus did not leave there, such as a folder of the user's own."""
+    if cache.is_symlink() or not cache.exists():
+        return None
+    if not cache.is_dir():
+        return cache
+    ours = (".tokens", ".offsets")
+    return next((p for p in sorted(cache.iterdir()) if p.name != "corpus.json" and p.suffix not in ours), None)
+
+
+def _remove_run(folder: Path) -> None:
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@dataclass
+class Job:
+    """A training run: what it learns from, what it learns, and the folder that keeps it."""
+
+    folder: Path
+    corpus: Corpus
+    data: DataConfig
+    learner: Learner
+    precision: Precision
+    notes: list[str]
+    figures: Figures | None = None
+    """Of the held-out texts, and of the model that `model.safetensors` holds."""
+
+    def __post_init__(self) -> None:
+        config = self.model_config
+        window = self.data.unit == "window"
+        self.rows = Rows(self.corpus.train, config, window=window, source=self.corpus.train_source)
+        self.valid = Rows(self.corpus.valid, config, window=window, source=self.corpus.valid_source)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        config = self.learner.model.config
+        assert config is not None
+        return config
+
+    @property
+    def banned(self) -> list[int]:
+        """Tokens that a model of this unit never writes."""
+        return self.corpus.tokenizer.line_break_ids() if self.data.unit == "line" else []
+
+    def run(self, *, should_stop: Callable[[], bool], seconds: Callable[[], float]) -> Iterator[StepReport]:
+        """Trains, keeps the files, and passes the reports on.
+
+        Args:
+            should_stop: asked after every step.
+            seconds: since this session of the run began.
+        """
+        saved = logged = time.monotonic()
+        steps = train(
+            self.learner,
+            self.rows,
+            self.valid,
+            precision=self.precision.dtype,
+            should_stop=should_stop,
+            seconds=seconds,
+        )
+        report = None
+        for report in steps:
+            # A model of any kind is better than none; once there is a best one, only better ones take its place.
+            if report.figures is not None and (report.improved or self.learner.counters.best == float("inf")):
+                self.figures = report.figures
+                self.save_model()
+            if report.figures is not None or time.monotonic() - logged > METRICS_SECONDS:
+                self._log(report)
+                logged = time.monotonic()
+            if report.done or time.monotonic() - saved > STATE_SECONDS:
+                self.save_state()
+                saved = time.monotonic()
+            yield report
+        if report is not None and not report.done:
+            self.save_state()
+        if not (self.folder / MODEL_NAME).exists():
+            self.save_model()
+
+    def load_best(self) -> None:
+        """Puts the weights of `model.safetensors` in place of the last ones."""
+        best = load(self.folder / MODEL_NAME, device=self.learner.model.device)
+        self.learner.model.load_state_dict(best.model.state_dict())
+        values = best.header.training.get("validation")
+        self.figures = Figures(**values) if values else None
+
+    def save_model(self) -> None:
+        """Writes the weights as they are now to `model.safetensors`."""
+        save_model(self.folder / MODEL_NAME, self.learner.model, self.header())
+
+    def save_state(self) -> None:
+        """Writes all that resuming needs to `state.safetensors`."""
+        metadata = {
+            "model": to_dict(self.model_config),
+            "data": to_dict(self.data),
+            "train": to_dict(self.learner.config),
+            "tokenizer": self.corpus.tokenizer.to_json(),
+            "counters": counters_dict(self.learner.counters),
+        }
+        save_state(self.folder / STATE_NAME, self.learner.tensors(), metadata)
+
+    def header(self) -> ModelHeader:
+        """What the model file says about itself."""
+        counters = self.learner.counters
+        training = {
+            "gptvae": __version__,
+            "torch": torch.__version__,
+            "train": to_dict(self.learner.config),
+            "learning_rate": self.learner.lr,
+            "device": self.learner.model.device.type,
+            "precision": _dtype_name(self.precision),
+            "corpus": asdict(self.corpus.facts),
+            "steps": counters.step,
+            "epochs": round(counters.tokens / max(1, len(self.corpus.train.tokens) + len(self.corpus.train)), 2),
+            "seconds": round(counters.seconds, 1),
+            "tokens_seen": counters.tokens,
+            "validation": None if self.figures is None else asdict(self.figures),
+        }
+        return ModelHeader(FORMAT_VERSION, self.model_config, self.data, self.corpus.tokenizer.to_json(), training)
+
+    def reconstructions(self, count: int, *, start: int = 0) -> list[tuple[str, str]]:
+        """Held-out texts beside the greedy decode of their posterior mean."""
+        count = min(count, len(self.valid.spans()[0]))
+        starts, stops = self.valid.spans()
+        index = (np.arange(count) + start) % len(starts)
+        decode = self.corpus.tokenizer.decode
+        batch = self.valid.batch(starts, stops, index)
+        written = reconstruct(self.learner.model, list(batch.encoder_BT), banned=self.banned)
+        return [(decode(row.tolist()), decode(ids)) for row, ids in zip(batch.encoder_BT, written, strict=True)]
+
+    def _log(self, report: StepReport) -> None:
+        values = {key: value for key, value in asdict(report).items() if value is not None}
+        if report.figures is not None:
+            values["figures"]["nll_bound"] = report.figures.nll_bound
+        line = json.dumps({"time": round(time.time(), 3), **values})
+        with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def start(
+    folder: Path,
+    sources: Sequence[str],
+    data: DataConfig,
+    config: TrainConfig,
+    *,
+    shape: Mapping[str, int],
+    preset: str,
+    device: Device,
+    precision: Precision,
+    stdin: BinaryIO | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Job:
+    """A new run: reads the corpus, fits the sizes that were not given, and builds the model.
+
+    Args:
+        folder: claimed, see `claimed`.
+        sources: the corpus.
+        data, config: as they were asked for.
+        shape: fields of `ModelConfig` that were asked for; the others are fitted.
+        preset: a name from `sizing.PRESETS`, or `auto`.
+        device, precision: where and in what to compute.
+        stdin: stands for standard input.
+        on_progress: called with the characters read so far.
+
+    Raises:
+        ConfigError: for sizes that cannot be; an earlier run is then still there.
+        DataError: for a corpus that cannot be used; likewise.
+    """
+    name, reason = preset, "asked for"
+    if preset == "auto":
+        name, reason = sizing.choose_preset(config.max_time, accelerated=device.device.type != "cpu")
+    sizes = asdict(sizing.preset(name)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
+    new_cache = folder / _NEW_CACHE_NAME
+    try:
+        corpus = Corpus.build(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
+        model_config = _model_config(corpus, data, sizes)
+        torch.manual_seed(config.seed)
+        model = GPTVAE.from_config(model_config).to(device.device)
+    except BaseException:
+        shutil.rmtree(new_cache, ignore_errors=True)
+        raise
+    # Only now, with a corpus and a model in hand, does an earlier run have to go.
+    _remove_run(folder)
+    new_cache.rename(folder / CACHE_NAME)
+    facts, tokenizer = corpus.facts, corpus.tokenizer
+    notes = [
+        f"corpus: {facts.texts:,} texts of {facts.characters:,} characters"
+        + (f", {facts.empty:,} empty ones dropped" if facts.empty else "")
+        + f"; {len(corpus.train):,} to train on, {len(corpus.valid):,} held out",
+        f"tokenizer: {tokenizer.kind}, {tokenizer.num_tokens:,} tokens ({facts.tokenizer_reason})",
+    ]
+    job = Job(folder, corpus, data, Learner(model, config), precision, notes)
+    starts, stops = job.rows.spans(config.seed, 0)
+    lengths = stops - starts + 2
+    plan = plan_batches(lengths, config.batch_tokens, np.random.default_rng(0))
+    notes += [
+        f"model: {name} ({reason}): {sum(p.numel() for p in model.parameters()):,} parameters,"
+        f" encoder {model_config.enc_depth} and decoder {model_config.depth} layers of {model_config.dim},"
+        f" latent {model_config.dim_latent}, up to {model_config.max_seq_len} tokens",
+        f"batches: {config.batch_tokens:,} tokens, {len(plan):,} an epoch,"
+        f" {100 * padding_share(lengths, plan):.1f} % padding",
+        f"device: {device.device} ({device.reason}), {_dtype_name(precision)} ({precision.reason})",
+    ]
+    if job.rows.cut:
+        notes.append(f"{job.rows.cut:,} texts are longer than the model and are cut; --max-seq-len sets its length")
+    return job
+
+
+def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, int]) -> ModelConfig:
+    """These sizes, with a length that fits the corpus unless there is one."""
+    stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
+    long_length = max(int(np.quantile(store.lengths + 2, 0.999, method="higher")) for store in stores)
+    tokenizer = corpus.tokenizer
+    return ModelConfig(
+        num_tokens=tokenizer.num_tokens,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        **{"max_seq_len": sizing.choose_max_seq_len(long_length, data.unit), **sizes},
+    )
+
+
+def _dtype_name(precision: Precision) -> str:
+    return str(precision.dtype).removeprefix("torch.")
+
+
+def resume(
+    folder: Path,
+    limits: Mapping[str, Any],
+    *,
+    sources: Sequence[str],
+    device: Device,
+    precision: Precision,
+    stdin: BinaryIO | None = None,
+) -> Job:
+    """A run as its last state left it.
+
+    Args:
+        folder: claimed.
+        limits: fields of `TrainConfig` that say when to stop, where they were given anew.
+        sources: the corpus, where it was given again: it must be the same; none takes the cache.
+        device, precision: where and in what to compute.
+        stdin: stands for standard input.
+
+    Raises:
+        CheckpointError: for a state or cache that is missing, damaged or of another shape.
+        DataError: for another corpus.
+    """
+    state = load_state(folder / STATE_NAME)
+    try:
+        model_config = from_dict(ModelConfig, state.metadata["model"])
+        data = from_dict(DataConfig, state.metadata["data"])
+        config = replace(from_dict(TrainConfig, state.metadata["train"]), **limits)
+        tokenizer = Tokenizer.from_json(state.metadata["tokenizer"])
+        counters = state.metadata["counters"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the state in {folder} says too little about itself: {error}") from error
+    corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
+    if sources and corpus_digest(sources, data, stdin=stdin) != corpus.facts.digest:
+        raise DataError(
+            f"{', '.join(sources)} is not the corpus that {folder} was trained on",
+            hint="--resume needs no corpus; another one needs a run of its own, --out FOLDER",
+        )
+    model = GPTVAE.from_config(model_config).to(device.device)
+    learner = Learner(model, config)
+    learner.restore(state.tensors, counters)
+    notes = [f"resumed at step {learner.counters.step:,}, after {learner.counters.seconds:.0f} s"]
+    if state.note:
+        notes.append(state.note)
+    return Job(folder, corpus, data, learner, precision, notes)
+
+
+def verdict(figures: Figures) -> str:
+    """One sentence on what the latent carries."""
+    if figures.collapsed:
+        return (
+            f"collapsed: the latent carries {figures.mutual_information:.2f} nats of a text,"
+            " the decoder writes without it"
+        )
+    saved = figures.cross_entropy_without - figures.cross_entropy
+    return (
+        f"the latent carries {figures.mutual_information:.1f} nats of a text"
+        f" (of at most {np.log(figures.texts):.1f} that {figures.texts:,} texts can show)"
+        f" and saves the decoder {saved:.1f} of {figures.cross_entropy_without:.1f}"
+    )

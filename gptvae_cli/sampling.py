@@ -1,0 +1,290 @@
+"""What a trained model is used for: texts to latents, latents to texts.
+
+Everything streams, so that memory does not grow with the number of texts. Noise is keyed by (seed, row, copy): what
+becomes of a row depends neither on its neighbours nor on the batch size.
+
+Shapes: B batch, T tokens, N latents, Z latent width, K path steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from gptvae_cli import latent
+from gptvae_cli.checkpoint import Checkpoint, load
+from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
+from gptvae_cli.data import _line_pieces, plan_batches
+from gptvae_cli.decoding import Request, decode
+from gptvae_cli.device import resolve_device, resolve_dtype, set_threads
+from gptvae_cli.errors import ConfigError
+from gptvae_cli.noise import latent_noise
+from gptvae_cli.text import Tokenizer
+
+Floats = npt.NDArray[np.float32]
+Item = TypeVar("Item", bound=Sized)
+
+_POOL_TEXTS, _POOL_SIZE = 4096, 2**20
+"""How many texts, and how many characters or tokens of them, are sorted by length together."""
+_BATCH_TOKENS = 8192
+
+
+class Opened(NamedTuple):
+    """A model that is ready, the type it computes in, and what people may want to know about that."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    note: str | None
+
+
+def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto", threads: int | None = None) -> Opened:
+    """Loads a model to encode and write with.
+
+    Args:
+        path: of the model file, see `header.locate_model`.
+        device: `auto`, `cpu`, `cuda` or `cuda:n`.
+        dtype: `auto` is float32 on a CPU.
+        threads: CPU threads; torch's own choice for None.
+
+    Raises:
+        CheckpointError, DeviceError, ConfigError: for what cannot be loaded, is not there, or is not known.
+    """
+    where = resolve_device(device)
+    precision = resolve_dtype(dtype, where.device, training=False)
+    set_threads(threads)
+    note = None
+    if where.device.type != "cpu" or precision.dtype != torch.float32:  # the rest is what everybody expects
+        name = str(precision.dtype).removeprefix("torch.")
+        note = f"computing on {where.device}, {where.reason}; in {name}, {precision.reason}"
+    return Opened(load(path, device=where.device), precision.dtype, note)
+
+
+# Texts to latents -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """The posterior of one text: mean and standard deviation of every dimension of its latent, float32 [Z]."""
+
+    mean_Z: Floats
+    std_Z: Floats
+
+    def sample(self, seed: int, row: int, copy: int = 0) -> Floats:
+        """A draw of the latent; the noise is that of a draw from the prior of the same name [Z]."""
+        return self.mean_Z + self.std_Z * latent_noise(seed, row, copy, len(self.mean_Z))
+
+
+class Encoder:
+    """Encodes texts, and counts those that were too long.
+
+    Args:
+        checkpoint: the model.
+        unit: what a text is. A `window` text is cut into consecutive windows, each with a latent of its own.
+        dtype: bfloat16 computes under autocast.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, unit: Unit, dtype: torch.dtype = torch.float32) -> None:
+        self.checkpoint, self.unit, self.dtype = checkpoint, unit, dtype
+        self.config = checkpoint.header.model
+        self.cut = 0
+
+    @property
+    def note(self) -> str | None:
+        """What people should know about the texts so far."""
+        if self.cut == 0:
+            return None
+        texts = "1 text is" if self.cut == 1 else f"{self.cut:,} texts are"
+        return f"{texts} longer than the model's {self.config.max_seq_len} tokens; the beginning was used"
+
+    def encode(self, texts: Iterable[str]) -> Iterator[Encoding]:
+        """The posteriors of texts, in their order.
+
+        The first ones come after the first text, so that a slow pipe shows its results; pools then grow.
+        """
+        rows = self._windows(texts) if self.unit == "window" else self._rows(texts)
+        for pool in _growing_pools(rows):
+            yield from self._posteriors(pool)
+
+    def _rows(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """The tokens of each text with BOS and EOS; a text that is cut has no EOS, as in training."""
+        config = self.config
+        for pool in _growing_pools(texts):
+            for ids in self.checkpoint.tokenizer.encode_batch(pool):
+                row = [config.bos_id, *ids, config.eos_id]
+                self.cut += len(row) > config.max_seq_len
+                yield row[: config.max_seq_len]
+
+    def _windows(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Consecutive windows of each text, with BOS and without EOS, as in training."""
+        size = self.config.max_seq_len - 1
+        for text in texts:
+            ids: list[int] = []
+            for piece in _line_pieces(text):
+                ids += self.checkpoint.tokenizer.encode_batch([piece])[0]
+                whole = len(ids) - len(ids) % size
+                yield from ([self.config.bos_id, *ids[i : i + size]] for i in range(0, whole, size))
+                del ids[:whole]
+            if ids or not text:
+                yield [self.config.bos_id, *ids]
+
+    @torch.inference_mode()
+    def _posteriors(self, rows: Sequence[Sequence[int]]) -> list[Encoding]:
+        """The posteriors of rows of tokens, computed in batches of rows about equally long."""
+        model = self.checkpoint.model
+        encodings: dict[int, Encoding] = {}
+        for index in plan_batches(np.array([len(row) for row in rows]), _BATCH_TOKENS, None):
+            batch = [torch.tensor(rows[i]) for i in index]
+            tokens_BT = pad_sequence(batch, batch_first=True, padding_value=self.config.pad_id).to(model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+                posterior = model.posterior(tokens_BT).in_float32()
+            mean_BZ = posterior.mean_BZ.cpu().numpy()
+            std_BZ = (0.5 * posterior.log_var_BZ).exp().cpu().numpy()
+            encodings |= {int(i): Encoding(*both) for i, *both in zip(index, mean_BZ, std_BZ, strict=True)}
+        return [encodings[i] for i in range(len(rows))]
+
+
+def _growing_pools(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Cuts texts or rows into lists of 1, 2, 4 and so on, shorter ones where they hold much."""
+    pool: list[Item] = []
+    most, size = 1, 0
+    for item in items:
+        pool.append(item)
+        size += len(item)
+        if len(pool) >= most or size >= _POOL_SIZE:
+            yield pool
+            pool, size = [], 0
+            most = min(2 * most, _POOL_TEXTS)
+    if pool:
+        yield pool
+
+
+# Latents to texts -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """A latent [Z] to write a text from; row and copy name the noise of its tokens."""
+
+    row: int
+    copy: int
+    latent_Z: Floats
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that was written from a latent, its prompt included."""
+
+    row: int
+    copy: int
+    text: str
+
+
+def prior(seed: int, count: int, width: int) -> Iterator[Floats]:
+    """Draws of the standard normal; row i is the same whatever the count [Z]."""
+    return (latent_noise(seed, row, 0, width) for row in range(count))
+
+
+def repeated(latents: Iterable[Floats], copies: int) -> Iterator[Draw]:
+    """Every latent several times, to be written with other token noise each time."""
+    return (Draw(row, copy, latent_Z) for row, latent_Z in enumerate(latents) for copy in range(copies))
+
+
+def sampled(encodings: Iterable[Encoding], copies: int, seed: int) -> Iterator[Draw]:
+    """Several fresh draws of every posterior."""
+    return (
+        Draw(row, copy, encoding.sample(seed, row, copy))
+        for row, encoding in enumerate(encodings)
+        for copy in range(copies)
+    )
+
+
+def walk(points_NZ: Floats, steps: int, kind: PathKind) -> Floats:
+    """A path through latents, `steps` for every segment; see `latent.path` [K Z].
+
+    Raises:
+        ConfigError: for fewer than two points or steps.
+    """
+    path_KZ: Floats = latent.path(torch.tensor(points_NZ), steps, kind).numpy()
+    return path_KZ
+
+
+def write(
+    checkpoint: Checkpoint,
+    draws: Iterable[Draw],
+    sample: SampleConfig,
+    *,
+    unit: Unit,
+    prompt: str = "",
+    dtype: torch.dtype = torch.float32,
+    on_text: Callable[[str], None] | None = None,
+) -> Iterator[Written]:
+    """Writes a text from every latent, in their order.
+
+    Args:
+        checkpoint: the model.
+        draws: taken as there is room for them.
+        sample: how tokens are chosen.
+        unit: a `line` never holds a line break.
+        prompt: what every text begins with.
+        dtype: bfloat16 computes under autocast.
+        on_text: called with the pieces of a text as they come. Texts are then written one after another.
+
+    Raises:
+        ConfigError: for a line that is to begin with a line break in it.
+    """
+    tokenizer, device = checkpoint.tokenizer, checkpoint.model.device
+    if unit == "line" and ("\n" in prompt or "\r" in prompt):
+        raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
+    prompt_ids = tokenizer.encode_batch([prompt])[0]
+    waiting: deque[Draw] = deque()
+
+    def requests() -> Iterator[Request]:
+        for draw in draws:
+            waiting.append(draw)
+            yield Request(draw.row, draw.copy, prompt_ids, torch.tensor(draw.latent_Z))
+
+    pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for ids in decode(
+            checkpoint.model,
+            requests(),
+            sample,
+            banned=tokenizer.line_break_ids() if unit == "line" else (),
+            batch_size=1 if pieces else 64,
+            on_token=pieces.add if pieces else None,
+        ):
+            draw = waiting.popleft()
+            # Decoded in one piece: a tokenizer may treat the beginning of a text in its own way.
+            text = tokenizer.decode([*prompt_ids, *ids])
+            if pieces:
+                pieces.finish(text)
+            yield Written(draw.row, draw.copy, text)
+
+
+class _Pieces:
+    """Makes text of tokens as they come. The bytes of a character wait until it is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> None:
+        self.tokenizer, self.prompt_ids, self.on_text = tokenizer, prompt_ids, on_text
+        self.ids, self.shown = [*prompt_ids], 0
+
+    def add(self, position: int, token: int) -> None:
+        self.ids.append(token)
+        self._show(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
+
+    def finish(self, text: str) -> None:
+        self._show(text)
+        self.ids, self.shown = [*self.prompt_ids], 0
+
+    def _show(self, text: str) -> None:
+        if len(text) > self.shown:
+            self.on_text(text[self.shown :])
+            self.shown = len(text)

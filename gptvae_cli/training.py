@@ -1,0 +1,342 @@
+"""The training loop: a generator of reports. Saving, logging and the display are its consumer's business.
+
+Everything random is a pure function of (seed, step, row), and the order of the data of (seed, epoch). A run that was
+interrupted and resumed therefore takes the very steps that an undisturbed one takes.
+
+Shapes: B batch, T tokens, Z latent width.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptvae_cli.config import TrainConfig
+from gptvae_cli.data import Epoch, Rows, fixed_batches
+from gptvae_cli.errors import CheckpointError, DivergedError
+from gptvae_cli.evaluation import Figures, measure
+from gptvae_cli.model import GPTVAE
+from gptvae_cli.noise import Purpose, stream
+from gptvae_cli.objective import BagOfWords, Batch, Noise, Weights, objective
+from gptvae_cli.schedule import learning_rate_factor, ramp
+
+VALIDATIONS = 10
+"""Validations in a run, evenly spread over its progress, the last one at its end."""
+VALIDATION_TEXTS = 1000
+REPORT_SECONDS = 0.5
+
+
+@dataclass
+class Counters:
+    """Where a run stands: with the configuration and the corpus, all that resuming needs besides tensors.
+
+    Args:
+        step: optimizer steps taken.
+        epoch, batch: the place in the data of the next batch.
+        seconds: spent so far, in all sessions of the run.
+        tokens, texts: trained on so far, repeats counted.
+        best: score of the best model so far, nats per text, see `score`.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    texts: int = 0
+    best: float = math.inf
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened since the report before.
+
+    Args:
+        step: optimizer steps taken in all.
+        progress: share of the run that is done, in [0, 1].
+        seconds: since the run began, all sessions counted.
+        tokens_per_second, texts_per_second: trained since the report before; validation is not counted.
+        learning_rate, beta: of the last step.
+        cross_entropy: nats per token.
+        kl: raw, nats per text.
+        bag_of_words: nats per token.
+        gradient_norm: of the last step, before clipping.
+        figures: of the held-out texts, when this report ends with a validation.
+        improved: whether this is the best model so far.
+        done: whether the run is at its end.
+    """
+
+    step: int
+    progress: float
+    seconds: float
+    tokens_per_second: float
+    texts_per_second: float
+    learning_rate: float
+    beta: float
+    cross_entropy: float
+    kl: float
+    bag_of_words: float
+    gradient_norm: float
+    figures: Figures | None = None
+    improved: bool = False
+    done: bool = False
+
+
+class Learner:
+    """A model in training: its weights, the auxiliary head, the optimizer and the counters."""
+
+    def __init__(self, model: GPTVAE, config: TrainConfig) -> None:
+        assert model.config is not None
+        self.model = model
+        self.config = config
+        self.counters = Counters()
+        # Wider layers want smaller steps; the rate at width 128 was measured, the root is a rule of thumb.
+        self.lr = config.lr or 2e-3 * (128 / model.config.dim) ** 0.5
+        self.bag_of_words: BagOfWords | None = None
+        if config.bag_of_words > 0:
+            self.bag_of_words = BagOfWords(model.config.dim_latent, model.config.num_tokens).to(model.device)
+        self.named = dict(model.named_parameters())
+        if self.bag_of_words is not None:
+            self.named |= {f"bag_of_words.{name}": p for name, p in self.bag_of_words.named_parameters()}
+        # Weight decay is for the matrices of products: not for gains and biases, nor for embeddings, whose rare
+        # rows would fade.
+        decayed = [p for name, p in self.named.items() if p.ndim >= 2 and "emb" not in name]
+        others = [p for name, p in self.named.items() if p.ndim < 2 or "emb" in name]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=self.lr,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, by name: weights, buffers aside, and the optimizer's moments."""
+        result = {f"weights.{name}": p.detach() for name, p in self.named.items()}
+        for name, parameter in self.named.items():
+            for key, value in self.optimizer.state[parameter].items():
+                result[f"optimizer.{key}.{name}"] = value
+        return result
+
+    def restore(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """The inverse of `tensors` and of `asdict(counters)`.
+
+        Raises:
+            CheckpointError: where a tensor is missing or of another shape.
+        """
+        for name, parameter in self.named.items():
+            keys = ("exp_avg", "exp_avg_sq", "step")
+            wanted = {f"weights.{name}": parameter.shape}
+            if f"optimizer.step.{name}" in tensors or counters.get("step"):
+                shapes = (parameter.shape, parameter.shape, torch.Size([]))
+                wanted |= {f"optimizer.{key}.{name}": shape for key, shape in zip(keys, shapes, strict=True)}
+            for key, shape in wanted.items():
+                found = tensors[key].shape if key in tensors else None
+                if found != shape:
+                    raise CheckpointError(
+                        f"the state's tensor {key} is {'missing' if found is None else list(found)},"
+                        f" this run needs {list(shape)}"
+                    )
+            with torch.no_grad():
+                parameter.copy_(tensors[f"weights.{name}"])
+            if len(wanted) > 1:
+                # AdamW keeps its step counter on the CPU unless it is fused on a GPU.
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"optimizer.{key}.{name}"].clone().to(parameter.device) for key in keys
+                }
+        self.counters = Counters(**counters)
+
+
+@dataclass
+class _Sums:
+    """Sums since the last report, kept on the device so that a step does not wait for it."""
+
+    began: float
+    tokens: int = 0
+    texts: int = 0
+    terms: list[Tensor] = field(default_factory=list)
+
+
+def train(
+    learner: Learner,
+    rows: Rows,
+    valid: Rows,
+    *,
+    precision: torch.dtype,
+    should_stop: Callable[[], bool] = lambda: False,
+    seconds: Callable[[], float] | None = None,
+) -> Iterator[StepReport]:
+    """Trains until the first of the limits in the learner's configuration, and reports about twice a second.
+
+    Args:
+        learner: is changed in place.
+        rows: to train on.
+        valid: held out.
+        precision: bfloat16 computes under autocast; weights stay float32.
+        should_stop: asked after every step; True ends the loop early, at a step's end.
+        seconds: since this session began, start-up included; by default since this call.
+
+    Raises:
+        DivergedError: when the loss or the gradient is no longer finite.
+    """
+    config, counters, model = learner.config, learner.counters, learner.model
+    began = time.monotonic()
+    session = seconds or (lambda: time.monotonic() - began)
+    earlier = counters.seconds
+    held_out = fixed_batches(valid, config.batch_tokens, VALIDATION_TEXTS)
+    micro_tokens = max(1, config.batch_tokens // config.accumulate)
+    epoch = Epoch(rows, micro_tokens, config.seed, counters.epoch)
+    last_validation = 0.0
+
+    def progress() -> float:
+        shares = [0.0]
+        if config.steps is not None:
+            shares.append(counters.step / config.steps)
+        if config.epochs is not None:
+            shares.append((counters.epoch + counters.batch / len(epoch)) / config.epochs)
+        if config.max_time is not None:
+            # The last validation has to fit in too.
+            shares.append((counters.seconds + last_validation) / config.max_time)
+        return min(1.0, max(shares))
+
+    def validate() -> tuple[Figures, bool]:
+        nonlocal last_validation
+        start = time.monotonic()
+        figures = measure(model, held_out, seed=config.seed, precision=precision)
+        # Before beta has reached its final value a model is not comparable with later ones.
+        settled = progress() >= config.kl_warmup or done
+        improved = settled and score(figures, config) < counters.best
+        if improved:
+            counters.best = score(figures, config)
+        last_validation = time.monotonic() - start
+        return figures, improved
+
+    model.train()
+    sums = _Sums(time.monotonic())
+    done = progress() >= 1
+    validated = int(progress() * VALIDATIONS)
+    while not done:
+        batches = epoch.batches(counters.batch)
+        # The last step of an epoch may have fewer parts than the others.
+        while micro_batches := list(islice(batches, config.accumulate)):
+            now = progress()
+            beta, learning_rate, norm = _step(learner, micro_batches, now, precision, sums)
+            counters.batch += len(micro_batches)
+            counters.tokens += sum(b.target_tokens for b in micro_batches)
+            counters.texts += sum(len(b.tokens_BT) for b in micro_batches)
+            counters.seconds = earlier + session()
+            done, stop = progress() >= 1, should_stop()
+            due = int(progress() * VALIDATIONS) > validated or done
+            if not (due or stop or time.monotonic() - sums.began >= REPORT_SECONDS):
+                continue
+            values = _read(sums, norm, counters.step)
+            elapsed = max(1e-9, time.monotonic() - sums.began)
+            tokens, texts = sums.tokens, sums.texts
+            figures, improved = validate() if due else (None, False)
+            counters.seconds = earlier + session()
+            if due:
+                # Not one more than before: where validating takes long, those that are missed stay missed.
+                validated = int(progress() * VALIDATIONS)
+            yield StepReport(
+                step=counters.step,
+                progress=1.0 if done else progress(),
+                seconds=counters.seconds,
+                tokens_per_second=tokens / elapsed,
+                texts_per_second=texts / elapsed,
+                learning_rate=learning_rate,
+                beta=beta,
+                cross_entropy=values[0] / tokens,
+                kl=values[1] / texts,
+                bag_of_words=values[2] / tokens,
+                gradient_norm=values[3],
+                figures=figures,
+                improved=improved,
+                done=done,
+            )
+            sums = _Sums(time.monotonic())
+            if done or stop:
+                return
+        counters.epoch, counters.batch = counters.epoch + 1, 0
+        epoch = Epoch(rows, micro_tokens, config.seed, counters.epoch)
+
+
+def score(figures: Figures, config: TrainConfig) -> float:
+    """What the best model has least of: the objective on held-out texts, nats per text, at the final beta. A
+    collapsed model is never better than one that is not."""
+    value = figures.cross_entropy + config.vae_kl_loss_weight * figures.kl
+    return value + 1e9 if figures.collapsed else value
+
+
+def _step(
+    learner: Learner, batches: Sequence[Batch], progress: float, precision: torch.dtype, sums: _Sums
+) -> tuple[float, float, Tensor]:
+    """One optimizer step; returns beta, learning rate and the gradient's norm, which stays on the device."""
+    config, model = learner.config, learner.model
+    device = model.device
+    weights = Weights(
+        objective=config.objective,
+        beta=config.vae_kl_loss_weight * ramp(progress, config.kl_warmup),
+        floor=config.vae_kl_div_floor,
+        bag_of_words=config.bag_of_words * (1 - 0.9 * ramp(progress, 0.6)),
+    )
+    learning_rate = learner.lr * learning_rate_factor(progress, warmup=config.warmup, decay=config.decay)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learning_rate
+    step_tokens = sum(batch.target_tokens for batch in batches)
+    for part, batch in enumerate(batches):
+        noise = training_noise(config, learner.counters.step, part, batch, model.dim_latent, progress)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+            terms = objective(
+                model, learner.bag_of_words, batch.to(device), noise.to(device), weights, step_tokens=step_tokens
+            )
+        terms.total.backward()  # type: ignore[no-untyped-call]
+        sums.terms.append(torch.stack([terms.cross_entropy, terms.kl, terms.bag_of_words]))
+        sums.tokens += batch.target_tokens
+        sums.texts += len(batch.tokens_BT)
+    norm = torch.nn.utils.clip_grad_norm_(learner.named.values(), config.clip)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    learner.counters.step += 1
+    return weights.beta, learning_rate, norm
+
+
+def training_noise(config: TrainConfig, step: int, part: int, batch: Batch, dim_latent: int, progress: float) -> Noise:
+    """The noise of one micro-batch, a pure function of seed, step and row."""
+    rows, length = batch.tokens_BT.shape
+    random = stream(config.seed, Purpose.TRAINING, step, part)
+    latent_BZ = torch.from_numpy(random.standard_normal((rows, dim_latent), dtype="float32"))
+    keep_B = hide_BT = None
+    if config.latents_dropout_prob > 0:
+        keep_B = torch.from_numpy(random.random(rows) >= config.latents_dropout_prob)
+    share = config.word_dropout * (1 - ramp(progress, 0.5))
+    if share > 0:
+        hide_BT = torch.from_numpy(random.random((rows, length)) < share)
+    return Noise(latent_BZ, keep_B, hide_BT)
+
+
+def _read(sums: _Sums, norm: Tensor, step: int) -> list[float]:
+    """The sums and the last gradient norm as numbers: the one place where a step waits for the device.
+
+    Raises:
+        DivergedError: where one is not finite.
+    """
+    values = [*torch.stack(sums.terms).double().sum(dim=0).tolist(), float(norm)]
+    names = ("cross-entropy", "KL", "bag-of-words loss", "gradient norm")
+    for name, value in zip(names, values, strict=True):
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"training diverged: the {name} is {value} at step {step}",
+                hint="start again with a lower --lr, or --resume from the last saved state with --dtype float32",
+            )
+    return values
+
+
+def counters_dict(counters: Counters) -> dict[str, Any]:
+    """As JSON; a best score of infinity, which JSON does not know, is left out."""
+    return {key: value for key, value in asdict(counters).items() if value != math.inf}

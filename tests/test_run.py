@@ -1,0 +1,564 @@
+"""A run folder: who may train in it, what ends up in it, what is replaced and when, and how a run goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptvae_cli import __version__
+from gptvae_cli.checkpoint import load, load_state, save_state
+from gptvae_cli.config import DataConfig, TrainConfig, to_dict
+from gptvae_cli.device import Device, Precision
+from gptvae_cli.errors import (
+    BusyError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    ExitCode,
+    GPTVAEError,
+)
+from gptvae_cli.evaluation import Figures, measure
+from gptvae_cli.header import read_header
+from gptvae_cli.run import Job, claimed, resume, start, verdict
+from gptvae_cli.text import Tokenizer
+
+LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a bird")]
+CPU = Device(torch.device("cpu"), "asked for")
+FLOAT32 = Precision(torch.float32, "exact")
+TINY = {"dim": 32, "depth": 1, "enc_depth": 1, "heads": 2, "attn_dim_head": 16, "dim_latent": 8}
+CORPUS_FILES = {"corpus.json", "train.tokens", "train.offsets", "valid.tokens", "valid.offsets"}
+FIGURES = Figures(
+    texts=100,
+    tokens=1000,
+    cross_entropy=20.0,
+    cross_entropy_shuffled=25.0,
+    cross_entropy_without=24.5,
+    kl=5.0,
+    mutual_information=3.2,
+    active_001=8,
+    active_02=4,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(LINES) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    path.mkdir()
+    return path
+
+
+def begin(
+    folder: Path,
+    sources: list[str],
+    *,
+    data: dict[str, Any] | None = None,
+    shape: dict[str, int] | None = None,
+    preset: str = "nano",
+    stdin: io.BytesIO | None = None,
+    **train: Any,
+) -> Job:
+    return start(
+        folder,
+        sources,
+        DataConfig(**{"tokenizer": "bytes", **(data or {})}),
+        TrainConfig(**{"max_time": None, "batch_tokens": 256, "steps": 10, **train}),
+        shape=TINY if shape is None else shape,
+        preset=preset,
+        device=CPU,
+        precision=FLOAT32,
+        stdin=stdin,
+    )
+
+
+def go_on(folder: Path, sources: list[str] | None = None, stdin: io.BytesIO | None = None, **limits: Any) -> Job:
+    return resume(folder, limits, sources=sources or [], device=CPU, precision=FLOAT32, stdin=stdin)
+
+
+def finish(job: Job, until: int | None = None) -> Job:
+    """Runs a job to its end, or until it has taken this many steps."""
+    step = job.learner.counters
+    for _ in job.run(should_stop=lambda: until is not None and step.step >= until, seconds=lambda: 1.0):
+        pass
+    return job
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def state_of(folder: Path) -> dict[str, Tensor]:
+    return load_state(folder / "state.safetensors").tensors
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Figures]], None]:
+    """Sets what the validations of a run find, one after the other."""
+
+    def set_figures(figures: list[Figures]) -> None:
+        monkeypatch.setattr("gptvae_cli.training.measure", lambda *args, **kwargs: figures.pop(0))
+
+    return set_figures
+
+
+# The folder -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(folder: Path) -> None:
+    """The lock goes with the process that holds it, however that ends: no file of it can be left behind."""
+    with claimed(folder, resume=False, force=False):
+        with (
+            pytest.raises(BusyError, match="in use by another training run") as caught,
+            claimed(folder, resume=False, force=True),
+        ):
+            raise AssertionError("two runs in one folder")
+        assert caught.value.exit_code == ExitCode.BUSY
+        assert names(folder) == set()
+    with claimed(folder, resume=False, force=False):
+        pass
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "metrics.jsonl"])
+def test_an_existing_run_is_not_touched_unless_told(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="holds a run already") as caught, claimed(folder, resume=False, force=False):
+        raise AssertionError
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert "--resume" in str(caught.value.hint)
+    assert "--force" in str(caught.value.hint)
+    with claimed(folder, resume=False, force=True):
+        assert (folder / name).read_bytes() == b"precious", "only a new run replaces it"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_cache_of_the_users_own_is_left_alone(folder: Path, force: bool) -> None:
+    """`--out .` in a project that keeps something else in a folder of that name."""
+    (folder / "cache").mkdir()
+    (folder / "cache" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"thesis\.txt is in the way"), claimed(folder, resume=False, force=force):
+        raise AssertionError
+    shutil.rmtree(folder / "cache")
+    (folder / "cache").write_text("a file")
+    with pytest.raises(ConfigError, match="in the way"), claimed(folder, resume=False, force=force):
+        raise AssertionError
+
+
+def test_resuming_needs_a_state(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"a model alone")
+    with pytest.raises(CheckpointError, match="no run to resume") as caught, claimed(folder, resume=True, force=False):
+        raise AssertionError
+    assert caught.value.exit_code == ExitCode.BAD_INPUT
+
+
+def test_a_folder_that_was_made_for_nothing_is_removed(tmp_path: Path, folder: Path) -> None:
+    for new in (tmp_path / "new", tmp_path / "deep" / "er"):
+        with pytest.raises(CheckpointError), claimed(new, resume=True, force=False):
+            raise AssertionError
+        assert not new.exists()
+    with claimed(folder, resume=False, force=False):
+        pass
+    assert folder.exists(), "it was there before"
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(GPTVAEError, match=r"cannot make the run folder .*file/run") as caught,
+        claimed(tmp_path / "file" / "run", resume=False, force=False),
+    ):
+        raise AssertionError
+    assert caught.value.exit_code == ExitCode.FAILURE
+    assert "--out" in str(caught.value.hint)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_an_error(folder: Path) -> None:
+    folder.chmod(0o500)
+    with pytest.raises(GPTVAEError, match="permission denied"), claimed(folder, resume=False, force=False):
+        raise AssertionError
+
+
+# A new run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_model_a_state_a_log_and_a_cache(folder: Path, corpus: str) -> None:
+    job = finish(begin(folder, [corpus]))
+    assert names(folder) == {"model.safetensors", "state.safetensors", "metrics.jsonl", "cache"}
+    assert names(folder / "cache") == CORPUS_FILES
+    saved = load(folder / "model.safetensors", device=torch.device("cpu"))
+    assert saved.header.model == job.model_config
+    assert saved.header.data == job.data
+    assert saved.tokenizer.to_json() == job.corpus.tokenizer.to_json()
+    assert measure(saved.model, [*_held_out(job)], seed=0) == job.figures
+
+
+def _held_out(job: Job) -> list[Any]:
+    from gptvae_cli.data import fixed_batches
+
+    return fixed_batches(job.valid, job.learner.config.batch_tokens, 1000)
+
+
+def test_the_model_file_says_how_it_was_trained(folder: Path, corpus: str) -> None:
+    job = finish(begin(folder, [corpus], seed=5))
+    training = read_header(folder / "model.safetensors").training
+    assert job.figures is not None
+    assert training["train"] == to_dict(job.learner.config)
+    assert training["train"]["seed"] == 5
+    assert training["gptvae"] == __version__
+    assert training["corpus"]["digest"] == job.corpus.facts.digest
+    assert training["validation"] == asdict(job.figures)
+    assert (training["device"], training["precision"]) == ("cpu", "float32")
+    seen = sum(len(line) + 1 for line in LINES) * training["epochs"]
+    assert training["tokens_seen"] == pytest.approx(seen, rel=0.1)
+    assert 1 <= training["steps"] <= 10
+
+
+def test_metrics_are_one_json_object_a_line(folder: Path, corpus: str) -> None:
+    """Strict JSON: other readers do not know NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    finish(begin(folder, [corpus], steps=20))
+    text = (folder / "metrics.jsonl").read_text()
+    entries = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert text.endswith("\n")
+    assert [entry["step"] for entry in entries] == list(range(2, 21, 2)), "every validation is there"
+    assert [entry["done"] for entry in entries] == [False] * 9 + [True]
+    for entry in entries:
+        figures = entry["figures"]
+        assert figures["nll_bound"] == figures["cross_entropy"] + figures["kl"]
+        assert {"time", "cross_entropy", "kl", "beta", "learning_rate", "seconds"} <= entry.keys()
+
+
+def test_what_was_decided_is_told_with_its_reason(folder: Path, corpus: str, tmp_path: Path) -> None:
+    Path(corpus).write_text("\n".join([*LINES, "", "x" * 50]))
+    job = begin(folder, [corpus], shape={**TINY, "max_seq_len": 40})
+    text = "\n".join(job.notes)
+    assert "corpus: 121 texts" in text
+    assert "1 empty ones dropped" in text
+    assert f"{len(job.corpus.train)} to train on, {len(job.corpus.valid)} held out" in text
+    assert "tokenizer: bytes, 259 tokens (asked for)" in text
+    assert f"{sum(p.numel() for p in job.learner.model.parameters()):,} parameters" in text
+    assert "encoder 1 and decoder 1 layers of 32, latent 8, up to 40 tokens" in text
+    assert "% padding" in text
+    assert "device: cpu (asked for), float32 (exact)" in text
+    assert "1 texts are longer than the model and are cut" in text
+
+
+def test_sizes_come_from_the_preset_unless_given(folder: Path, corpus: str) -> None:
+    model = begin(folder, [corpus], shape={}, preset="nano").model_config
+    assert (model.dim, model.depth, model.enc_depth, model.heads, model.dim_latent) == (64, 3, 2, 1, 32)
+    assert model.max_seq_len == 24, "the longest of these texts takes 18 tokens"
+    other = begin(folder, [corpus], shape={"depth": 1, "dim_latent": 5, "max_seq_len": 77}).model_config
+    assert (other.dim, other.depth, other.dim_latent, other.max_seq_len) == (64, 1, 5, 77)
+    auto = begin(folder, [corpus], shape={}, preset="auto", max_time=60.0, steps=None)
+    assert auto.model_config.dim == 128
+    assert any("micro (minutes on a CPU)" in note for note in auto.notes)
+
+
+def test_the_longer_of_texts_and_sources_sets_the_length(folder: Path, corpus: str, tmp_path: Path) -> None:
+    """Commands are shorter than their descriptions, which the encoder must be able to read."""
+    sources = tmp_path / "sources.txt"
+    sources.write_text("\n".join(line * 3 for line in LINES))
+    job = begin(folder, [corpus], data={"latents_from": str(sources)})
+    assert job.model_config.max_seq_len == 56
+    assert job.rows.cut == 0
+    assert not any("cut" in note for note in job.notes)
+
+
+def test_initial_weights_are_a_function_of_the_seed(folder: Path, corpus: str) -> None:
+    weights = [begin(folder, [corpus], seed=seed).learner.model.decoder.token_emb.emb.weight for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_line_model_bans_line_breaks_and_others_do_not(folder: Path, corpus: str) -> None:
+    assert begin(folder, [corpus]).banned == [ord("\n"), ord("\r")]
+    Path(corpus).write_text("\n\n".join(LINES))
+    assert begin(folder, [corpus], data={"unit": "paragraph"}).banned == []
+
+
+def test_reconstructions_are_of_held_out_texts_in_turn(folder: Path, corpus: str) -> None:
+    job = begin(folder, [corpus], data={"valid": "0.1"})
+    held_out = [text for text, _ in job.reconstructions(1000)]
+    assert len(held_out) == len(job.corpus.valid) > 3
+    assert set(held_out) < set(LINES)
+    assert [text for text, _ in job.reconstructions(2, start=1)] == held_out[1:3]
+    assert [text for text, _ in job.reconstructions(2, start=len(held_out) - 1)] == [held_out[-1], held_out[0]]
+
+
+def test_a_window_run_trains_and_goes_on(folder: Path, corpus: str) -> None:
+    options: dict[str, Any] = {"data": {"unit": "window"}, "shape": {**TINY, "max_seq_len": 32}}
+    undisturbed = finish(begin(folder, [corpus], **options))
+    finish(begin(folder, [corpus], **options), until=4)
+    found = finish(go_on(folder)).learner.tensors()
+    for name, tensor in undisturbed.learner.tensors().items():
+        assert torch.equal(found[name], tensor), name
+    assert undisturbed.model_config.max_seq_len == 32
+
+
+# Replacing a run ------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_removes_only_what_gptvae_made(folder: Path, corpus: str) -> None:
+    finish(begin(folder, [corpus]), until=3)
+    finish(go_on(folder))
+    assert "state.prev.safetensors" in names(folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "old").mkdir()
+    (folder / "old" / "model.safetensors").write_text("mine too")
+    begin(folder, [corpus])
+    assert names(folder) == {"cache", "notes.txt", "old"}
+    assert (folder / "old" / "model.safetensors").read_text() == "mine too"
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"sources": ["nowhere.txt"]}, DataError),
+        ({"text": b"one\n"}, DataError),
+        ({"text": b"\xff\xfe broken\n" * 9}, DataError),
+        ({"data": {"latents_from": "nowhere.txt"}}, DataError),
+        ({"data": {"valid": "nowhere.txt"}}, DataError),
+        ({"data": {"tokenizer": "nowhere.json"}}, DataError),
+        ({"preset": "giant"}, ConfigError),
+        ({"shape": {"dim": 0}}, ConfigError),
+        ({"shape": {"heads": 1, "dim": 48}}, ConfigError),
+    ],
+    ids=["missing", "one-text", "not-utf8", "no-sources", "no-valid", "no-tokenizer", "preset", "dim", "heads"],
+)
+def test_what_cannot_start_loses_nothing(
+    folder: Path, corpus: str, change: dict[str, Any], error: type[GPTVAEError]
+) -> None:
+    """Neither a file of the run that was to be replaced, nor anything left behind."""
+    finish(begin(folder, [corpus]))
+    before = contents(folder)
+    change = dict(change)
+    if "text" in change:
+        Path(corpus).write_bytes(change.pop("text"))
+    with pytest.raises(error):
+        begin(folder, change.pop("sources", [corpus]), **change)
+    assert contents(folder) == before
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_goes_on_from_its_files_ends_as_one_that_was_not_interrupted(
+    folder: Path, tmp_path: Path, corpus: str, accumulate: int
+) -> None:
+    other = tmp_path / "undisturbed"
+    other.mkdir()
+    options: dict[str, Any] = {"accumulate": accumulate, "word_dropout": 0.2}
+    finish(begin(other, [corpus], **options))
+    finish(begin(folder, [corpus], **options), until=3)
+    finish(go_on(folder), until=4)
+    job = finish(go_on(folder))
+    expected, found = state_of(other), state_of(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    model, undisturbed = (load(path / "model.safetensors", device=CPU.device).model for path in (folder, other))
+    for name, tensor in undisturbed.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert job.learner.counters.step == 10
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 10
+
+
+def test_a_resumed_job_knows_all_that_the_first_one_knew(folder: Path, corpus: str) -> None:
+    first = finish(begin(folder, [corpus], seed=3, data={"unit": "line", "valid": "0.1"}), until=4)
+    again = go_on(folder)
+    assert again.model_config == first.model_config
+    assert again.data == first.data
+    assert again.learner.config == first.learner.config
+    assert again.learner.counters == first.learner.counters
+    assert again.corpus.facts == first.corpus.facts
+    assert again.notes == ["resumed at step 4, after 1 s"]
+
+
+def test_limits_may_change_when_a_run_goes_on(folder: Path, corpus: str) -> None:
+    finish(begin(folder, [corpus], steps=4))
+    job = finish(go_on(folder, steps=6, strict=True))
+    assert job.learner.counters.step == 6
+    assert job.learner.config.strict
+    assert finish(go_on(folder)).learner.counters.step == 6, "and are kept"
+    assert finish(go_on(folder, steps=None, epochs=None, max_time=1e-3)).learner.counters.step == 6
+
+
+def test_the_same_corpus_may_be_named_again_and_another_one_may_not(folder: Path, tmp_path: Path, corpus: str) -> None:
+    finish(begin(folder, [corpus]), until=3)
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes("\r\n".join(LINES).encode())
+    go_on(folder, [str(moved)])
+    go_on(folder, ["-"], stdin=io.BytesIO("\n".join(LINES).encode()))
+    moved.write_text("\n".join(LINES[1:]))
+    before = contents(folder)
+    with pytest.raises(DataError, match=r"moved\.txt is not the corpus that .*run was trained on") as caught:
+        go_on(folder, [str(moved)])
+    assert "--out" in str(caught.value.hint)
+    assert contents(folder) == before
+
+
+def test_a_run_goes_on_without_its_corpus_but_not_without_its_cache(folder: Path, corpus: str) -> None:
+    finish(begin(folder, [corpus]), until=3)
+    Path(corpus).unlink()
+    go_on(folder)
+    shutil.rmtree(folder / "cache")
+    with pytest.raises(CheckpointError, match=r"token cache .* is missing or damaged"):
+        go_on(folder)
+
+
+def test_a_damaged_state_gives_way_to_the_one_before_it(folder: Path, corpus: str) -> None:
+    finish(begin(folder, [corpus]), until=3)
+    finish(go_on(folder), until=7)
+    state = folder / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    job = go_on(folder)
+    assert job.learner.counters.step == 3
+    assert len(job.notes) == 2
+    assert "state.prev.safetensors" in job.notes[1]
+    (folder / "state.prev.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        go_on(folder)
+
+
+@pytest.mark.parametrize("key", ["model", "data", "train", "tokenizer", "counters"])
+def test_a_state_that_says_too_little_is_refused(folder: Path, corpus: str, key: str) -> None:
+    finish(begin(folder, [corpus]), until=3)
+    state = load_state(folder / "state.safetensors")
+    del state.metadata[key]
+    save_state(folder / "state.safetensors", state.tensors, state.metadata)
+    (folder / "state.prev.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"says too little about itself: '{key}'"):
+        go_on(folder)
+
+
+def test_an_interruption_before_the_first_validation_leaves_a_model_too(folder: Path, corpus: str) -> None:
+    finish(begin(folder, [corpus], steps=1000), until=1)
+    assert {"model.safetensors", "state.safetensors"} <= names(folder)
+    assert read_header(folder / "model.safetensors").training["validation"] is None
+
+
+# The best model -------------------------------------------------------------------------------------------------------
+
+
+def better(by: float, **changes: Any) -> Figures:
+    return replace(FIGURES, cross_entropy=FIGURES.cross_entropy - by, **changes)
+
+
+def test_the_model_file_holds_the_best_model_and_not_the_last(
+    folder: Path, corpus: str, measured: Callable[[list[Figures]], None]
+) -> None:
+    """Its weights, and the figures that were measured with these weights."""
+    figures = [better(9), better(8), better(7), FIGURES, better(1), better(3), better(2), better(1), FIGURES, FIGURES]
+    measured(list(figures))
+    job = begin(folder, [corpus], kl_warmup=0.4)
+    kept: dict[int, Tensor] = {}
+    files: dict[int, float] = {}
+    for report in job.run(should_stop=lambda: False, seconds=lambda: 1.0):
+        kept[report.step] = job.learner.model.decoder.token_emb.emb.weight.detach().clone()
+        validation = read_header(folder / "model.safetensors").training["validation"]
+        files[report.step] = validation["cross_entropy"]
+    # Up to 40 % any model is better than none, then the best so far.
+    found = [20 - files[step] for step in range(1, 11)]
+    assert found == [9, 8, 7, 0, 1, 3, 3, 3, 3, 3]
+    saved = load(folder / "model.safetensors", device=CPU.device)
+    assert torch.equal(saved.model.decoder.token_emb.emb.weight, kept[6])
+    assert saved.header.training["steps"] == 6
+    assert not torch.equal(kept[6], kept[10])
+    assert torch.equal(state_of(folder)["weights.decoder.token_emb.emb.weight"], kept[10]), "the state is the last step"
+    job.load_best()
+    assert torch.equal(job.learner.model.decoder.token_emb.emb.weight, kept[6])
+    assert job.figures == better(3)
+
+
+def test_a_collapsed_model_is_kept_only_until_there_is_another(
+    folder: Path, corpus: str, measured: Callable[[list[Figures]], None]
+) -> None:
+    dead = better(15, mutual_information=0.5)
+    measured([dead] * 6 + [FIGURES] + [dead] * 3)
+    job = finish(begin(folder, [corpus], kl_warmup=0.0))
+    assert read_header(folder / "model.safetensors").training["steps"] == 7
+    assert job.figures == FIGURES
+
+
+def test_a_worse_model_of_a_resumed_run_does_not_replace_a_better_one(
+    folder: Path, corpus: str, measured: Callable[[list[Figures]], None]
+) -> None:
+    measured([better(5), FIGURES, FIGURES, *[better(1)] * 7])
+    finish(begin(folder, [corpus], kl_warmup=0.0), until=3)
+    job = finish(go_on(folder))
+    assert read_header(folder / "model.safetensors").training["steps"] == 1
+    job.load_best()
+    assert job.figures == better(5)
+
+
+def test_a_diverged_run_keeps_the_good_state(folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptvae_cli.run.STATE_SECONDS", 0.0)
+    job = begin(folder, [corpus], steps=20)
+    with pytest.raises(DivergedError) as caught:
+        for report in job.run(should_stop=lambda: False, seconds=lambda: 1.0):
+            if report.step == 8:
+                with torch.no_grad():
+                    job.learner.named["decoder.token_emb.emb.weight"].fill_(math.nan)
+    assert caught.value.exit_code == ExitCode.DIVERGED
+    saved = state_of(folder)
+    assert all(bool(tensor.isfinite().all()) for tensor in saved.values())
+    assert load_state(folder / "state.safetensors").metadata["counters"]["step"] == 8
+    assert saved.keys() == job.learner.tensors().keys()
+    load(folder / "model.safetensors", device=CPU.device)
+    assert go_on(folder).learner.counters.step == 8
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_says_what_the_latent_carries() -> None:
+    text = verdict(FIGURES)
+    assert text == (
+        "the latent carries 3.2 nats of a text (of at most 4.6 that 100 texts can show)"
+        " and saves the decoder 4.5 of 24.5"
+    )
+
+
+def test_the_verdict_calls_a_collapse_a_collapse() -> None:
+    text = verdict(replace(FIGURES, mutual_information=0.034))
+    assert text == "collapsed: the latent carries 0.03 nats of a text, the decoder writes without it"
+
+
+def test_a_users_tokenizer_stays_with_the_run(folder: Path, corpus: str, tmp_path: Path) -> None:
+    """Its file may be gone when the run goes on."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(Tokenizer.train_bpe(LINES, 280).to_json())
+    job = finish(begin(folder, [corpus], data={"tokenizer": str(path)}), until=2)
+    path.unlink()
+    again = go_on(folder)
+    assert again.corpus.tokenizer.to_json() == job.corpus.tokenizer.to_json()
+    assert any("read from" in note for note in job.notes)
