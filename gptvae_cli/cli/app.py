@@ -1,0 +1,159 @@
+"""`gptvae`: the commands, and the one place where an error becomes a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from contextlib import redirect_stdout, suppress
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from gptvae_cli import __version__
+from gptvae_cli.cli import console, demo, encode, generate, info, interpolate, train
+from gptvae_cli.errors import ExitCode, GPTVAEError
+
+EXAMPLES = """Examples:
+
+  gptvae demo
+
+  gptvae train corpus.txt
+
+  gptvae encode ref.txt > z.npy
+
+  gptvae generate --latent z.npy
+
+  gptvae interpolate a.txt b.txt
+
+  gptvae encode - < a.txt | gptvae generate --latent -
+"""
+
+
+class _Commands(TyperGroup):
+    """The group of commands. Both the console script and Typer's test runner enter by `main`."""
+
+    def main(self, *args: Any, **options: Any) -> NoReturn:
+        """Runs a command and exits; renders what is wrong with the command line itself."""
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+            # Not at shutdown, where Python would report a closed pipe itself.
+            sys.stdout.flush()
+        except typer.TyperException as problem:
+            code = _show_usage_error(problem)
+        except (BrokenPipeError, SystemExit) as problem:
+            # Typer and Rich end the process with 1 when they meet a closed pipe.
+            if isinstance(problem, SystemExit) and not isinstance(problem.__context__, BrokenPipeError):
+                raise
+            _discard_stdout()
+            code = ExitCode.CLOSED_PIPE
+        except OSError as problem:
+            code = _show_error(problem)
+        sys.exit(code or ExitCode.DONE)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command, and renders the errors that it meets. (`ctx` is of a class that Typer keeps private.)"""
+        try:
+            return super().invoke(ctx)
+        except (typer.TyperException, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as problem:
+            if ctx.meta.get(console.DEBUG_KEY):
+                console.stderr.out(console.sanitize("".join(traceback.format_exception(problem))), end="")
+            if isinstance(problem, console.NothingToReadError):
+                self._show_help(ctx)
+            raise typer.Exit(_show_error(problem)) from problem
+
+    def _show_help(self, ctx: typer.Context) -> None:
+        """The help of the command that was called, on stderr: stdout may be a file that waits for data."""
+        name = str(ctx.invoked_subcommand)
+        command = self.get_command(ctx, name)
+        assert command is not None
+        with redirect_stdout(sys.stderr), suppress(typer.Exit):
+            command.make_context(name, ["--help"], parent=ctx)
+
+
+def _show_error(problem: Exception) -> int:
+    match problem:
+        case GPTVAEError():
+            console.error(problem.message, problem.hint)
+            return problem.exit_code
+        case OSError():
+            _discard_stdout()  # or flushing it at shutdown would fail once more
+            where = problem.filename or "input or output"
+            console.error(f"{where}: {problem.strerror or problem}", None)
+        case MemoryError():
+            console.error("out of memory", "--debug shows where")
+        case _:
+            what = f"{type(problem).__name__}: {problem}".partition("\n")[0]
+            console.error(f"this should not have happened: {what}", "run it again with --debug and report it")
+    return ExitCode.FAILURE
+
+
+def _show_usage_error(problem: typer.TyperException) -> int:
+    """In the look of the other errors; Typer's own messages are sentences in a box."""
+    message = problem.message if hasattr(problem, "possibilities") else problem.format_message()
+    context = getattr(problem, "ctx", None)
+    hint = f"{context.command_path} --help" if context else None
+    if possible := getattr(problem, "possibilities", None):
+        hint = "did you mean " + " or ".join(sorted(possible)) + "?"
+    console.error(" ".join(f"{message[:1].lower()}{message[1:]}".split()).removesuffix("."), hint)
+    return problem.exit_code
+
+
+def _discard_stdout() -> None:
+    """Sends nowhere what is still to be written to a closed pipe or a full disk."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+app = typer.Typer(
+    name="gptvae",
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",  # in which "[default: 10m]" is no tag
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    epilog=EXAMPLES,
+)
+app.command(epilog=demo.EXAMPLES)(demo.demo)
+app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog=encode.EXAMPLES)(encode.encode)
+app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=interpolate.EXAMPLES)(interpolate.interpolate)
+app.command(epilog=info.EXAMPLES)(info.info)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"gptvae {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def gptvae(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train a GPT with a latent on your text, and use that latent: encode, generate, interpolate."""
+    if ctx.invoked_subcommand is None:
+        ctx.get_help()  # which prints it, too
+
+
+def main() -> None:
+    """The console script."""
+    if sys.stdout is None:
+        console.error("standard output is closed", "send it somewhere: > FILE")
+        sys.exit(ExitCode.FAILURE)
+    signal.signal(signal.SIGTERM, _terminate)
+    app(prog_name="gptvae")
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    # An exception, so that unfinished files are removed on the way out.
+    sys.exit(ExitCode.TERMINATED)

@@ -1,0 +1,365 @@
+"""The terminal: what people read on stderr, where data comes from and goes to, and the options commands share.
+
+Standard output is data, standard error is people. What a corpus or a model wrote may hold anything, so it reaches
+a terminal only through `sanitize`; in a pipe bytes are exact.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import secrets
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from gptvae_cli.config import DType, Unit
+from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+_COMMON = "Model and machine"
+DEBUG_KEY = "gptvae.debug"
+"""Where `ctx.meta` says whether an error shows its traceback."""
+
+
+def _remember_debug(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta[DEBUG_KEY] = value
+    return value
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="A run folder or a .safetensors file.  [default: $GPTVAE_MODEL, else ./gptvae-run]",
+        rich_help_panel=_COMMON,
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.", rich_help_panel=_COMMON)
+]
+DTypeOption = Annotated[
+    DType, typer.Option(help="Numbers to compute with; auto asks the hardware.", rich_help_panel=_COMMON)
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads.  [default: as torch finds best]", rich_help_panel=_COMMON)
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=2**63 - 1,
+        help="Of everything random.  [default: one is picked and printed]",
+        rich_help_panel=_COMMON,
+    ),
+]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no progress.", rich_help_panel=_COMMON)]
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug, rich_help_panel=_COMMON),
+]
+UnitOption = Annotated[Unit | None, typer.Option(help="What one text is.  [default: as the model was trained]")]
+FieldOption = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", help="Of the text in .jsonl files.  [default: as the model was trained]"),
+]
+TextFormat = Literal["text", "jsonl"]
+TextFormatOption = Annotated[TextFormat, typer.Option(help="Plain texts, or one JSON object a line.")]
+NullOption = Annotated[bool, typer.Option("-0", "--null", help="End every text with a NUL, for xargs -0.")]
+
+
+def pick_seed(seed: int | None, *, quiet: bool) -> int:
+    """The seed that was given, or a new one, which a note tells."""
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        note(f"seed {seed}; --seed {seed} gives the same again", quiet=quiet)
+    return seed
+
+
+# People ---------------------------------------------------------------------------------------------------------------
+
+stderr = Console(stderr=True, highlight=False)
+_PLAIN_SECONDS = 30.0
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tab and newline, DEL, C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of writing
+    "\ud800-\udfff]"  # lone surrogates: bytes of a file name that are not UTF-8
+)
+
+
+def sanitize(text: str) -> str:
+    r"""Text for a terminal: controls are spelled out (`\x1b`), but for newline and tab."""
+    return _CONTROLS.sub(_spelled_out, text)
+
+
+def _spelled_out(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def one_line(text: str) -> str:
+    """Sanitised text on one line."""
+    return sanitize(text).replace("\n", "\\n")
+
+
+def note(text: str | None, *, quiet: bool = False) -> None:
+    """A line for people, where there is something to say."""
+    if text is not None and not quiet:
+        stderr.print(Text(one_line(text)), soft_wrap=True)
+
+
+def heading(text: str) -> None:
+    """A heading over the notes that follow."""
+    stderr.print()
+    stderr.print(Text(one_line(text), style="bold"), soft_wrap=True)
+
+
+def pair(text: str, written: str) -> None:
+    """A text, and below it what a model made of it."""
+    for label, line in (("text      ", text), ("from its z", written)):
+        stderr.print(Text.assemble((f"  {label}  ", "cyan"), one_line(line)), soft_wrap=True)
+
+
+def error(message: str, hint: str | None) -> None:
+    """Says what went wrong in one line, and in another what to do."""
+    stderr.print(Text.assemble(("gptvae: error: ", "bold red"), (one_line(message), "red")), soft_wrap=True)
+    if hint:
+        stderr.print(Text(f"hint: {one_line(hint)}", style="dim"), soft_wrap=True)
+
+
+@contextmanager
+def waiting(label: str, *, quiet: bool) -> Iterator[None]:
+    """Shows on a terminal that something is under way."""
+    if quiet or not stderr.is_terminal:
+        yield
+        return
+    with stderr.status(label):
+        yield
+
+
+@contextmanager
+def progress(
+    label: str, things: str, *, quiet: bool, total: int | None = None, beside_data: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Shows how far a command is: a bar on a terminal, else a plain line now and then.
+
+    Args:
+        label: what is being done.
+        things: what is counted.
+        quiet: shows nothing.
+        total: how many there will be, if that is known.
+        beside_data: data is printed to stdout meanwhile; nothing is shown where that is a terminal too.
+
+    Yields:
+        a function to call with the number of things done so far.
+    """
+    if quiet or (beside_data and sys.stdout.isatty()):
+        yield lambda done: None
+    elif stderr.is_terminal:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        counted = TextColumn("{task.completed:,} " + things)
+        columns = (TextColumn("{task.description}"), BarColumn(), counted, TimeElapsedColumn())
+        with Progress(*columns, console=stderr, transient=True, redirect_stdout=False) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+        shown = time.monotonic()
+
+        def report(done: int) -> None:
+            nonlocal shown
+            if time.monotonic() - shown >= _PLAIN_SECONDS:
+                shown = time.monotonic()
+                note(f"{label}: {done:,} {things}" + (f" of {total:,}" if total else ""))
+
+        yield report
+
+
+@contextmanager
+def reading_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Progress in characters, of which nobody knows how many will come."""
+    with progress(label, "characters", quiet=quiet) as report:
+        yield report
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+class NothingToReadError(ConfigError):
+    """A command was to read standard input, and that is a terminal; the help of the command goes with it."""
+
+
+def refuse_terminal_stdin(example: str) -> None:
+    """Keeps a command from waiting for somebody to type a corpus or a binary.
+
+    Raises:
+        NothingToReadError: where standard input is a terminal.
+    """
+    if sys.stdin is not None and sys.stdin.isatty():
+        raise NothingToReadError("nothing to read: standard input is a terminal", hint=f"{example}")
+
+
+def refuse_terminal_stdout(example: str) -> None:
+    """Keeps a binary off the terminal.
+
+    Raises:
+        ConfigError: where standard output is a terminal.
+    """
+    if sys.stdout.isatty():
+        raise ConfigError("latents are binary, and standard output is a terminal", hint=f"redirect it: {example}")
+
+
+def refuse_stdout(option: str, name: str | None) -> None:
+    """Keeps two things from being mixed on standard output.
+
+    Raises:
+        ConfigError: where the name is `-`.
+    """
+    if name == "-":
+        raise ConfigError(f"{option} needs a file, standard output is in use", hint=f"{option} FILE.npy")
+
+
+@contextmanager
+def source(name: str) -> Iterator[BinaryIO]:
+    """A file to read, or standard input for `-`.
+
+    Raises:
+        DataError: for one that cannot be opened.
+    """
+    if name == "-":
+        if sys.stdin is None:
+            raise DataError("cannot read stdin: it is closed", hint="name a file")
+        yield sys.stdin.buffer
+        return
+    try:
+        stream = Path(name).open("rb")  # noqa: SIM115
+    except OSError as problem:
+        raise DataError(f"cannot read {name}: {problem.strerror}", hint="check the path") from problem
+    with stream:
+        yield stream
+
+
+@contextmanager
+def output(name: str | None) -> Iterator[BinaryIO]:
+    """Where data goes: standard output for None or `-`, else a file, which is there once it is complete.
+
+    A file that was there is replaced then, and stays as it was if the command fails. Devices and pipes are written
+    to as they are.
+
+    Raises:
+        GPTVAEError: for a file that cannot be written.
+    """
+    if name is None or name == "-":
+        yield sys.stdout.buffer
+        return
+    in_place = _is_special(Path(name))
+    # A link is kept and the file it points to replaced; the links of /dev/fd lead to no path at all.
+    path = Path(name) if in_place else Path(os.path.realpath(name))
+    part = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _naming(name):
+        stream = io.BufferedWriter(_NamedFile(part, name))
+    try:
+        yield stream
+        stream.close()
+        if not in_place:
+            with _naming(name):
+                part.replace(path)
+    except BaseException:
+        with suppress(OSError, GPTVAEError):
+            stream.close()
+        if not in_place:
+            part.unlink(missing_ok=True)
+        raise
+
+
+class _NamedFile(io.FileIO):
+    """A file to write whose errors name it. A command may write to several, and an OSError does not say to which."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        super().__init__(path, "wb")
+        self.label = label
+
+    def write(self, data: Any) -> int:
+        with _naming(self.label):
+            return super().write(data)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        raise GPTVAEError(
+            f"cannot write {name}: {problem.strerror}", hint="choose another place, or make room there"
+        ) from problem
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a device, a pipe or a folder is there."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # nothing there, or nothing that may be looked at: opening it will tell
+        return False
+
+
+def write_text(text: str) -> None:
+    """Data on stdout at once: exact UTF-8 in a pipe or a file, sanitised on a terminal."""
+    if sys.stdout.isatty():
+        sys.stdout.buffer.write(sanitize(text).encode(sys.stdout.encoding, "replace"))
+    else:
+        sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.buffer.flush()
+
+
+class TextWriter:
+    """Prints texts in the form that was asked for, each at once.
+
+    Lines are lines. Texts of other units hold line breaks, so there is an empty line between them.
+
+    Args:
+        format: plain text, or one JSON object a line.
+        unit: of the texts.
+        null: end every text with a NUL instead.
+
+    Raises:
+        ConfigError: for NULs in JSON.
+    """
+
+    def __init__(self, format: TextFormat, unit: Unit, *, null: bool) -> None:
+        if null and format == "jsonl":
+            raise ConfigError("-0 and --format jsonl exclude each other")
+        self._format = format
+        self._end = "\0" if null else "\n"
+        self._between = "" if null or unit == "line" else "\n"
+        self._due = ""  # what still has to be printed before the next text
+
+    def write(self, text: str, **fields: int | None) -> None:
+        """Prints a text; the fields go with it in JSON, where they are not None."""
+        if self._format == "jsonl":
+            known = {name: value for name, value in fields.items() if value is not None}
+            write_text(json.dumps({**known, "text": text}, ensure_ascii=False) + "\n")
+        else:
+            self.piece(text + self._end)
+            self._due = self._between
+
+    def piece(self, text: str) -> None:
+        """Prints a piece of a plain text."""
+        write_text(self._due + text)
+        self._due = ""
+
+    def end(self) -> None:
+        """Ends a plain text that was printed in pieces."""
+        self.write("")

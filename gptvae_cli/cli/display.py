@@ -1,0 +1,177 @@
+"""The training display: a panel that a person likes to watch, or plain lines where nobody watches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from gptvae_cli.cli.console import sanitize
+
+if TYPE_CHECKING:
+    from gptvae_cli.evaluation import Figures
+    from gptvae_cli.training import StepReport
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_PLAIN_SECONDS = 30.0
+
+
+class TrainingDisplay:
+    """Shows reports as they come, on stderr.
+
+    Args:
+        console: of stderr.
+        title: of the panel.
+        dim_latent: width of the latent.
+        quiet: shows nothing.
+    """
+
+    def __init__(self, console: Console, title: str, dim_latent: int, *, quiet: bool) -> None:
+        # A Text, because a string is parsed for markup, and a folder may be called "[/b]".
+        self.console, self.title, self.dim_latent, self.quiet = console, _one_line(title), dim_latent, quiet
+        self.report: StepReport | None = None
+        self.figures: Figures | None = None
+        self.example: tuple[str, str] | None = None
+        self.losses: deque[float] = deque(maxlen=400)
+        self.last_line = time.monotonic()
+        self.live: Live | None = None
+        if console.is_terminal and not quiet:
+            self.live = Live(self._panel(), console=console, refresh_per_second=4, redirect_stdout=False)
+
+    def __enter__(self) -> TrainingDisplay:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.live.update(self._panel(), refresh=True)
+            self.live.stop()
+
+    def update(self, report: StepReport) -> None:
+        """Shows a report."""
+        self.report = report
+        self.figures = report.figures or self.figures
+        self.losses.append(report.cross_entropy)
+        if self.live:
+            self.live.update(self._panel())
+        elif not self.quiet and (report.figures is not None or time.monotonic() - self.last_line > _PLAIN_SECONDS):
+            self.last_line = time.monotonic()
+            self.console.print(Text(_plain_line(report, self.dim_latent)), soft_wrap=True)
+
+    def show_example(self, text: str, reconstruction: str) -> None:
+        """Shows a held-out text beside what the model makes of its latent."""
+        self.example = text, reconstruction
+        if self.live:
+            self.live.update(self._panel())
+
+    def _panel(self) -> RenderableType:
+        report = self.report
+        if report is None:
+            return Panel(Text("the first step is on its way", style="dim"), title=self.title, title_align="left")
+        left = report.seconds / report.progress - report.seconds if report.progress > 0.02 else None
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_column(ratio=1)
+        head.add_column(justify="right", no_wrap=True)
+        remaining = "" if left is None or report.done else f", {_clock(left)} left"
+        head.add_row(
+            ProgressBar(total=1.0, completed=report.progress),
+            Text(f"{report.progress:4.0%}  {_clock(report.seconds)}{remaining}", style="bold"),
+        )
+        body = Table.grid(padding=(0, 2))
+        body.add_column(style="cyan", no_wrap=True)
+        body.add_column()
+        body.add_row(
+            "speed",
+            f"{report.tokens_per_second:,.0f} tokens/s   {report.texts_per_second:,.0f} texts/s"
+            f"   step {report.step:,}   learning rate {report.learning_rate:.1e}",
+        )
+        body.add_row(
+            "training",
+            f"cross-entropy {report.cross_entropy:.3f} nats/token   KL {report.kl:.1f} nats/text"
+            f"   beta {report.beta:.2f}",
+        )
+        body.add_row("", Text(sparkline(self.losses, 60), style="green"))
+        if self.figures is not None:
+            _add_figures(body, self.figures, self.dim_latent)
+        if self.example is not None:
+            body.add_row("text", _one_line(self.example[0]))
+            body.add_row("from its z", _one_line(self.example[1]))
+        return Panel(Group(head, Text(), body), title=self.title, title_align="left", border_style="blue")
+
+
+def _add_figures(body: Table, figures: Figures, dim_latent: int) -> None:
+    ceiling = min(figures.kl, math.log(figures.texts))
+    carried = Text(f"{figures.mutual_information:.2f} nats of information", style=_health(figures))
+    carried.append(
+        f" in KL {figures.kl:.1f}   (at most {ceiling:.1f} shows on {figures.texts:,} texts)", style="default"
+    )
+    body.add_row(
+        "held out",
+        f"{figures.nll_bound:.2f} nats/text = cross-entropy {figures.cross_entropy:.2f} + KL {figures.kl:.2f}",
+    )
+    body.add_row("latent", carried)
+    body.add_row(
+        "",
+        f"{figures.active_001} of {dim_latent} dimensions active, {figures.active_02} strongly",
+    )
+    body.add_row(
+        "use of z",
+        f"right z {figures.cross_entropy:.1f}   another text's z {figures.cross_entropy_shuffled:.1f}"
+        f"   no z {figures.cross_entropy_without:.1f} nats/text",
+    )
+
+
+def _health(figures: Figures) -> str:
+    if figures.mutual_information < 1:
+        return "bold red"
+    return "bold green" if figures.mutual_information > 3 else "bold yellow"
+
+
+def _plain_line(report: StepReport, dim_latent: int) -> str:
+    line = (
+        f"{report.progress:4.0%} {_clock(report.seconds)} step {report.step:,}"
+        f" {report.tokens_per_second:,.0f} tokens/s cross-entropy {report.cross_entropy:.3f} nats/token"
+        f" KL {report.kl:.1f} nats/text"
+    )
+    if report.figures is not None:
+        figures = report.figures
+        line += (
+            f" | held out: {figures.nll_bound:.2f} nats/text (cross-entropy {figures.cross_entropy:.2f}"
+            f" + KL {figures.kl:.2f}), information {figures.mutual_information:.2f} nats,"
+            f" active {figures.active_001}/{dim_latent}"
+        )
+    return line
+
+
+def sparkline(values: deque[float], width: int) -> str:
+    """The course of a series in one line of block characters, newest at the right."""
+    if len(values) < 2:
+        return ""
+    numbers = list(values)
+    group = max(1, -(-len(numbers) // width))
+    means = [sum(chunk) / len(chunk) for chunk in (numbers[i : i + group] for i in range(0, len(numbers), group))]
+    low, high = min(means), max(means)
+    scale = (len(_BLOCKS) - 2) / (high - low) if high > low else 0
+    return "".join(_BLOCKS[1 + round((value - low) * scale)] for value in means)
+
+
+def _one_line(text: str) -> Text:
+    return Text(sanitize(text).replace("\n", " "), no_wrap=True, overflow="ellipsis")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

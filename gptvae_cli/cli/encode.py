@@ -1,0 +1,114 @@
+"""`gptvae encode`: texts to latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gptvae_cli.cli import console
+
+if TYPE_CHECKING:
+    from gptvae_cli.sampling import Floats
+
+Write = Callable[["Floats"], object]
+"""Takes one latent [Z]."""
+
+EXAMPLES = """Examples:
+
+  gptvae encode reviews.txt > z.npy
+
+  gptvae encode a.txt b.txt --out z.npy --std-out std.npy
+
+  gptvae encode - < a.txt | gptvae generate --latent -
+
+  gptvae encode reviews.jsonl --field review --format jsonl | jq .latent
+"""
+
+
+def encode(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE", help="Files or folders of text; - or nothing reads standard input."),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Where the latents go.  [default: standard output]")
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="A random draw of each posterior instead of its mean.")
+    ] = False,
+    std_out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write the posteriors' standard deviations, a .npy file.")
+    ] = None,
+    format: Annotated[
+        Literal["npy", "jsonl"], typer.Option(help="One float32 array (texts, Z), or one JSON object a text.")
+    ] = "npy",
+    unit: console.UnitOption = None,
+    field: console.FieldOption = None,
+    model: console.ModelOption = None,
+    device: console.DeviceOption = "auto",
+    dtype: console.DTypeOption = "auto",
+    threads: console.ThreadsOption = None,
+    seed: console.SeedOption = None,
+    quiet: console.QuietOption = False,
+    debug: console.DebugOption = False,
+) -> None:
+    """Turn texts into latents, in their order: a NumPy file, one row a text.
+
+    A latent is the mean of the text's posterior. A text of unit window has one for each of its windows.
+    """
+    from gptvae_cli.header import locate_model, read_header
+    from gptvae_cli.text import read_texts
+
+    on_stdout = out in (None, "-")
+    if on_stdout and format == "npy":
+        console.refuse_terminal_stdout("gptvae encode texts.txt > z.npy")
+    console.refuse_stdout("--std-out", std_out)
+    if not files or "-" in files:
+        console.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
+    path = locate_model(model)
+    header = read_header(path)
+    unit = unit or header.data.unit
+    texts = read_texts(files or [], unit=unit, field=field or header.data.field)
+    if sample:
+        seed = console.pick_seed(seed, quiet=quiet)
+    with console.waiting("loading the model", quiet=quiet):
+        from gptvae_cli import sampling
+
+        checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
+    console.note(remark, quiet=quiet)
+
+    encoder = sampling.Encoder(checkpoint, unit, precision)
+    with ExitStack() as stack:
+        write = stack.enter_context(latents_to(out, format, header.model.dim_latent))
+        write_std: Write | None = None
+        if std_out is not None:
+            write_std = stack.enter_context(latents_to(std_out, "npy", header.model.dim_latent))
+        advance = stack.enter_context(console.progress("encoding", "texts", quiet=quiet, beside_data=on_stdout))
+        for row, encoding in enumerate(encoder.encode(texts)):
+            write(encoding.mean_Z if seed is None or not sample else encoding.sample(seed, row))
+            if write_std is not None:
+                write_std(encoding.std_Z)
+            advance(row + 1)
+    console.note(encoder.note, quiet=quiet)
+
+
+@contextmanager
+def latents_to(name: str | None, format: Literal["npy", "jsonl"], width: int) -> Iterator[Write]:
+    """A function that writes latents to a file, or to standard output for None or `-`."""
+    from gptvae_cli.latent_file import LatentWriter
+
+    with console.output(name) as stream:
+        if format == "npy":
+            with LatentWriter(stream, width) as writer:
+                yield lambda latent_Z: writer.write(latent_Z[None])
+        else:
+
+            def write(latent_Z: Floats) -> None:
+                # NumPy's digits are the fewest that name a float32; JSON's would be those of a float64.
+                stream.write(f'{{"latent": [{", ".join(map(str, latent_Z))}]}}\n'.encode())
+                stream.flush()
+
+            yield write

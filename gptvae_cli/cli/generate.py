@@ -1,0 +1,175 @@
+"""`gptvae generate`: latents to texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptvae_cli.cli import console
+from gptvae_cli.config import SampleConfig
+from gptvae_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gptvae_cli.sampling import Floats
+
+_SOURCES, _TOKENS, _OUTPUT = "What to write from, one of these", "How to choose tokens", "Output"
+
+EXAMPLES = """Examples:
+
+  gptvae generate --prior 5
+
+  gptvae generate --text "the food was great" -n 3 --temperature 0.7
+
+  gptvae encode a.txt | gptvae generate --latent - --greedy
+
+  gptvae generate --ref a.txt --sample -n 10 --format jsonl | jq -r .text
+"""
+
+
+def generate(
+    latent: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Latents, a .npy file; - is standard input.", rich_help_panel=_SOURCES),
+    ] = None,
+    ref: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Texts to encode; - is standard input.", rich_help_panel=_SOURCES),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A text to encode.", rich_help_panel=_SOURCES)
+    ] = None,
+    prior: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="N random latents.  [default: 1]", rich_help_panel=_SOURCES),
+    ] = None,
+    sample: Annotated[
+        bool,
+        typer.Option(
+            "--sample",
+            help="With --ref and --text: a fresh draw of the posterior for every copy, not its mean.",
+            rich_help_panel=_SOURCES,
+        ),
+    ] = False,
+    copies: Annotated[int, typer.Option("-n", "--copies", min=1, help="Texts from each latent.")] = 1,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What every text begins with.")] = "",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest continuation.  [default: as long as the model reads]", rich_help_panel=_TOKENS),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Below 1 is safer, above 1 is wilder.", rich_help_panel=_TOKENS)
+    ] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Among the k likeliest.", rich_help_panel=_TOKENS)] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Among the likeliest that share p of the probability.", rich_help_panel=_TOKENS),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Among those at least p times as likely as the likeliest.", rich_help_panel=_TOKENS),
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest.", rich_help_panel=_TOKENS)] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print a text while it is written.", rich_help_panel=_OUTPUT)
+    ] = False,
+    format: console.TextFormatOption = "text",
+    null: console.NullOption = False,
+    unit: console.UnitOption = None,
+    field: console.FieldOption = None,
+    model: console.ModelOption = None,
+    device: console.DeviceOption = "auto",
+    dtype: console.DTypeOption = "auto",
+    threads: console.ThreadsOption = None,
+    seed: console.SeedOption = None,
+    quiet: console.QuietOption = False,
+    debug: console.DebugOption = False,
+) -> None:
+    """Write texts from latents.
+
+    Latents come from a file, from the posteriors of texts, or, if nothing is said, from the prior. Lines are printed
+    as lines; texts of other units have an empty line between them, see also -0 and --format jsonl.
+    """
+    from gptvae_cli.header import locate_model, read_header
+    from gptvae_cli.latent_file import iter_latents
+    from gptvae_cli.text import read_texts
+
+    config = SampleConfig(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy, max_tokens=max_tokens
+    )
+    _check_sources({"--latent": latent, "--ref": ref, "--text": text, "--prior": prior}, sample=sample)
+    if "-" in (latent, ref):
+        console.refuse_terminal_stdin("gptvae generate --latent z.npy")
+    path = locate_model(model)
+    header = read_header(path)
+    unit, width = unit or header.data.unit, header.model.dim_latent
+    printer = console.TextWriter(format, unit, null=null)
+    if stream and format == "jsonl":
+        raise ConfigError("--stream and --format jsonl exclude each other", hint="leave one of them out")
+    with ExitStack() as stack:
+        latents: Iterator[Floats] | None = None
+        texts: Iterator[str] | None = None
+        if latent is not None:
+            latents = iter_latents(stack.enter_context(console.source(latent)), latent, width=width)
+            latents = latents if latent == "-" else _begun(latents)
+        elif ref is not None:
+            texts = read_texts([ref], unit=unit, field=field or header.data.field)
+        elif text is not None:
+            texts = iter([text])
+        if sample or not greedy or (latents is None and texts is None):
+            config = replace(config, seed=console.pick_seed(seed, quiet=quiet))
+
+        with console.waiting("loading the model", quiet=quiet):
+            from gptvae_cli import sampling
+
+            checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
+        console.note(remark, quiet=quiet)
+        encoder = sampling.Encoder(checkpoint, unit, precision)
+        total = None
+        if latents is not None:
+            draws = sampling.repeated(latents, copies)
+        elif texts is None:
+            total = (prior or 1) * copies
+            draws = sampling.repeated(sampling.prior(config.seed, prior or 1, width), copies)
+        elif sample:
+            draws = sampling.sampled(encoder.encode(texts), copies, config.seed)
+        else:
+            draws = sampling.repeated((encoding.mean_Z for encoding in encoder.encode(texts)), copies)
+        written = sampling.write(
+            checkpoint,
+            draws,
+            config,
+            unit=unit,
+            prompt=prompt,
+            dtype=precision,
+            on_text=printer.piece if stream else None,
+        )
+        advance = stack.enter_context(console.progress("writing", "texts", quiet=quiet, total=total, beside_data=True))
+        for done, item in enumerate(written, 1):
+            if stream:
+                printer.end()
+            else:
+                printer.write(item.text, row=item.row, copy=item.copy, seed=None if greedy else config.seed)
+            advance(done)
+    console.note(encoder.note, quiet=quiet)
+
+
+def _check_sources(sources: dict[str, str | int | None], *, sample: bool) -> None:
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} exclude each other", hint="a text is written from one latent")
+    if sample and given not in (["--ref"], ["--text"]):
+        raise ConfigError(
+            "--sample draws from the posterior of a text, and there is none", hint="use it with --ref or --text"
+        )
+
+
+def _begun(latents: Iterator[Floats]) -> Iterator[Floats]:
+    """The same latents, the first of which are read now: a bad file is told before torch is loaded, which takes
+    seconds. Of a pipe this would wait for the command that writes to it."""
+    first = list(islice(latents, 1))
+    return chain(first, latents)

@@ -1,0 +1,173 @@
+"""`gptvae interpolate`: texts along a path from one latent to another."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gptvae_cli.cli import console
+from gptvae_cli.cli.encode import latents_to
+from gptvae_cli.config import PathKind, SampleConfig, Unit
+from gptvae_cli.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from gptvae_cli.header import ModelHeader
+    from gptvae_cli.sampling import Encoder, Floats
+
+_POINTS, _OUTPUT = "Where the path leads, one of these", "Output"
+
+EXAMPLES = """Examples:
+
+  gptvae interpolate a.txt b.txt
+
+  gptvae interpolate --from "the food was great" --to "never again" --steps 9
+
+  gptvae interpolate a.npy b.npy c.npy --path lerp --latents-out path.npy
+
+  gptvae encode reviews.txt | gptvae interpolate --latent - --format jsonl
+"""
+
+
+def interpolate(
+    points: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="POINT", help="Two or more files, each with one text or, as .npy, one latent."),
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="TEXT", help="The first text.", rich_help_panel=_POINTS)
+    ] = None,
+    end: Annotated[
+        str | None, typer.Option("--to", metavar="TEXT", help="The last text.", rich_help_panel=_POINTS)
+    ] = None,
+    latent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A .npy file; the path leads through its rows; - is standard input.",
+            rich_help_panel=_POINTS,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Texts from one point to the next, both counted.")] = 7,
+    kind: Annotated[PathKind, typer.Option("--path", help="Along an arc around the origin, or straight.")] = "slerp",
+    latents_out: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write the latents, a .npy file.", rich_help_panel=_OUTPUT)
+    ] = None,
+    format: console.TextFormatOption = "text",
+    null: console.NullOption = False,
+    unit: console.UnitOption = None,
+    model: console.ModelOption = None,
+    device: console.DeviceOption = "auto",
+    dtype: console.DTypeOption = "auto",
+    threads: console.ThreadsOption = None,
+    quiet: console.QuietOption = False,
+    debug: console.DebugOption = False,
+) -> None:
+    """Write texts along a path between latents, greedily.
+
+    The ends of the path are what the model makes of the latents that went in. Where a path leads through several
+    points, each point is printed once: N points give (N - 1) x (steps - 1) + 1 texts.
+    """
+    from gptvae_cli.header import locate_model, read_header
+
+    _check_points(points or [], start, end, latent)
+    console.refuse_stdout("--latents-out", latents_out)
+    path = locate_model(model)
+    header = read_header(path)
+    unit, width = unit or header.data.unit, header.model.dim_latent
+    printer = console.TextWriter(format, unit, null=null)
+    found: Sequence[str | Floats]
+    if latent is not None:
+        found = _latents(latent, width)
+    elif start is not None and end is not None:
+        found = [start, end]
+    else:
+        found = [_point(name, unit, header) for name in points or []]
+
+    with console.waiting("loading the model", quiet=quiet):
+        import numpy as np
+
+        from gptvae_cli import sampling
+
+        checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
+    console.note(remark, quiet=quiet)
+    encoder = sampling.Encoder(checkpoint, unit, precision)
+    points_NZ = np.stack([_encoded(point, encoder) if isinstance(point, str) else point for point in found])
+    path_KZ = sampling.walk(points_NZ, steps, kind)
+    if latents_out is not None:
+        with latents_to(latents_out, "npy", width) as write:
+            for latent_Z in path_KZ:
+                write(latent_Z)
+    draws, greedily = sampling.repeated(path_KZ, 1), SampleConfig(greedy=True)
+    with console.progress("writing", "texts", quiet=quiet, total=len(path_KZ), beside_data=True) as advance:
+        for written in sampling.write(checkpoint, draws, greedily, unit=unit, dtype=precision):
+            printer.write(written.text, step=written.row)
+            advance(written.row + 1)
+    console.note(encoder.note, quiet=quiet)
+
+
+def _check_points(points: Sequence[str], start: str | None, end: str | None, latent: str | None) -> None:
+    texts = start is not None or end is not None
+    if sum((bool(points), texts, latent is not None)) > 1:
+        raise ConfigError(
+            "a path leads through files, or --from one text --to another, or the rows of --latent",
+            hint="use one of the three",
+        )
+    if texts and (start is None or end is None):
+        raise ConfigError(f"{'--from' if end is None else '--to'} is given alone", hint="--from TEXT --to TEXT")
+    if not texts and latent is None and len(points) < 2:
+        found = f"only {points[0]}" if points else "nothing"
+        raise ConfigError(f"a path needs two points at least, found {found}", hint="gptvae interpolate a.txt b.txt")
+    if latent == "-" or "-" in points:
+        console.refuse_terminal_stdin("gptvae interpolate a.txt b.txt")
+
+
+def _latents(name: str, width: int) -> Sequence[Floats]:
+    from gptvae_cli.latent_file import read_latents
+
+    with console.source(name) as stream:
+        latents_NZ = read_latents(stream, name, width=width)
+    if len(latents_NZ) < 2:
+        raise DataError(f"{name} holds {len(latents_NZ)} latents, a path needs two at least")
+    return list(latents_NZ)
+
+
+def _point(name: str, unit: Unit, header: ModelHeader) -> str | Floats:
+    """The one text, or the one latent, of a file."""
+    from gptvae_cli.latent_file import is_npy, read_latents
+    from gptvae_cli.text import read_texts
+
+    with console.source(name) as stream:
+        if not stream.seekable():  # a pipe, perhaps of <(...), gives its bytes only once
+            stream = io.BytesIO(stream.read())
+        begin = stream.tell()
+        is_latent = is_npy(stream.read(6))
+        stream.seek(begin)
+        found: Sequence[str | Floats]
+        if is_latent:
+            found = list(read_latents(stream, name, width=header.model.dim_latent))
+        else:
+            by_name = Path(name).is_file()  # whose ending may tell how to read it
+            texts = read_texts([name if by_name else "-"], unit=unit, field=header.data.field, stdin=stream)
+            found = list(islice(texts, 2))
+    if len(found) != 1:
+        amount = "more than one" if found else "no"
+        raise DataError(
+            f"{name} holds {amount} {'latent' if is_latent else 'text'}, a point of a path is exactly one",
+            hint=f"--latent {name} leads through its rows" if is_latent else "--from and --to take texts themselves",
+        )
+    return found[0]
+
+
+def _encoded(text: str, encoder: Encoder) -> Floats:
+    encodings = list(encoder.encode([text]))
+    if len(encodings) != 1:
+        raise DataError(
+            f"a point of the path is one window of {encoder.config.max_seq_len} tokens, a text has {len(encodings)}",
+            hint="shorten it",
+        )
+    return encodings[0].mean_Z

@@ -1,0 +1,226 @@
+"""The training display, on a terminal that is a string."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import deque
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from gptvae_cli.cli.display import TrainingDisplay, sparkline
+from gptvae_cli.evaluation import Figures
+from gptvae_cli.training import StepReport
+
+FIGURES = Figures(
+    texts=1000,
+    tokens=12_000,
+    cross_entropy=31.4,
+    cross_entropy_shuffled=48.1,
+    cross_entropy_without=39.4,
+    kl=15.25,
+    mutual_information=6.81,
+    active_001=29,
+    active_02=17,
+)
+REPORT = StepReport(
+    step=1234,
+    progress=0.25,
+    seconds=150.0,
+    tokens_per_second=35_678.4,
+    texts_per_second=2_950.2,
+    learning_rate=1.5e-3,
+    beta=0.83,
+    cross_entropy=2.718,
+    kl=14.9,
+    bag_of_words=3.1,
+    gradient_norm=0.7,
+)
+HOSTILE = "[red]a[/b] \x1b]0;owned\x07 \x1b[2J \x9b31m b\u202ec\x7f \x00 d\re\nf"
+
+RICH_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\]8;[^\x1b]*\x1b\\")
+"""What rich itself sends: colours and movements of the cursor."""
+
+
+def terminal(width: int = 110) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=40, color_system="truecolor")
+
+
+def pipe() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False, width=80)
+
+
+def written(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def last_screen(text: str) -> str:
+    """The last panel that was drawn, without rich's own sequences."""
+    return RICH_SEQUENCE.sub("", text).rpartition("╭")[2]
+
+
+def test_a_terminal_sees_everything_in_named_units() -> None:
+    console = terminal()
+    with TrainingDisplay(console, "gptvae train, names-run", 32, quiet=False) as display:
+        display.update(replace(REPORT, cross_entropy=4.0))
+        display.update(replace(REPORT, figures=FIGURES))
+        display.show_example("a plain text", "a plain test")
+        display.update(REPORT)
+    screen = last_screen(written(console))
+    for part in (
+        "gptvae train, names-run",
+        "25%",
+        "2:30",
+        "7:30 left",
+        "35,678 tokens/s",
+        "2,950 texts/s",
+        "step 1,234",
+        "learning rate 1.5e-03",
+        "cross-entropy 2.718 nats/token",
+        "KL 14.9 nats/text",
+        "beta 0.83",
+        "46.65 nats/text = cross-entropy 31.40 + KL 15.25",
+        "6.81 nats of information",
+        "at most 6.9 shows on 1,000 texts",
+        "29 of 32 dimensions active, 17 strongly",
+        "right z 31.4",
+        "another text's z 48.1",
+        "no z 39.4 nats/text",
+        "a plain text",
+        "a plain test",
+    ):
+        assert part in screen, part
+    assert "█" in screen
+    assert "▁" in screen
+
+
+def test_the_figures_of_the_last_validation_stay_on_the_screen() -> None:
+    console = terminal()
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        display.update(replace(REPORT, figures=FIGURES))
+        display.update(replace(REPORT, step=1300))
+    assert "step 1,300" in last_screen(written(console))
+    assert "6.81 nats" in last_screen(written(console))
+
+
+def test_a_terminal_without_a_report_yet_says_so() -> None:
+    console = terminal()
+    with TrainingDisplay(console, "run", 32, quiet=False):
+        pass
+    assert "first step" in last_screen(written(console))
+
+
+def test_texts_reach_the_terminal_without_control_characters() -> None:
+    """Neither rich's markup nor what a terminal would obey: a corpus is other people's text."""
+    console = terminal(width=200)
+    with TrainingDisplay(console, f"run {HOSTILE}", 32, quiet=False) as display:
+        display.update(REPORT)
+        display.show_example(HOSTILE, HOSTILE[::-1])
+    output = written(console)
+    for sequence in ("\x1b]0;", "\x1b[2J"):
+        assert sequence not in output
+    rest = RICH_SEQUENCE.sub("", output)
+    assert set(re.findall(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]", rest)) <= {"\n", "\r"}
+    screen = last_screen(output)
+    assert "\r" not in screen, "between frames rich returns to the start of the line, within one the text would"
+    assert screen.count("[red]a[/b]") == 2, "in the title and in the text, as it stands"
+
+
+def test_long_texts_take_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def height(text: str) -> int:
+        console = terminal(width=80)
+        with TrainingDisplay(console, "run", 32, quiet=False) as display:
+            display.update(REPORT)
+            display.show_example(text, text)
+        return last_screen(written(console)).count("\n")
+
+    assert height("word " * 500) == height("word") == height("a\nb\nc")
+
+
+def test_a_pipe_gets_a_plain_line_for_each_validation() -> None:
+    """And none for the reports between, which come twice a second."""
+    console = pipe()
+    with TrainingDisplay(console, "run [/b]", 32, quiet=False) as display:
+        for _ in range(5):
+            display.update(REPORT)
+        display.update(replace(REPORT, figures=FIGURES, progress=0.5))
+        display.show_example("text", "reconstruction")
+        display.update(REPORT)
+    assert written(console).splitlines() == [
+        " 50% 2:30 step 1,234 35,678 tokens/s cross-entropy 2.718 nats/token KL 14.9 nats/text"
+        " | held out: 46.65 nats/text (cross-entropy 31.40 + KL 15.25), information 6.81 nats, active 29/32"
+    ]
+
+
+def test_a_pipe_gets_a_plain_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = pipe()
+    now = [0.0]
+    monkeypatch.setattr("gptvae_cli.cli.display.time.monotonic", lambda: now[0])
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        for second in range(100):
+            now[0] = float(second)
+            display.update(replace(REPORT, step=second))
+    assert [line.split()[3] for line in written(console).splitlines()] == ["31", "62", "93"]
+
+
+@pytest.mark.parametrize("make", [terminal, pipe])
+def test_quiet_prints_nothing(make: type[Console]) -> None:
+    console = make()
+    with TrainingDisplay(console, "run", 32, quiet=True) as display:
+        display.update(replace(REPORT, figures=FIGURES))
+        display.show_example("text", "reconstruction")
+    assert written(console) == ""
+
+
+def test_the_screen_is_given_back_when_training_fails() -> None:
+    console = terminal()
+    with pytest.raises(KeyError), TrainingDisplay(console, "run", 32, quiet=False) as display:
+        display.update(REPORT)
+        raise KeyError
+    assert written(console).rpartition("\x1b[?25")[2].startswith("h"), "the cursor is shown again"
+
+
+@pytest.mark.parametrize(
+    ("information", "colour"), [(0.99, "1;31"), (1.01, "1;33"), (3.01, "1;32")], ids=["red", "yellow", "green"]
+)
+def test_a_collapsed_latent_is_red(information: float, colour: str) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system="standard")
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        display.update(replace(REPORT, figures=replace(FIGURES, mutual_information=information)))
+    assert f"\x1b[{colour}m{information:.2f} nats of information" in written(console)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "clock"), [(0.4, "0:00"), (59.6, "1:00"), (61, "1:01"), (3599, "59:59"), (3661, "1:01:01")]
+)
+def test_times_read_as_a_clock(seconds: float, clock: str) -> None:
+    console = pipe()
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        display.update(replace(REPORT, seconds=seconds, figures=FIGURES))
+    assert written(console).split()[1] == clock
+
+
+# Sparkline ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sparkline_spans_the_blocks_from_lowest_to_highest() -> None:
+    assert sparkline(deque([0.0, 1, 2, 3, 4, 5, 6, 7]), 60) == "▁▂▃▄▅▆▇█"
+    assert sparkline(deque([7.0, 0, 7]), 60) == "█▁█"
+
+
+def test_a_sparkline_of_too_little_or_nothing_new_is_flat() -> None:
+    assert sparkline(deque(), 60) == ""
+    assert sparkline(deque([1.0]), 60) == ""
+    assert sparkline(deque([2.0, 2.0, 2.0]), 60) == "▁▁▁"
+
+
+@pytest.mark.parametrize("count", [2, 59, 60, 61, 119, 121, 400])
+def test_a_sparkline_fits_its_width_and_keeps_the_ends(count: int) -> None:
+    """Of a falling curve the first block is the highest and the last one the lowest, however long it is."""
+    line = sparkline(deque(range(count, 0, -1)), 60)
+    assert 2 <= len(line) <= 60
+    assert (line[0], line[-1]) == ("█", "▁")
+    assert list(line) == sorted(line, reverse=True)

@@ -1,0 +1,588 @@
+"""`gptvae train`, through Typer's runner where that is enough and in real processes where it is not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from gptvae_cli.cli.app import app
+from gptvae_cli.cli.train import parse_seconds
+from gptvae_cli.config import STOCK_RECIPE, TrainConfig, to_dict
+from gptvae_cli.errors import ConfigError
+from gptvae_cli.header import read_header
+
+NAMES = [first + last for first in ("an", "be", "cla", "do", "ele", "fi") for last in ("na", "lla", "ra", "ria", "ly")]
+QUICK = ("--preset", "nano", "--threads", "1", "--device", "cpu", "--dtype", "float32", "--batch-tokens", "128")
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Train = Callable[..., Result]
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Path:
+    path = tmp_path / "names.txt"
+    path.write_text("\n".join(NAMES) + "\n")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def train(out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Train:
+    """Runs `gptvae train` in this process, by default for four steps."""
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*options: object, steps: int | None = 4, stdin: bytes | None = None) -> Result:
+        flags = [] if steps is None else ["--steps", str(steps)]
+        arguments = ["train", "--out", str(out), *flags, *QUICK, *map(str, options)]
+        return CliRunner().invoke(app, arguments, input=stdin)
+
+    return invoke
+
+
+def assert_fails(result: Result, code: int, *words: str, hint: bool = True) -> None:
+    """One line that says what was asked and what was found, at most one hint, and nothing on stdout."""
+    assert result.exit_code == code, result.stderr
+    lines = result.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("gptvae: error: ")]
+    assert len(errors) == 1, result.stderr
+    behind = lines[lines.index(errors[0]) + 1 :]
+    assert len(behind) <= 1
+    assert all(line.startswith("hint: ") for line in behind)
+    if hint:
+        assert behind, "there is always something to do"
+    for word in words:
+        assert word in result.stderr, f"{word!r} is not in {result.stderr!r}"
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def steps_of(out: Path) -> int:
+    counters = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert isinstance(counters["step"], int)
+    return counters["step"]
+
+
+# A run ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_prints_its_model_and_tells_people_the_rest(tmp_path: Path, names: Path) -> None:
+    """In a process of its own, with stderr in a pipe: nothing there is animated or coloured."""
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "gptvae_cli",
+            "train",
+            "names.txt",
+            "--out",
+            "run",
+            "--steps",
+            "20",
+            "--valid",
+            "0.4",
+            *QUICK,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == "run/model.safetensors\n"
+    assert read_header(tmp_path / "run" / "model.safetensors").training["steps"] >= 1
+    for part in (
+        "corpus: 30 texts of",
+        "tokenizer: bytes, 259 tokens",
+        "model: nano (asked for)",
+        "% padding",
+        "device: cpu (asked for), float32 (asked for)",
+        "100%",
+        "nats/token",
+        "Verdict",
+        "gptvae generate --prior 5 --model run",
+    ):
+        assert part in process.stderr, part
+    assert process.stderr.count("from its z") == 3
+    assert not CONTROLS.search(process.stderr.replace("\n", ""))
+
+
+def test_a_second_run_needs_to_be_told_what_to_do_with_the_first(train: Train, names: Path, out: Path) -> None:
+    assert train(names).exit_code == 0
+    before = (out / "model.safetensors").read_bytes()
+    assert_fails(train(names), 2, "holds a run already", "--resume", "--force")
+    assert (out / "model.safetensors").read_bytes() == before
+    assert train(names, "--force", "--seed", "7").exit_code == 0
+    assert read_header(out / "model.safetensors").training["train"]["seed"] == 7
+
+
+def test_a_bad_corpus_with_force_loses_nothing(train: Train, names: Path, out: Path, tmp_path: Path) -> None:
+    train(names)
+    (out / "mine.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert_fails(train(tmp_path / "nowhere.txt", "--force"), 3, "nowhere.txt", hint=False)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert train(names, "--force").exit_code == 0
+    assert (out / "mine.txt").read_text() == "mine"
+
+
+def test_quiet_says_nothing_but_the_path(train: Train, names: Path, out: Path) -> None:
+    result = train(names, "-q")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"{out}/model.safetensors\n"
+
+
+def test_texts_of_the_corpus_do_not_control_the_terminal(train: Train, tmp_path: Path) -> None:
+    """The verdict shows held-out texts."""
+    bad = tmp_path / "bad.txt"
+    bad.write_text("\n".join(f"[red]{i}[/b] \x1b]0;owned\x07\x1b[2J\x9b\u202e" for i in range(30)))
+    result = train(bad, "--valid", "0.5", "--max-seq-len", "64")
+    assert result.exit_code == 0, result.stderr
+    assert "[red]" in result.stderr
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", result.stderr.replace("\n", ""))
+
+
+def test_a_folder_may_have_any_name(names: Path, tmp_path: Path) -> None:
+    """Markup in it, and what a shell would split."""
+    folder = tmp_path / "a run[/b]"
+    result = CliRunner().invoke(app, ["train", str(names), "--out", str(folder), "--steps", "2", *QUICK])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{folder}/model.safetensors\n"
+
+
+# The texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", [["-"], []], ids=["dash", "nothing"])
+def test_standard_input_is_a_corpus(train: Train, out: Path, argument: list[str]) -> None:
+    result = train(*argument, stdin="\n".join(NAMES).encode())
+    assert result.exit_code == 0, result.stderr
+    assert read_header(out / "model.safetensors").training["corpus"]["texts"] == len(NAMES)
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph", "file", "window"])
+def test_every_unit_trains_and_is_stored_in_the_model(train: Train, out: Path, tmp_path: Path, unit: str) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i, name in enumerate(NAMES):
+        (folder / f"{i:02}.txt").write_text(f"{name}\n\nand {name[::-1]}\n")
+    result = train(folder, "--unit", unit, "--max-seq-len", "16")
+    assert result.exit_code == 0, result.stderr
+    header = read_header(out / "model.safetensors")
+    assert header.data.unit == unit
+    assert header.training["corpus"]["texts"] == {"line": 60, "paragraph": 60, "file": 30, "window": 30}[unit]
+    assert header.training["corpus"]["empty"] == {"line": 30}.get(unit, 0)
+
+
+def test_a_json_field_is_the_text(train: Train, out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "names.jsonl"
+    path.write_text("\n".join(json.dumps({"name": name, "text": 1}) for name in NAMES))
+    assert train(path, "--field", "name").exit_code == 0
+    assert read_header(out / "model.safetensors").data.field == "name"
+
+
+def test_descriptions_teach_the_encoder_and_commands_the_decoder(train: Train, out: Path, tmp_path: Path) -> None:
+    data = os.environ.get("GPTVAE_TEST_DATA")
+    if not data:
+        pytest.skip("needs the corpora that GPTVAE_TEST_DATA names")
+    for name in ("nl2bash_train.txt", "nl2bash_train.descriptions.txt"):
+        with Path(data, name).open("rb") as lines:
+            (tmp_path / name).write_bytes(b"".join(islice(lines, 300)))
+    descriptions = str(tmp_path / "nl2bash_train.descriptions.txt")
+    result = train(tmp_path / "nl2bash_train.txt", "--latents-from", descriptions, steps=3)
+    assert result.exit_code == 0, result.stderr
+    assert read_header(out / "model.safetensors").data.latents_from == descriptions
+    assert {"train.source.tokens", "valid.source.tokens"} <= {path.name for path in (out / "cache").iterdir()}
+
+
+def test_aligned_texts_of_another_number_are_refused(train: Train, names: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    assert_fails(train(names, "--latents-from", tmp_path / "few.txt"), 3, "more than 2 texts", "few.txt has 2")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["cannot read", "corpus.txt"]),
+        (b"", ["0 non-empty text(s)", "corpus.txt", "--unit"]),
+        (b"\n \n\n", ["1 non-empty text(s)"]),
+        (b"only one\n", ["1 non-empty text(s)"]),
+        (b"fine\nna\xefve\nfine\n", ["corpus.txt, line 2", "0xef", "UTF-8", "iconv"]),
+    ],
+    ids=["missing", "empty", "blank", "one-text", "not-utf8"],
+)
+def test_a_corpus_that_cannot_be_used_is_bad_input(
+    train: Train, out: Path, tmp_path: Path, content: bytes | None, words: Sequence[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "corpus.txt").write_bytes(content)
+    assert_fails(train(tmp_path / "corpus.txt"), 3, *words, hint=content is not None)
+    assert not out.exists(), "a folder that was made for it is gone again"
+
+
+def test_an_empty_standard_input_is_bad_input(train: Train) -> None:
+    assert_fails(train("-", stdin=b""), 3, "0 non-empty")
+
+
+# Wrong usage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--dim", "0"], ["dim", "0"]),
+        (["--dim", "100"], ["dim", "100"]),
+        (["--dim", "two"], ["--dim", "integer"]),
+        (["--max-seq-len", "2"], ["max-seq-len", "2"]),
+        (["--unit", "word"], ["unit", "word", "line, paragraph, file, window"]),
+        (["--valid", "0.9"], ["valid", "0.9"]),
+        (["--vocab-size", "10"], ["vocab-size", "10"]),
+        (["--preset", "giant"], ["preset", "giant", "nano"]),
+        (["--objective", "best"], ["objective", "best", "elbo"]),
+        (["--vae-kl-div-floor", "-1"], ["vae-kl-div-floor", "-1"]),
+        (["--latents-dropout-prob", "1"], ["latents-dropout-prob", "1"]),
+        (["--kl-warmup", "2"], ["kl-warmup", "2"]),
+        (["--lr", "nan"], ["lr", "nan"]),
+        (["--batch-tokens", "3"], ["batch-tokens", "3"]),
+        (["--accumulate", "0"], ["accumulate", "0"]),
+        (["--max-time", "soon"], ["max-time", "soon", "10m"]),
+        (["--max-time", "0"], ["max-time", "0"]),
+        (["--epochs", "-1"], ["epochs", "-1"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+        (["--device", "tpu"], ["device", "tpu", "cuda"]),
+        (["--dtype", "float8"], ["dtype", "float8"]),
+        (["--config", "nowhere.toml"], ["nowhere.toml"]),
+        (["--latents-from", "x.txt", "--unit", "window"], ["latents-from", "line, paragraph or file"]),
+        (["--latents-from", "names.txt", "--valid", "names.txt"], ["valid", "names.txt", "share"]),
+        (["--stepz", "3"], ["--stepz", "--steps"]),
+    ],
+    ids=lambda value: " ".join(value) if str(value[0]).startswith("--") else "",
+)
+def test_a_wrong_value_is_named_beside_what_is_allowed(
+    train: Train, names: Path, out: Path, options: list[str], words: list[str]
+) -> None:
+    assert_fails(train(names, *options), 2, *words, hint=False)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[train]\nlearning_rate = 1.0\n", ["learning_rate"]),
+        ("[learn]\nlr = 1.0\n", ["learn", "run, data, model, train"]),
+        ("[model]\nwidth = 3\n", ["width"]),
+        ("[model]\ndim = 'wide'\n", ["dim", "wide"]),
+        ("[train]\nsteps = true\n", ["steps"]),
+        ("[data]\nunit = 'word'\n", ["unit", "word"]),
+        ("[run]\nfolder = 'x'\n", ["folder"]),
+        ("not toml", ["not TOML"]),
+    ],
+    ids=["field", "table", "size", "type", "bool", "value", "run", "syntax"],
+)
+def test_a_wrong_configuration_file_is_wrong_usage(
+    train: Train, names: Path, tmp_path: Path, toml: str, words: list[str]
+) -> None:
+    (tmp_path / "c.toml").write_text(toml)
+    assert_fails(train(names, "--config", tmp_path / "c.toml", steps=None), 2, *words, hint=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_a_failure(names: Path, out: Path) -> None:
+    result = CliRunner().invoke(app, ["train", str(names), "--out", str(out), "--device", "cuda"])
+    assert_fails(result, 1, "device cuda was asked for", "--device cpu")
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure(names: Path, tmp_path: Path) -> None:
+    """As a file where a folder should be, which also stops root."""
+    result = CliRunner().invoke(app, ["train", str(names), "--out", str(names / "run"), *QUICK])
+    assert_fails(result, 1, "cannot make the run folder", "--out")
+
+
+# Configuration --------------------------------------------------------------------------------------------------------
+
+
+def print_config(*options: object) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["train", *map(str, options), "--print-config"])
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    return tomllib.loads(result.stdout)
+
+
+def test_a_printed_configuration_reproduces_the_run(train: Train, names: Path, out: Path, tmp_path: Path) -> None:
+    """Printed again from its file it is the same, and two runs of it are equal to the bit."""
+    flags = [names, "--preset", "nano", "--dim-latent", "5", "--steps", "4", "--seed", "3", "--word-dropout", "0.1"]
+    text = CliRunner().invoke(app, ["train", *map(str, flags), "--out", str(out), "--print-config"]).stdout
+    assert not out.exists(), "printing is all that was asked for"
+    config = tmp_path / "run.toml"
+    config.write_text(text)
+    assert CliRunner().invoke(app, ["train", "--config", str(config), "--print-config"]).stdout == text
+    machine = ["--threads", "1", "--device", "cpu", "--dtype", "float32"]
+    models = []
+    for arguments in ([*map(str, flags), "--out", str(out)], ["--config", str(config), "--force"]):
+        result = CliRunner().invoke(app, ["train", *arguments, *machine])
+        assert result.exit_code == 0, result.stderr
+        header = read_header(out / "model.safetensors")
+        assert (header.model.dim_latent, header.training["train"]["seed"]) == (5, 3)
+        state = (out / "model.safetensors").read_bytes()
+        models.append(state[8 + int.from_bytes(state[:8], "little") :])
+    assert models[0] == models[1]
+
+
+def test_flags_go_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(
+        '[run]\ncorpus = ["a.txt"]\nout = "there"\n[data]\nunit = "paragraph"\nvalid = "0.1"\n'
+        '[model]\npreset = "small"\ndim = 96\n[train]\nlr = 0.5\nseed = 9\nmax_time = 50\n'
+    )
+    plain = print_config("--config", config)
+    assert plain["run"] == {"corpus": ["a.txt"], "out": "there"}
+    assert (plain["data"]["unit"], plain["data"]["valid"], plain["data"]["field"]) == ("paragraph", "0.1", "text")
+    assert plain["model"] == {"preset": "small", "dim": 96}
+    assert (plain["train"]["lr"], plain["train"]["seed"], plain["train"]["max_time"]) == (0.5, 9, 50)
+    assert plain["train"]["clip"] == TrainConfig().clip
+    over = print_config(
+        "b.txt", "--config", config, "--out", "here", "--unit", "file", "--dim", "32", "--lr", "0.1", "--max-time", "2m"
+    )
+    assert over["run"] == {"corpus": ["b.txt"], "out": "here"}
+    assert (over["data"]["unit"], over["data"]["valid"]) == ("file", "0.1")
+    assert over["model"] == {"preset": "small", "dim": 32}
+    assert (over["train"]["lr"], over["train"]["seed"], over["train"]["max_time"]) == (0.1, 9, 120)
+
+
+def test_every_field_of_the_training_has_a_flag() -> None:
+    values: dict[str, Any] = to_dict(TrainConfig(steps=3, epochs=2.0, lr=0.25, strict=True))
+    values |= {"objective": "stock", "max_time": 77.0}
+    flags: list[object] = []
+    for name, value in values.items():
+        flags.append(f"--{name.replace('_', '-')}")
+        if name == "strict":
+            continue
+        changed = value + 1 if isinstance(value, int) else value / 2 if isinstance(value, float) else value
+        values[name] = changed
+        flags.append(changed)
+    assert print_config("x.txt", *flags)["train"] == values
+
+
+def test_without_a_limit_a_run_takes_ten_minutes_and_with_one_no_time_limit() -> None:
+    assert print_config("x.txt")["train"]["max_time"] == 600
+    for limit in (("--steps", "5"), ("--epochs", "1")):
+        assert "max_time" not in print_config("x.txt", *limit)["train"]
+    assert print_config("x.txt", "--steps", "5", "--max-time", "1h")["train"]["max_time"] == 3600
+    assert print_config("x.txt")["run"] == {"corpus": ["x.txt"], "out": "gptvae-run"}
+
+
+def test_the_stock_objective_brings_its_recipe_unless_told_otherwise() -> None:
+    stock = print_config("x.txt", "--objective", "stock")["train"]
+    assert {name: stock[name] for name in STOCK_RECIPE} == STOCK_RECIPE
+    mixed = print_config("x.txt", "--objective", "stock", "--bag-of-words", "0.5")["train"]
+    assert (mixed["bag_of_words"], mixed["latents_dropout_prob"]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("90s", 90), ("1.5m", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400), ("1d", 86400), ("0.5", 0.5)],
+)
+def test_a_time_may_be_written_in_several_ways(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "10 m", "10x", "-5", "1h 30m", "1m30", "1e3", "inf", "1..5m", "٣m "])
+def test_what_is_not_a_time_is_told_how_to_write_one(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"max-time is .* it must be a time such as 90s, 10m or 1h30m"):
+        parse_seconds(text)
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_without_being_told_its_corpus(train: Train, names: Path, out: Path) -> None:
+    train(names, "--seed", "3")
+    assert steps_of(out) == 4
+    names.unlink()
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--steps", "7", "--device", "cpu"])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{out}/model.safetensors\n"
+    assert "resumed at step 4" in result.stderr
+    assert steps_of(out) == 7
+    again = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--device", "cpu"])
+    assert again.exit_code == 0, "a run that is over tells its verdict again"
+    assert "Verdict" in again.stderr
+    assert steps_of(out) == 7
+
+
+def test_a_run_does_not_go_on_with_another_corpus(train: Train, names: Path, out: Path, tmp_path: Path) -> None:
+    train(names)
+
+    def resume(*options: object) -> Result:
+        return CliRunner().invoke(app, ["train", "--resume", *map(str, options), "--out", str(out), "--device", "cpu"])
+
+    assert resume(names, "--steps", "5").exit_code == 0
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(NAMES[1:]))
+    assert_fails(resume(other), 3, "other.txt is not the corpus", "--out")
+
+
+@pytest.mark.parametrize(
+    "options", [["--dim", "32"], ["--lr", "0.1"], ["--unit", "file"], ["--seed", "3"], ["--preset", "small"]], ids=str
+)
+def test_a_run_keeps_its_configuration(train: Train, names: Path, out: Path, options: list[str]) -> None:
+    out.mkdir()
+    (out / "state.safetensors").write_bytes(b"")
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), *options])
+    assert_fails(result, 2, "--resume keeps the run's configuration", options[0], "--max-time")
+
+
+def test_there_must_be_a_run_to_resume(out: Path) -> None:
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--device", "cpu"])
+    assert_fails(result, 3, "no run to resume in", str(out))
+    assert not out.exists()
+
+
+# Interruptions --------------------------------------------------------------------------------------------------------
+
+
+class Spawned:
+    """`gptvae train` in a process of its own, past its first validation: 500 steps of many."""
+
+    def __init__(self, cwd: Path, stderr: int | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gptvae_cli", "train", "names.txt", "--out", "run", "--steps", "2000", *QUICK],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if stderr is None else stderr,
+            env={**os.environ, "COLUMNS": "110", "LINES": "40", "TERM": "xterm-256color"},
+        )
+
+    def __enter__(self) -> Spawned:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+def test_ctrl_c_saves_the_state_and_says_how_to_go_on(train: Train, tmp_path: Path, names: Path, out: Path) -> None:
+    """And nobody else may train in the folder meanwhile."""
+    with Spawned(tmp_path) as spawned:
+        assert spawned.process.stderr is not None
+        told = b""
+        for line in spawned.process.stderr:
+            told += line
+            if b" held out: " in line:
+                break
+        assert_fails(train(names), 75, "in use by another training run", "--out")
+        spawned.process.send_signal(signal.SIGINT)
+        stdout, rest = spawned.process.communicate(timeout=60)
+    told += rest
+    assert spawned.process.returncode == 130, told
+    assert stdout == b"", "there is no model to go on with in a pipeline"
+    assert b"the state is saved" in told
+    assert b"gptvae train --resume --out run" in told
+    assert b"Traceback" not in told
+    step = int(re.findall(rb"stopped at step ([\d,]+);", told)[0].replace(b",", b""))
+    assert 200 <= step < 2000
+    result = CliRunner().invoke(
+        app, ["train", "--resume", "--out", str(out), "--steps", str(step + 3), "--device", "cpu", "--dtype", "float32"]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert f"resumed at step {step:,}" in result.stderr
+    assert steps_of(out) == step + 3
+
+
+def test_termination_saves_too_and_gives_the_terminal_back(tmp_path: Path, names: Path, out: Path) -> None:
+    """With people watching: the display is drawn on their terminal, and the cursor is back when it ends."""
+    leader, follower = pty.openpty()
+    with Spawned(tmp_path, stderr=follower) as spawned:
+        os.close(follower)
+        shown = b""
+        for chunk in terminal_output(leader):
+            if b"dimensions active" in chunk and b"dimensions active" not in shown:
+                spawned.process.terminate()
+            shown += chunk
+        stdout, _ = spawned.process.communicate(timeout=60)
+    os.close(leader)
+    assert spawned.process.returncode == 143, shown
+    assert stdout == b""
+    assert (out / "state.safetensors").exists()
+    for part in (b"nats/token", b"dimensions active", b"from its z", b"\x1b[?25h", b"the state is saved"):
+        assert part in shown, part
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
+
+
+def terminal_output(leader: int) -> Iterator[bytes]:
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:  # how Linux says that nobody has the terminal open any more
+            return
+        if not chunk:
+            return
+        yield chunk
+
+
+# How a run may end ----------------------------------------------------------------------------------------------------
+
+
+def test_a_collapse_is_a_verdict_and_under_strict_a_failure(train: Train, names: Path, out: Path) -> None:
+    """The stock units press the latent flat within a few steps."""
+    stock = ("--objective", "stock", "--vae-kl-loss-weight", "1000", "--lr", "0.03", "--warmup", "0")
+    lenient = train(names, *stock, steps=40)
+    assert lenient.exit_code == 0, lenient.stderr
+    assert "collapsed: the latent carries 0." in lenient.stderr
+    strict = train(names, *stock, "--strict", "--force", steps=40)
+    assert strict.exit_code == 5
+    assert "--strict asks for 1 at least" in strict.stderr
+    assert strict.stdout == f"{out}/model.safetensors\n", "the model is there all the same"
+
+
+def test_a_divergence_has_an_exit_code_of_its_own(train: Train, names: Path) -> None:
+    assert_fails(train(names, "--lr", "1e30", "--warmup", "0", steps=50), 4, "training diverged", "--lr")
+
+
+def test_help_is_sorted_into_panels_and_ends_with_examples() -> None:
+    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    for part in ("The texts", "The model", "Learning", "The run", "--latents-from", "gptvae train --resume"):
+        assert part in result.stdout
+
+
+def test_a_terminal_as_the_corpus_shows_the_help(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
+    """Nobody types a corpus."""
+    monkeypatch.setattr("gptvae_cli.cli.console.sys", FakeSys())
+    result = CliRunner().invoke(app, ["train", "--out", str(out)])
+    assert result.exit_code == 2
+    assert "standard input is a terminal" in result.stderr
+    assert not out.exists()
+
+
+class FakeSys:
+    """The `sys` of a shell without a pipe in front."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    stdin = Terminal()
+    stdout = Terminal()
