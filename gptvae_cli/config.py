@@ -150,7 +150,8 @@ class TrainConfig:
         vae_kl_loss_weight: beta; 1 is the ELBO (with objective `elbo`).
         kl_warmup: share of the run over which beta rises from 0.
         vae_kl_div_floor: free bits, nats per latent dimension (arXiv 1606.04934, eq. 15).
-        latents_dropout_prob: share of the rows whose latent is dropped.
+        target_rate: free bits, nats per text, all dimensions together.
+        latents_dropout_prob: share of the rows whose latent is dropped; 1 trains a language model without one.
         bag_of_words: weight of the auxiliary loss that predicts a text's tokens, unordered, from z.
         word_dropout: share of the decoder's input tokens that are hidden at the start of training, falling
             linearly to 0 at half of the run.
@@ -172,6 +173,7 @@ class TrainConfig:
     vae_kl_loss_weight: float = 1.0
     kl_warmup: float = 0.3
     vae_kl_div_floor: float = 0.5
+    target_rate: float = 0.0
     latents_dropout_prob: float = 0.1
     bag_of_words: float = 1.0
     word_dropout: float = 0.0
@@ -193,12 +195,11 @@ class TrainConfig:
         for name, least in (("batch_tokens", 16), ("accumulate", 1)):
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         _require(0 < self.clip < float("inf"), "clip", self.clip, "above 0")
-        for name in ("weight_decay", "vae_kl_loss_weight", "vae_kl_div_floor", "bag_of_words"):
+        for name in ("weight_decay", "vae_kl_loss_weight", "vae_kl_div_floor", "target_rate", "bag_of_words"):
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
-        for name in ("warmup", "decay", "kl_warmup"):
+        for name in ("warmup", "decay", "kl_warmup", "latents_dropout_prob"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        for name in ("latents_dropout_prob", "word_dropout"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+        _require(0 <= self.word_dropout < 1, "word_dropout", self.word_dropout, "at least 0 and below 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
 
 

@@ -476,6 +476,14 @@ def fixed_batches(rows: Rows, batch_tokens: int, most: int) -> list[Batch]:
     return [rows.batch(starts, stops, index) for index in plan_batches(stops - starts + 2, batch_tokens, None)]
 
 
+def batches_of(texts: Sequence[Sequence[int]], config: ModelConfig, batch_tokens: int) -> list[Batch]:
+    """Texts tokenised on the spot, as rows `BOS text EOS` in batches; those too long are cut, without EOS."""
+    rows = [np.array([config.bos_id, *ids, config.eos_id][: config.max_seq_len], dtype=np.int64) for ids in texts]
+    plan = plan_batches(np.array([len(row) for row in rows]), batch_tokens, None)
+    chosen = [[rows[i] for i in index] for index in plan]
+    return [Batch(_pad(some, config.pad_id), None, sum(len(row) - 1 for row in some)) for some in chosen]
+
+
 def _pad(rows: Sequence[Ints], pad_id: int) -> torch.Tensor:
     tokens_BT = np.full((len(rows), max(map(len, rows))), pad_id, dtype=np.int64)
     for i, row in enumerate(rows):

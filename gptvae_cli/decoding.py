@@ -258,7 +258,7 @@ class CachedDecoder:
         self.layers = self.stack.layers()
         # The stack keeps these for training too, which cannot use what was made in inference mode.
         with torch.inference_mode(False):
-            self.cos_SK, self.sin_SK = self.stack.tables(model.max_seq_len + 1, self.embedding_VD)
+            self.cos_SR, self.sin_SR = self.stack.tables(model.max_seq_len + 1, model.device)
         self.positions_B = torch.zeros(0, dtype=torch.long, device=model.device)
         self.cache_LXBHSK = self.embedding_VD.new_zeros(
             len(self.layers), 2, 0, self.stack.heads, 0, self.stack.head_width
@@ -279,10 +279,10 @@ class CachedDecoder:
         self._grow(first + len(rows), length)
         self.positions_B = torch.cat([self.positions_B, length_B - 1])
         places_B = torch.arange(len(rows), device=device)
-        cos_TK, sin_TK = self.cos_SK[:length], self.sin_SK[:length]
+        cos_TR, sin_TR = self.cos_SR[:length], self.sin_SR[:length]
         # Padding behind a row is computed and stored, but its slots are masked until real tokens overwrite them.
         for layer, cache_XBHSK in zip(self.layers, self.cache_LXBHSK, strict=True):
-            q_BHTK, k_BHTK, v_BHTK = self.stack.project(layer, x_BTD, cos_TK, sin_TK)
+            q_BHTK, k_BHTK, v_BHTK = self.stack.project(layer, x_BTD, cos_TR, sin_TR)
             cache_XBHSK[0, first : first + len(rows), :, :length] = k_BHTK
             cache_XBHSK[1, first : first + len(rows), :, :length] = v_BHTK
             x_BTD = self.stack.finish(layer, x_BTD, attend(q_BHTK, k_BHTK, v_BHTK, None, causal=True))
@@ -300,9 +300,9 @@ class CachedDecoder:
             slots_S = torch.arange(used, device=self.model.device)
             mask_B11S = (slots_S <= self.positions_B[:, None])[:, None, None]
         places_B = torch.arange(len(rows), device=self.model.device)
-        cos_B1K, sin_B1K = self.cos_SK[self.positions_B[:, None]], self.sin_SK[self.positions_B[:, None]]
+        cos_B11R, sin_B11R = (table_SR[self.positions_B, None, None] for table_SR in (self.cos_SR, self.sin_SR))
         for layer, cache_XBHSK in zip(self.layers, self.cache_LXBHSK, strict=True):
-            q_BH1K, k_BH1K, v_BH1K = self.stack.project(layer, x_B1D, cos_B1K, sin_B1K)
+            q_BH1K, k_BH1K, v_BH1K = self.stack.project(layer, x_B1D, cos_B11R, sin_B11R)
             if together:
                 cache_XBHSK[0, : len(rows), :, used - 1] = k_BH1K[:, :, 0]
                 cache_XBHSK[1, : len(rows), :, used - 1] = v_BH1K[:, :, 0]
@@ -310,7 +310,9 @@ class CachedDecoder:
                 cache_XBHSK[0][places_B, :, self.positions_B] = k_BH1K[:, :, 0]
                 cache_XBHSK[1][places_B, :, self.positions_B] = v_BH1K[:, :, 0]
             keys_BHSK, values_BHSK = cache_XBHSK[:, : len(rows), :, :used]
-            attended_BH1K = F.scaled_dot_product_attention(q_BH1K, keys_BHSK, values_BHSK, attn_mask=mask_B11S)
+            attended_BH1K = F.scaled_dot_product_attention(
+                q_BH1K, keys_BHSK, values_BHSK, attn_mask=mask_B11S, scale=1.0
+            )
             x_B1D = self.stack.finish(layer, x_B1D, attended_BH1K)
         return self._logits(x_B1D[:, 0])
 

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     TRAINING = 2
     ORDER = 3
     VALIDATION = 4
+    IMPORTANCE = 5
 
 
 def stream(seed: int, purpose: Purpose, major: int = 0, minor: int = 0) -> np.random.Generator:

@@ -79,12 +79,16 @@ class Weights:
         beta: factor of the KL.
         floor: free bits in nats per dimension.
         bag_of_words: factor of the auxiliary loss.
+        rate: free bits in nats per text, for all dimensions together.
+        language_model: train the decoder without a latent, and nothing else.
     """
 
     objective: Objective
     beta: float
     floor: float
     bag_of_words: float
+    rate: float = 0.0
+    language_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class BagOfWords(nn.Module):
         return nats
 
 
-def cross_entropy_BT(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor, noise: Noise) -> Tensor:
+def cross_entropy_BT(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, noise: Noise) -> Tensor:
     """Nats of every token but the first, given those before it and the latent; 0 at padding [B T-1]."""
     inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
     if noise.hide_BT is not None:
@@ -158,6 +162,10 @@ def objective(
         weights: of the terms.
         step_tokens: target tokens of the whole optimizer step, when this batch is a part of it.
     """
+    if weights.language_model:
+        cross_entropy = cross_entropy_BT(model, batch.tokens_BT, None, noise).sum()
+        nothing = cross_entropy.new_zeros(())
+        return Terms(cross_entropy / (step_tokens or batch.target_tokens), cross_entropy.detach(), nothing, nothing)
     posterior = model.posterior(batch.encoder_BT).in_float32()
     latents_BZ = posterior.sample(noise.latent_BZ)
     cross_entropy = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, noise).sum()
@@ -172,7 +180,8 @@ def objective(
         kl_term = F.relu(kl_BZ - weights.floor).sum(dim=-1).mean() * (batch.target_tokens / tokens)
         total = cross_entropy / tokens + weights.beta * kl_term
     else:
+        kl = free_bits(kl_BZ, weights.floor, noise.keep_B).clamp(min=weights.rate)
         kept_rows = len(kl_BZ) if noise.keep_B is None else noise.keep_B.sum()
-        total = (cross_entropy + weights.beta * kept_rows * free_bits(kl_BZ, weights.floor, noise.keep_B)) / tokens
+        total = (cross_entropy + weights.beta * kept_rows * kl) / tokens
     total = total + weights.bag_of_words * bow / tokens
     return Terms(total, cross_entropy.detach(), kl_BZ.detach().sum(), bow.detach())

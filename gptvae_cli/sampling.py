@@ -24,7 +24,7 @@ from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import _line_pieces, plan_batches
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.device import resolve_device, resolve_dtype, set_threads
+from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.noise import latent_noise
 from gptvae_cli.text import Tokenizer
@@ -59,7 +59,7 @@ def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto", threa
     """
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where.device, training=False)
-    set_threads(threads)
+    tune_cpu(threads)
     note = None
     if where.device.type != "cpu" or precision.dtype != torch.float32:  # the rest is what everybody expects
         name = str(precision.dtype).removeprefix("torch.")

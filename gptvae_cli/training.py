@@ -201,8 +201,8 @@ def train(
         if config.epochs is not None:
             shares.append((counters.epoch + counters.batch / len(epoch)) / config.epochs)
         if config.max_time is not None:
-            # The last validation has to fit in too.
-            shares.append((counters.seconds + last_validation) / config.max_time)
+            # The last validation has to fit in too, and a few texts to show; the first one says how long it takes.
+            shares.append((counters.seconds + 2 * last_validation) / config.max_time)
         return min(1.0, max(shares))
 
     def validate() -> tuple[Figures, bool]:
@@ -269,6 +269,8 @@ def train(
 def score(figures: Figures, config: TrainConfig) -> float:
     """What the best model has least of: the objective on held-out texts, nats per text, at the final beta. A
     collapsed model is never better than one that is not."""
+    if config.latents_dropout_prob == 1:
+        return figures.cross_entropy_without
     value = figures.cross_entropy + config.vae_kl_loss_weight * figures.kl
     return value + 1e9 if figures.collapsed else value
 
@@ -283,7 +285,9 @@ def _step(
         objective=config.objective,
         beta=config.vae_kl_loss_weight * ramp(progress, config.kl_warmup),
         floor=config.vae_kl_div_floor,
+        rate=config.target_rate,
         bag_of_words=config.bag_of_words * (1 - 0.9 * ramp(progress, 0.6)),
+        language_model=config.latents_dropout_prob == 1,
     )
     learning_rate = learner.lr * learning_rate_factor(progress, warmup=config.warmup, decay=config.decay)
     for group in learner.optimizer.param_groups:

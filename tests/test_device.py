@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptvae_cli import device as device_module
-from gptvae_cli.device import resolve_device, resolve_dtype, set_threads
+from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 from gptvae_cli.errors import ConfigError, DeviceError, ExitCode
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -168,15 +168,15 @@ def test_cpu_flags_agree_with_torch() -> None:
 
 
 def test_threads_are_set_and_none_changes_nothing(thread_count: int) -> None:
-    assert set_threads(None) == thread_count
-    assert set_threads(thread_count + 1) == torch.get_num_threads() == thread_count + 1
-    assert set_threads(None) == thread_count + 1
+    assert tune_cpu(None) == thread_count
+    assert tune_cpu(thread_count + 1) == torch.get_num_threads() == thread_count + 1
+    assert tune_cpu(None) == thread_count + 1
 
 
 @pytest.mark.parametrize("count", [0, -1])
 def test_less_than_one_thread_is_wrong_usage(count: int) -> None:
     with pytest.raises(ConfigError, match=f"threads is {count}"):
-        set_threads(count)
+        tune_cpu(count)
 
 
 @pytest.mark.requires_cuda

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 from x_transformers import gpt_vae as reference
 
-from gptvae_cli.evaluation import Figures, measure, reconstruct
+from gptvae_cli.evaluation import Figures, importance_weighted, measure, reconstruct
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, Weights, objective
@@ -216,3 +216,40 @@ def test_banned_tokens_are_not_written(learnt: tuple[GPTVAE, list[list[int]]]) -
     written = reconstruct(model, [torch.tensor(row) for row in rows], banned=[banned])
     assert all(banned not in text for text in written)
     assert written != [row[1:-1] for row in rows]
+
+
+def test_importance_weighted_nll_agrees_with_quadrature(tiny_model: TinyModel) -> None:
+    """With one latent dimension the integral over the prior can be taken on a grid."""
+    model = tiny_model(dim_latent=1)
+    with torch.no_grad():  # a posterior that covers the true one: heavy weights would need millions of samples
+        for parameter in model.to_latent_mean_log_variance.parameters():
+            parameter.mul_(0.2)
+    stock = stock_of(model)
+    rows = rows_of(3)
+    grid_G = torch.linspace(-6, 6, 121)
+    step = float(grid_G[1] - grid_G[0])
+    log_prior_G = -0.5 * grid_G.square() - 0.5 * math.log(2 * math.pi)
+    expected = []
+    for row in rows:
+        log_likelihood_G = torch.tensor([-nats(stock, row, z[None]) for z in grid_G])
+        expected.append(-float(torch.logsumexp((log_likelihood_G + log_prior_G).double(), dim=0)) - math.log(step))
+    estimate = importance_weighted(model, batches_of(rows, 4), 4000, seed=0)
+    assert estimate.texts == len(rows)
+    assert estimate.nll == pytest.approx(sum(expected) / len(rows), abs=0.02)
+
+
+def test_more_samples_come_closer_and_one_is_the_elbo(tiny_model: TinyModel) -> None:
+    model = tiny_model()
+    batches = batches_of(rows_of(), 5)
+    nlls = [importance_weighted(model, batches, samples, seed=1).nll for samples in (1, 20, 400)]
+    assert nlls[0] > nlls[1] > nlls[2]
+    bounds = [importance_weighted(model, batches, 1, seed=seed).nll for seed in range(60)]
+    figures = [measure(model, batches, seed=seed).nll_bound for seed in range(60)]
+    assert sum(bounds) / 60 == pytest.approx(sum(figures) / 60, rel=0.02)
+
+
+def test_importance_weighting_does_not_depend_on_how_samples_are_split(tiny_model: TinyModel) -> None:
+    """Splitting only bounds memory; the noise is drawn in the same order."""
+    model, batches = tiny_model(), batches_of(rows_of(), 5)
+    together, apart = (importance_weighted(model, batches, 12, most_rows=rows) for rows in (1000, 7))
+    assert together.nll == pytest.approx(apart.nll, rel=1e-5)

@@ -308,3 +308,28 @@ def test_the_objective_on_a_gpu_is_the_one_on_the_cpu(tiny_model: TinyModel) -> 
     )
     for term in ("total", "cross_entropy", "kl", "bag_of_words"):
         assert_close(getattr(found, term).cpu(), getattr(expected, term), rtol=1e-3, atol=1e-3)
+
+
+def test_a_target_rate_is_a_floor_under_the_whole_kl(tiny_model: TinyModel) -> None:
+    """Below it the KL costs nothing, however it is spread over the dimensions; above it the loss is the ELBO's."""
+    model, batch, noise = tiny_model(), batch_of(texts()), Noise(latent_noise())
+    plain = objective(model, None, batch, noise, ELBO)
+    kl = float(plain.kl) / ROWS
+    above = objective(model, None, batch, noise, replace(ELBO, rate=kl - 1))
+    assert_close(above.total, plain.total)
+    below = objective(model, None, batch, noise, replace(ELBO, rate=kl + 1))
+    assert_close(below.total, plain.total + ROWS / batch.target_tokens)
+    free = gradients(below.total, model)
+    reconstruction = gradients(objective(model, None, batch, noise, replace(ELBO, beta=0.0)).total, model)
+    for name, gradient in free.items():
+        assert_close(gradient, reconstruction[name])
+
+
+def test_a_language_model_is_the_decoder_without_a_latent(tiny_model: TinyModel) -> None:
+    model, rows = tiny_model(), texts()
+    terms = objective(model, None, batch_of(rows), Noise(latent_noise()), replace(ELBO, language_model=True))
+    nats, _, _ = reference_sums(stock_of(model), rows, rows, latent_noise(), (False,) * ROWS)
+    assert_close(terms.cross_entropy, torch.stack(nats).sum(), rtol=1e-4, atol=1e-4)
+    assert float(terms.kl) == 0
+    touched = {name for name, gradient in gradients(terms.total, model).items() if bool(gradient.any())}
+    assert touched and all(name.startswith("decoder.") for name in touched)

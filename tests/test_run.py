@@ -272,7 +272,7 @@ def test_what_was_decided_is_told_with_its_reason(folder: Path, corpus: str, tmp
 
 def test_sizes_come_from_the_preset_unless_given(folder: Path, corpus: str) -> None:
     model = begin(folder, [corpus], shape={}, preset="nano").model_config
-    assert (model.dim, model.depth, model.enc_depth, model.heads, model.dim_latent) == (64, 3, 2, 1, 32)
+    assert (model.dim, model.depth, model.enc_depth, model.heads, model.dim_latent) == (64, 3, 2, 2, 32)
     assert model.max_seq_len == 24, "the longest of these texts takes 18 tokens"
     other = begin(folder, [corpus], shape={"depth": 1, "dim_latent": 5, "max_seq_len": 77}).model_config
     assert (other.dim, other.depth, other.dim_latent, other.max_seq_len) == (64, 1, 5, 77)

@@ -2,27 +2,81 @@
 
 from __future__ import annotations
 
+import shlex
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gptvae_cli.cli import console
+from gptvae_cli.cli import console, encode, generate, interpolate, train
+from gptvae_cli.errors import ConfigError, GPTVAEError
+
+_EXAMPLES = ("emma", "christopher", "yasmin")
 
 EXAMPLES = """Examples:
 
   gptvae demo
 
-  gptvae demo --out names-run --max-time 5m
+  gptvae demo --out names --max-time 5m
 """
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the model goes.")] = Path("gptvae-demo"),
-    max_time: Annotated[str, typer.Option(help="Of the training, as 90s or 5m.")] = "90s",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where everything goes.")] = Path("gptvae-demo"),
+    max_time: Annotated[str, typer.Option(metavar="TIME", help="Of the training, as 90s or 5m.")] = "90s",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
     device: console.DeviceOption = "auto",
     quiet: console.QuietOption = False,
     debug: console.DebugOption = False,
 ) -> None:
-    """Train on 32,033 first names, then encode, interpolate and generate, saying what it does."""
+    """Train on 32,033 first names, then encode, generate and interpolate, saying what it does.
+
+    It runs the commands that it shows, and leaves a model behind.
+    """
+    names, run, three, latents = (out / name for name in ("names.txt", "run", "three.txt", "z.npy"))
+    if run.exists() and not force:
+        raise ConfigError(f"{out} holds a demo already", hint="--force replaces it, --out FOLDER keeps it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names.write_bytes(files("gptvae_cli").joinpath("corpora/names_us.txt").read_bytes())
+        three.write_text("".join(f"{name}\n" for name in _EXAMPLES), "utf-8")
+    except OSError as error:
+        raise GPTVAEError(
+            f"cannot write to {out}: {error.strerror}", hint="choose another folder with --out"
+        ) from error
+
+    first, last = _EXAMPLES[:2]
+    model = str(run)
+    _say("Train: an encoder that turns a name into 32 numbers, and a decoder that turns them back", quiet=quiet)
+    _show("train", names, "--out", run, "--max-time", max_time, quiet=quiet)
+    train.train([str(names)], out=run, max_time=max_time, force=force, device=device, quiet=quiet)
+
+    _say(f"Encode: {', '.join(_EXAMPLES)}, each to one row of a NumPy array", quiet=quiet)
+    _show("encode", three, "--model", run, "--out", latents, quiet=quiet)
+    encode.encode([str(three)], out=str(latents), model=model, device=device, quiet=quiet)
+
+    _say("Generate: three names from each of these rows", quiet=quiet)
+    _show("generate", "--latent", latents, "-n", "3", "--model", run, "--seed", "1", quiet=quiet)
+    generate.generate(latent=str(latents), copies=3, model=model, seed=1, device=device, quiet=quiet)
+
+    _say(f"Interpolate: the names between {first} and {last}", quiet=quiet)
+    _show("interpolate", "--from", first, "--to", last, "--model", run, quiet=quiet)
+    interpolate.interpolate(start=first, end=last, model=model, device=device, quiet=quiet)
+
+    _say("Generate: ten names from random latents, which nobody may bear", quiet=quiet)
+    _show("generate", "--prior", "10", "--model", run, "--seed", "1", quiet=quiet)
+    generate.generate(prior=10, model=model, seed=1, device=device, quiet=quiet)
+
+    _say("Your turn", quiet=quiet)
+    console.note(f"gptvae generate --text YOURNAME -n 5 --model {shlex.quote(model)}", quiet=quiet)
+    console.note("gptvae train YOURTEXT.txt", quiet=quiet)
+
+
+def _say(what: str, *, quiet: bool) -> None:
+    if not quiet:
+        console.heading(what)
+
+
+def _show(*words: str | Path, quiet: bool) -> None:
+    console.note(f"$ gptvae {shlex.join(map(str, words))}", quiet=quiet)

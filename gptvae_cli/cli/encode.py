@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gptvae_cli.cli import console
+from gptvae_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from gptvae_cli.sampling import Floats
@@ -66,6 +68,8 @@ def encode(
     if on_stdout and format == "npy":
         console.refuse_terminal_stdout("gptvae encode texts.txt > z.npy")
     console.refuse_stdout("--std-out", std_out)
+    if out is not None and std_out is not None and os.path.realpath(out) == os.path.realpath(std_out):
+        raise ConfigError(f"--out and --std-out are both {std_out}", hint="name two files")
     if not files or "-" in files:
         console.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
     path = locate_model(model)

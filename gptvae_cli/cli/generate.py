@@ -95,7 +95,6 @@ def generate(
     as lines; texts of other units have an empty line between them, see also -0 and --format jsonl.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.latent_file import iter_latents
     from gptvae_cli.text import read_texts
 
     config = SampleConfig(
@@ -114,6 +113,8 @@ def generate(
         latents: Iterator[Floats] | None = None
         texts: Iterator[str] | None = None
         if latent is not None:
+            from gptvae_cli.latent_file import iter_latents
+
             latents = iter_latents(stack.enter_context(console.source(latent)), latent, width=width)
             latents = latents if latent == "-" else _begun(latents)
         elif ref is not None:

@@ -36,12 +36,14 @@ def info(
     debug: console.DebugOption = False,
 ) -> None:
     """Show what a model is and how it was trained."""
-    from gptvae_cli.header import locate_model, read_model_file
+    from gptvae_cli.header import locate_model, read_model_file, reading
 
     if file is not None and model is not None:
         raise ConfigError("MODEL and --model were both given", hint="leave one of them out")
     path = locate_model(file or model)
-    summary = _summary(str(path), read_model_file(path))
+    found = read_model_file(path)
+    with reading(path):
+        summary = _summary(str(path), found)
     if as_json:
         console.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     else:

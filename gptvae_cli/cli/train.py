@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +120,10 @@ def train(
     vae_kl_div_floor: Annotated[
         float | None, typer.Option(help="Free bits: nats a dimension.", rich_help_panel=_LEARNING)
     ] = None,
+    target_rate: Annotated[
+        float | None,
+        typer.Option(help="Free bits: nats a text, all dimensions together.", rich_help_panel=_LEARNING),
+    ] = None,
     latents_dropout_prob: Annotated[
         float | None, typer.Option(help="Share of the rows that train without z.", rich_help_panel=_LEARNING)
     ] = None,
@@ -193,11 +196,11 @@ def train(
         console.refuse_terminal_stdin("gptvae train corpus.txt")
 
     from gptvae_cli import run
-    from gptvae_cli.device import resolve_device, resolve_dtype, set_threads
+    from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where.device, training=True)
-    set_threads(threads)
+    tune_cpu(threads)
     folder = plan.out
     with run.claimed(folder, resume=resume, force=force):
         if resume:
@@ -220,7 +223,7 @@ def train(
                 console.note(note)
         watch(job, quiet=quiet)
         _finish(job, quiet=quiet)
-        sys.stdout.write(f"{folder / 'model.safetensors'}\n")
+        console.write_text(f"{folder / 'model.safetensors'}\n")
         if job.learner.config.strict and job.figures is not None and job.figures.collapsed:
             raise CollapsedError(
                 f"the latent carries {job.figures.mutual_information:.2f} nats, --strict asks for 1 at least",

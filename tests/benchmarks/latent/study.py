@@ -1,0 +1,214 @@
+"""Which objective gives a latent that carries the text: arms trained for equal wall time, measured on the test split.
+
+    python -m tests.benchmarks.latent.study --minutes 5 --corpora tatoeba_eng --arms default,none
+
+Results go to `results.jsonl` beside this file, one line a run; a run that is there already is not repeated, so that a
+study which was interrupted goes on. `--table` prints them. Corpora are `$GPTVAE_TEST_DATA/NAME_{train,valid,test}.txt`.
+
+Every arm gets the same processor, corpus, seed and wall time, start-up counted, and keeps its best validation. The
+arm `none` is the same decoder trained without a latent, the baseline of "efficiency".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results.jsonl")
+
+ARMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "none": {"latents_dropout_prob": 1.0},
+    "stock": {
+        "objective": "stock",
+        "kl_warmup": 0.0,
+        "vae_kl_div_floor": 0.0,
+        "latents_dropout_prob": 0.5,
+        "bag_of_words": 0.0,
+    },
+    "plain beta 1": {"vae_kl_div_floor": 0.0, "target_rate": 0.0, "bag_of_words": 0.0},
+    "floor 0.25": {"vae_kl_div_floor": 0.25, "target_rate": 0.0},
+    "floor 0.5": {"vae_kl_div_floor": 0.5, "target_rate": 0.0},
+    "rate 8": {"vae_kl_div_floor": 0.0, "target_rate": 8.0},
+    "rate 12": {"vae_kl_div_floor": 0.0, "target_rate": 12.0},
+    "rate 16": {"vae_kl_div_floor": 0.0, "target_rate": 16.0},
+    "rate 8, no bag": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "bag_of_words": 0.0},
+    "rate 8, ramp 0.6": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "kl_warmup": 0.6},
+    "rate 8, bag 0.3": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "bag_of_words": 0.3},
+    "rate 8, lr 4e-3": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "lr": 4e-3},
+    "rate 8, batch 1024": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "batch_tokens": 1024},
+    "rate 8, batch 4096": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "batch_tokens": 4096},
+}
+"""Fields of `TrainConfig` that differ from its defaults."""
+
+
+def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts: int) -> dict[str, Any]:
+    """Trains one arm and measures it."""
+    import torch
+
+    from gptvae_cli.checkpoint import load
+    from gptvae_cli.config import DataConfig, TrainConfig
+    from gptvae_cli.data import batches_of
+    from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+    from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
+    from gptvae_cli.run import claimed, start
+    from gptvae_cli.text import read_texts
+
+    data = Path(os.environ["GPTVAE_TEST_DATA"])
+    names = {split: str(data / f"{corpus}_{split}.txt") for split in ("train", "valid", "test")}
+    began = time.monotonic()
+    tune_cpu(None)
+    device = resolve_device("auto")
+    precision = resolve_dtype("auto", device.device, training=True)
+    folder = Path(tempfile.mkdtemp(prefix="gptvae-study-"))
+    try:
+        with claimed(folder, resume=False, force=False):
+            job = start(
+                folder,
+                [names["train"]],
+                DataConfig(valid=names["valid"]),
+                TrainConfig(**{"max_time": 60 * minutes, "seed": seed, **ARMS[arm]}),
+                shape={},
+                preset="auto",
+                device=device,
+                precision=precision,
+            )
+            for report in job.run(should_stop=lambda: False, seconds=lambda: time.monotonic() - began):
+                if report.figures is not None:
+                    print(f"  {report.progress:4.0%} {report.figures}", file=sys.stderr, flush=True)
+            job.load_best()
+        saved = load(folder / "model.safetensors", device=device.device)
+        lines = list(read_texts([names["test"]], unit="line"))[:texts]
+        batches = batches_of(saved.tokenizer.encode_batch([line for line in lines if line]), saved.header.model, 8192)
+        figures = measure(saved.model, batches, seed=seed)
+        row: dict[str, Any] = {
+            "arm": arm,
+            "corpus": corpus,
+            "seed": seed,
+            "minutes": minutes,
+            "steps": job.learner.counters.step,
+            "tokens_seen": job.learner.counters.tokens,
+            "parameters": sum(p.numel() for p in saved.model.parameters()),
+            "test": asdict(figures) | {"nll_bound": figures.nll_bound},
+        }
+        if arm != "none":
+            likelihood = importance_weighted(saved.model, batches, samples, seed=seed, precision=precision.dtype)
+            row["iw_nll"] = asdict(likelihood) | {"samples": samples}
+            correct = exact = total = 0
+            tokens = [row[1:].tolist() for batch in batches for row in batch.tokens_BT[:20]][:300]
+            encoded = [row for batch in batches for row in batch.tokens_BT[:20]][:300]
+            pad = saved.header.model.pad_id
+            written = reconstruct(saved.model, encoded)
+            for target, ids in zip(tokens, written, strict=True):
+                target = [token for token in target if token not in (pad, saved.header.model.eos_id)]
+                exact += target == ids
+                correct += sum(a == b for a, b in zip(target, ids, strict=False))
+                total += len(target)
+            row["reconstruction"] = {
+                "texts": len(written),
+                "token_accuracy": correct / total,
+                "exact": exact / len(written),
+            }
+        row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        return row
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Results as fixed-width text; efficiency is (baseline - cross-entropy with z) / KL."""
+    baselines = {
+        (row["corpus"], row["seed"], row["minutes"]): row["test"]["cross_entropy_without"]
+        for row in rows
+        if row["arm"] == "none"
+    }
+    head = (
+        "corpus",
+        "min",
+        "seed",
+        "arm",
+        "steps",
+        "CE z",
+        "KL",
+        "bound",
+        "IW",
+        "none",
+        "MI",
+        "MI/max",
+        "AU.2",
+        "eff",
+        "tok",
+        "exact",
+    )
+    lines = [head]
+    for row in sorted(rows, key=lambda row: (row["corpus"], row["minutes"], row["seed"], row["arm"])):
+        test = row["test"]
+        baseline = baselines.get((row["corpus"], row["seed"], row["minutes"]))
+        most = min(test["kl"], math.log(test["texts"]))
+        latent = row["arm"] != "none"
+        lines.append(
+            (
+                row["corpus"],
+                f"{row['minutes']:g}",
+                str(row["seed"]),
+                row["arm"],
+                f"{row['steps']:,}",
+                f"{test['cross_entropy']:.2f}" if latent else "",
+                f"{test['kl']:.2f}" if latent else "",
+                f"{test['nll_bound']:.2f}" if latent else "",
+                f"{row['iw_nll']['nll']:.2f}" if latent else "",
+                f"{test['cross_entropy_without']:.2f}",
+                f"{test['mutual_information']:.2f}" if latent else "",
+                f"{test['mutual_information'] / most:.2f}" if latent else "",
+                str(test["active_02"]) if latent else "",
+                f"{(baseline - test['cross_entropy']) / test['kl']:.2f}" if latent and baseline else "",
+                f"{row['reconstruction']['token_accuracy']:.2f}" if latent else "",
+                f"{row['reconstruction']['exact']:.2f}" if latent else "",
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default="default,none", help="comma-separated names from ARMS")
+    parser.add_argument("--corpora", default="tatoeba_eng", help="comma-separated")
+    parser.add_argument("--seeds", default="0", help="comma-separated")
+    parser.add_argument("--minutes", type=float, default=5.0, help="wall time of a run")
+    parser.add_argument("--samples", type=int, default=100, help="K of the importance-weighted NLL")
+    parser.add_argument("--texts", type=int, default=1000, help="of the test split")
+    parser.add_argument("--table", action="store_true", help="print the results so far, and run nothing")
+    asked = parser.parse_args()
+    rows = [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
+    if asked.table:
+        print(table(rows))
+        return
+    done = {(row["arm"], row["corpus"], row["seed"], row["minutes"]) for row in rows}
+    for corpus in asked.corpora.split(","):
+        for seed in map(int, asked.seeds.split(",")):
+            for arm in [name.strip() for name in asked.arms.split(";" if ";" in asked.arms else ",")]:
+                if (arm, corpus, seed, asked.minutes) in done:
+                    continue
+                print(f"{arm}, {corpus}, seed {seed}, {asked.minutes:g} minutes", file=sys.stderr, flush=True)
+                row = run(arm, corpus, seed, asked.minutes, samples=asked.samples, texts=asked.texts)
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                rows.append(row)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

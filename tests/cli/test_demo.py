@@ -1,0 +1,73 @@
+"""`gptvae demo`, on a training run of a second."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from gptvae_cli.cli.app import app
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> Result:
+    return CliRunner().invoke(app, ["demo", "--out", str(folder / "d"), "--max-time", "1s"])
+
+
+def test_demo_shows_every_command_and_what_it_writes(result: Result, folder: Path) -> None:
+    assert result.exit_code == 0, result.stderr
+    commands = [line[2:] for line in result.stderr.splitlines() if line.startswith("$ ")]
+    assert [shlex.split(command)[1] for command in commands] == [
+        "train", "encode", "generate", "interpolate", "generate",
+    ]  # fmt: skip
+    # The model's path, three names from each of three latents, a path of seven, ten from the prior.
+    assert result.stdout.count("\n") == 1 + 9 + 7 + 10
+    assert result.stdout.startswith(f"{folder / 'd' / 'run' / 'model.safetensors'}\n")
+
+
+def test_demo_leaves_a_model_and_latents_behind(result: Result, folder: Path) -> None:
+    assert np.load(folder / "d" / "z.npy").shape == (3, 32)
+    again = CliRunner().invoke(app, ["info", str(folder / "d" / "run"), "--json"])
+    assert again.exit_code == 0
+
+
+def test_commands_that_the_demo_shows_do_what_it_did(result: Result, folder: Path) -> None:
+    commands = [line[2:] for line in result.stderr.splitlines() if line.startswith("$ ")]
+    _, _, printed = result.stdout.partition("\n")
+    again = ""
+    for command in commands[1:]:
+        shown = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert shown.exit_code == 0, shown.stderr
+        again += shown.stdout
+    assert again == printed
+
+
+def test_a_second_demo_does_not_replace_the_first(result: Result, folder: Path) -> None:
+    second = CliRunner().invoke(app, ["demo", "--out", str(folder / "d")])
+    assert second.exit_code == 2
+    assert "--force" in second.stderr
+    assert second.stdout == ""
+
+
+def test_quiet_prints_data_alone(tmp_path: Path) -> None:
+    quiet = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "d"), "--max-time", "1s", "--quiet"])
+    assert quiet.exit_code == 0
+    assert quiet.stderr == ""
+    assert quiet.stdout.count("\n") == 27
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    failed = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "file" / "d")])
+    assert failed.exit_code == 1
+    assert "cannot write" in failed.stderr

@@ -1,0 +1,104 @@
+"""What people get: the wheel, and pages that tell the truth about the commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import gptvae_cli
+from gptvae_cli.cli.app import app
+
+ROOT = Path(gptvae_cli.__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8") if (ROOT / "README.md").exists() else ""
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, because building leaves files in the source tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    shutil.copytree(ROOT / "gptvae_cli", source / "gptvae_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*build, str(source)], check=True, capture_output=True)
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"gptvae_cli/py.typed", "gptvae_cli/corpora/names_us.txt", "gptvae_cli/cli/app.py"} <= names
+    assert {name.partition("/")[0] for name in names} == {"gptvae_cli", wheel.name.rsplit("-py3", 1)[0] + ".dist-info"}
+
+
+def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    program = "import gptvae_cli; print(gptvae_cli.__file__); from gptvae_cli.cli.app import main; main()"
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    where, version = ran.stdout.splitlines()
+    assert Path(where).is_relative_to(tmp_path)
+    assert version == f"gptvae {gptvae_cli.__version__}"
+
+
+def test_version_is_said_once() -> None:
+    """pyproject and the package each hold it, as `--version` may not pay for importlib.metadata."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert project["version"] == gptvae_cli.__version__
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_readme_documents_every_command_and_option(name: str) -> None:
+    assert f"gptvae {name}" in README
+    for parameter in COMMANDS[name].params:
+        for option in parameter.opts:
+            if option.startswith("--"):
+                assert f"`{option}" in README, f"README says nothing of {name} {option}"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_and_examples(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help and command.help.splitlines()[0].endswith(".")
+    assert f"gptvae {name}" in command.epilog
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), f"{name} {parameter.name} has no help"
+
+
+def test_readme_speaks_of_no_option_that_is_not_there() -> None:
+    known = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
+    known |= {"--version", "--help", "--extra-index-url"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def test_checks_run_the_test_command_of_readme() -> None:
+    (command,) = re.findall(r"^python3.*pytest$", README, re.MULTILINE)
+    script = ROOT / ".ci" / "run"
+    if not script.exists():
+        pytest.skip("this is not a checkout: there is no .ci/run")
+    assert command in script.read_text("utf-8").splitlines()
+
+
+def test_changelog_keeps_its_form() -> None:
+    """Keep a Changelog 1.1: the unreleased part on top, known headings below it."""
+    lines = (ROOT / "CHANGELOG.md").read_text("utf-8").splitlines()
+    versions = [line for line in lines if line.startswith("## ")]
+    assert versions[0] == "## [Unreleased]"
+    assert {line for line in lines if line.startswith("### ")} <= {
+        f"### {kind}" for kind in ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+    }
