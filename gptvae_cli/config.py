@@ -7,6 +7,7 @@ a field and a keyword never have to be mapped onto each other.
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -235,7 +236,9 @@ class SampleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0 (or use --greedy)")
+        # Where denormals count as zero, dividing by one is dividing by zero.
+        usable = sys.float_info.min <= self.temperature < float("inf")
+        _require(usable, "temperature", self.temperature, "above 0 (or use --greedy)")
         if self.top_k is not None:
             _require(self.top_k >= 1, "top_k", self.top_k, "at least 1")
         for name in ("top_p", "min_p"):

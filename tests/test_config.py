@@ -105,6 +105,7 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
     (TrainConfig, {"word_dropout": -0.1}, f"word-dropout is -0.1, it must be {BELOW_ONE}"),
     (TrainConfig, {"seed": -1}, "seed is -1, it must be between 0 and 2^63 - 1"),
     (SampleConfig, {"temperature": 0.0}, "temperature is 0.0, it must be above 0 (or use --greedy)"),
+    (SampleConfig, {"temperature": 5e-324}, "temperature is 5e-324, it must be above 0 (or use --greedy)"),
     (SampleConfig, {"temperature": NAN}, "temperature is nan, it must be above 0 (or use --greedy)"),
     (SampleConfig, {"top_k": 0}, "top-k is 0, it must be at least 1"),
     (SampleConfig, {"top_p": 0.0}, "top-p is 0.0, it must be above 0 and up to 1"),

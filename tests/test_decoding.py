@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -358,7 +359,7 @@ def test_filters_keep_excluded_tokens_excluded(sample: SampleConfig) -> None:
     assert_close(probs_BV.sum(-1), torch.ones(5).double())
 
 
-@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-30, 1e30, 1e39, 1e308])
+@pytest.mark.parametrize("temperature", [sys.float_info.min, 1e-45, 1e-30, 1e30, 1e39, 1e308])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_temperature_overflows(temperature: float, dtype: torch.dtype) -> None:
     """In float32 a logit over 1e-40 is infinite, and minus infinity over 1e39 is not a number."""

@@ -251,7 +251,7 @@ def test_an_empty_standard_input_is_bad_input(train: Train) -> None:
     ("options", "words"),
     [
         (["--dim", "0"], ["dim", "0"]),
-        (["--dim", "100"], ["dim", "100"]),
+        (["--dim", "100", "--heads", "1"], ["dim", "100"]),
         (["--dim", "two"], ["--dim", "integer"]),
         (["--max-seq-len", "2"], ["max-seq-len", "2"]),
         (["--unit", "word"], ["unit", "word", "line, paragraph, file, window"]),
@@ -260,7 +260,7 @@ def test_an_empty_standard_input_is_bad_input(train: Train) -> None:
         (["--preset", "giant"], ["preset", "giant", "nano"]),
         (["--objective", "best"], ["objective", "best", "elbo"]),
         (["--vae-kl-div-floor", "-1"], ["vae-kl-div-floor", "-1"]),
-        (["--latents-dropout-prob", "1"], ["latents-dropout-prob", "1"]),
+        (["--latents-dropout-prob", "1.5"], ["latents-dropout-prob", "1.5"]),
         (["--kl-warmup", "2"], ["kl-warmup", "2"]),
         (["--lr", "nan"], ["lr", "nan"]),
         (["--batch-tokens", "3"], ["batch-tokens", "3"]),

@@ -1,0 +1,565 @@
+"""What all commands share: help, errors, exit codes, a fast start, and behaviour in pipes and on terminals."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import typer
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from gptvae_cli import __version__
+from gptvae_cli.cli import console
+from gptvae_cli.cli.app import app
+from tests.cli.conftest import WIDTH
+from tests.cli.test_train import assert_fails
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+COMMANDS = ["demo", "train", "encode", "generate", "interpolate", "info"]
+HEAVY = {"torch", "numpy", "x_transformers", "tokenizers", "safetensors"}
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[red]"
+GPTVAE = f"{shlex.quote(sys.executable)} -m gptvae_cli"
+
+Shell = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+@pytest.fixture
+def here(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder: it holds a text and a latent, and the environment names the model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPTVAE_MODEL", str(models / "line.safetensors"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    np.save("z.npy", np.ones((2, WIDTH), np.float32))
+    return tmp_path
+
+
+@pytest.fixture
+def shell(here: Path) -> Shell:
+    """Runs a line of bash, in which `gptvae` is the command and the exit code is the first command's that failed."""
+
+    def run(script: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+        line = f'set -o pipefail; gptvae() {{ {GPTVAE} "$@"; }}; {script}'
+        return subprocess.run(["bash", "-c", line], capture_output=True, check=False, timeout=120, **options)
+
+    return run
+
+
+def run(*arguments: object, stdin: bytes | None = None) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)), input=stdin)
+
+
+def assert_one_error(stderr: str, *words: str) -> None:
+    lines = stderr.splitlines()
+    assert lines[0].startswith("gptvae: error: "), stderr
+    assert len(lines) == 1 or (len(lines) == 2 and lines[1].startswith("hint: ")), stderr
+    for word in words:
+        assert word in stderr
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_are_those_that_are_tested_here() -> None:
+    assert sorted(typer.main.get_command(app).commands) == sorted(COMMANDS)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []], ids=["help", "h", "nothing"])
+def test_help_lists_the_commands_and_examples(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (0, "")
+    for word in (*COMMANDS, "--version", "Examples", "gptvae encode - < a.txt | gptvae generate --latent -"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_its_options_and_gives_examples(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"})
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == CliRunner().invoke(app, [command, "-h"], env={"COLUMNS": "300"}).stdout
+    assert "Examples" in result.stdout
+    assert re.search(rf"\n +gptvae {command}", result.stdout.partition("Examples")[2])
+    options = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    for option in options:
+        assert option.help, option.name
+        if option.param_type_name == "option":
+            assert option.opts[-1] in result.stdout
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "info"])
+def test_commands_share_their_common_options(command: str) -> None:
+    names = {name for option in typer.main.get_command(app).commands[command].params for name in option.opts}  # type: ignore[attr-defined]
+    assert {"--device", "-q", "--quiet", "--debug"} <= names
+    if command not in ("demo", "train"):
+        assert {"--model", "--dtype", "--threads", "--unit"} <= names
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"gptvae {__version__}\n", "")
+
+
+# Wrong usage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["no such command 'trian'", "train"]),
+        (["encode", "--unti", "line"], ["no such option: --unti", "did you mean", "--unit"]),
+        (["--bogus"], ["--bogus", "gptvae --help"]),
+        (["generate", "extra"], ["extra", "gptvae generate --help"]),
+        (["generate", "-n"], ["-n", "argument"]),
+        (["generate", "--seed", "x"], ["--seed", "integer"]),
+        (["info", "a", "b"], ["b", "gptvae info --help"]),
+        (["info", "[red]\x1b[31m", "--b[/red]"], ["--b[/red]"]),
+    ],
+    ids=["command", "option", "global", "extra", "value", "integer", "many", "hostile"],
+)
+def test_wrong_usage_is_one_line_and_what_was_meant(arguments: list[str], words: list[str]) -> None:
+    result = run(*arguments)
+    assert_fails(result, 2, *words, hint=False)
+    assert_one_error(result.stderr)
+    assert "\x1b" not in result.stderr
+
+
+def test_debug_shows_where_an_error_came_from(here: Path) -> None:
+    plain, debugged = run("info", "nowhere"), run("info", "nowhere", "--debug")
+    assert "Traceback" not in plain.stderr
+    assert plain.exit_code == debugged.exit_code == 3
+    assert debugged.stderr.startswith("Traceback (most recent call last):\n")
+    assert "CheckpointError" in debugged.stderr
+    assert debugged.stderr.endswith(plain.stderr), "the line for people is the last all the same"
+
+
+def test_a_traceback_does_not_control_the_terminal(here: Path) -> None:
+    result = run("info", f"nowhere{HOSTILE}", "--debug")
+    assert "Traceback" in result.stderr
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "words"),
+    [
+        (RuntimeError("of\nmany lines"), 1, ["this should not have happened", "RuntimeError: of", "--debug"]),
+        (MemoryError(), 1, ["out of memory"]),
+        (OSError(28, "No space left on device", "z.npy"), 1, ["z.npy: No space left on device"]),
+        (KeyboardInterrupt(), 130, []),
+    ],
+    ids=["bug", "memory", "disk", "interrupt"],
+)
+def test_what_nobody_foresaw_is_no_traceback_either(
+    here: Path, monkeypatch: pytest.MonkeyPatch, problem: BaseException, code: int, words: list[str]
+) -> None:
+    def fail(path: str | None) -> Path:
+        raise problem
+
+    monkeypatch.setattr("gptvae_cli.header.locate_model", fail)
+    result = run("info")
+    assert result.exit_code == code, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "many lines" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def array(values: npt.NDArray[Any]) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, values, allow_pickle=True)
+    return stream.getvalue()
+
+
+class Trap:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("trapped",)
+
+
+GOOD = np.ones((3, WIDTH), np.float32)
+BAD_LATENTS: dict[str, tuple[bytes, list[str]]] = {
+    "width": (array(GOOD[:, :-1]), ["(3, 7)", "8 dimensions"]),
+    "rank": (array(GOOD[None]), ["(1, 3, 8)"]),
+    "integers": (array(GOOD.astype(np.int64)), ["integers"]),
+    "booleans": (array(GOOD > 0), ["booleans"]),
+    "complex": (array(GOOD.astype(np.complex64)), ["complex"]),
+    "nan": (array(GOOD * np.array([[1], [np.nan], [1]])), ["row 1", "nan", "not a finite number"]),
+    "infinite": (array(GOOD * np.inf), ["row 0", "not a finite number"]),
+    "objects": (array(np.array([Trap()], object)), ["Python objects"]),
+    "cut": (array(GOOD)[:-1], ["claims 3 latents and holds 2"]),
+    "cut-header": (array(GOOD)[:40], ["cut within its header"]),
+    "too-long": (array(GOOD) + b"x", ["goes on after its 3 latents"]),
+    "terabytes": (
+        array(GOOD).replace(b"(3, 8), }" + 12 * b" ", b"(3333333333333, 8), }"),
+        ["is cut: it claims 3333333333333"],
+    ),
+    "pickle": (pickle.dumps(Trap()), ["not a .npy file"]),
+    "text": (b"one\ntwo\n", ["not a .npy file"]),
+    "empty": (b"", ["it is empty"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LATENTS)
+@pytest.mark.parametrize("command", ["generate", "interpolate"])
+def test_bad_latents_are_named_before_anything_is_written(here: Path, command: str, case: str) -> None:
+    data, words = BAD_LATENTS[case]
+    (here / "bad.npy").write_bytes(data)
+    result = run(command, "--latent", "bad.npy", "-q")
+    assert_fails(result, 3, "bad.npy", *words, hint=False)
+    assert not (here / "trapped").exists(), "a pickle was run"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "nowhere"],
+        ["encode", "nowhere"],
+        ["generate", "--latent", "nowhere"],
+        ["generate", "--ref", "nowhere"],
+        ["interpolate", "a.npy", "nowhere"],
+        ["interpolate", "--latent", "nowhere"],
+        ["info", "nowhere"],
+        ["encode", "a.txt", "--model", "nowhere"],
+        ["generate", "--model", "nowhere"],
+        ["interpolate", "--from", "a", "--to", "b", "--model", "nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_missing_is_named(here: Path, arguments: list[str]) -> None:
+    (here / "a.npy").write_bytes(array(GOOD[0]))
+    assert_fails(run(*arguments), 3, "nowhere", hint=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["encode"], ["generate", "-q", "--ref"], ["interpolate", "ok.txt"]],
+    ids=lambda arguments: str(arguments[0]),
+)
+def test_bytes_that_are_not_text_are_named_with_their_line(here: Path, arguments: list[str]) -> None:
+    (here / "ok.txt").write_text("fine\n")
+    (here / "bad.txt").write_bytes(b"fine\nna\xefve\n" if arguments[0] != "interpolate" else b"na\xefve\n")
+    out = ["--out", "z.npy"] if arguments[0] == "encode" else []
+    line = 1 if arguments[0] == "interpolate" else 2
+    assert_fails(run(*arguments, "bad.txt", *out), 3, f"bad.txt, line {line}", "0xef", "UTF-8", "iconv")
+
+
+@pytest.mark.parametrize("command", ["encode", "generate", "interpolate", "info"])
+@pytest.mark.parametrize("case", ["cut", "garbage", "empty", "foreign", "folder", "state"])
+def test_a_bad_model_is_named(here: Path, models: Path, command: str, case: str) -> None:
+    path, good = here / "bad.safetensors", (models / "line.safetensors").read_bytes()
+    words = {
+        "cut": ["bytes", "hint: "],
+        "garbage": ["not a .safetensors file"],
+        "empty": ["not a .safetensors file"],
+        "foreign": ["not a gptvae model"],
+        "folder": ["no model in"],
+        "state": ["training state", "--resume"],
+    }[case]
+    match case:
+        case "cut":
+            path.write_bytes(good[:-100])
+        case "garbage":
+            path.write_bytes(bytes(range(256)) * 40)
+        case "empty":
+            path.write_bytes(b"")
+        case "foreign":
+            save_file({"weight": torch.zeros(3)}, path)
+        case "folder" | "state":
+            path.mkdir()
+            if case == "state":
+                (path / "state.safetensors").write_bytes(good)
+    options = {"encode": ["a.txt"], "interpolate": ["--from", "a", "--to", "b"]}.get(command, [])
+    assert_fails(run(command, *options, "--model", path), 3, "bad.safetensors", *words)
+
+
+@pytest.mark.parametrize("command", ["encode", "generate", "interpolate", "info"])
+def test_without_a_model_a_command_says_where_it_looked(
+    here: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    options = {"encode": ["a.txt"], "interpolate": ["--from", "a", "--to", "b"]}.get(command, [])
+    monkeypatch.setenv("GPTVAE_MODEL", "elsewhere")
+    assert_fails(run(command, *options), 3, "no model in elsewhere, named by $GPTVAE_MODEL", "gptvae train")
+    monkeypatch.delenv("GPTVAE_MODEL")
+    assert_fails(run(command, *options), 3, "no model in ./gptvae-run, the default place", "--model PATH")
+
+
+@pytest.mark.parametrize(("content", "found"), [(b"", 0), (b"\n\n", 0), (b"one\n", 1)], ids=["empty", "blank", "one"])
+def test_a_corpus_needs_two_texts(here: Path, content: bytes, found: int) -> None:
+    (here / "few.txt").write_bytes(content)
+    assert_fails(run("train", "few.txt", "--steps", "1"), 3, f"{found} non-empty text(s)", "few.txt")
+
+
+def test_an_existing_run_is_not_overwritten(here: Path) -> None:
+    (here / "gptvae-run").mkdir()
+    (here / "gptvae-run" / "model.safetensors").write_bytes(b"precious")
+    assert_fails(run("train", "a.txt", "--steps", "1"), 2, "holds a run already", "--resume", "--force")
+    assert (here / "gptvae-run" / "model.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "a.txt", "--steps", "1", "--out", "a.txt/run"],
+        ["encode", "a.txt", "--out", "a.txt/z.npy"],
+        ["interpolate", "--from", "a", "--to", "b", "--latents-out", "a.txt/z.npy"],
+    ],
+    ids=lambda arguments: str(arguments[0]),
+)
+def test_a_place_that_cannot_be_written_is_a_failure(here: Path, arguments: list[str]) -> None:
+    """A folder below a file, which stops root, too."""
+    assert_fails(run(*arguments), 1, "a.txt/")
+    assert (here / "a.txt").read_text() == "one\ntwo\n\nthree\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    "arguments",
+    [["encode", "a.txt"], ["generate", "-q"], ["interpolate", "--from", "a", "--to", "b"]],
+    ids=lambda arguments: str(arguments[0]),
+)
+def test_a_gpu_that_is_not_there_is_a_failure(here: Path, arguments: list[str]) -> None:
+    assert_fails(run(*arguments, "--device", "cuda"), 1, "device cuda was asked for", "--device cpu")
+
+
+# A fast start ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["train", "--help"], 0),
+        (["info"], 0),
+        (["generate", "--bogus"], 2),
+        (["interpolate", "a.txt"], 2),
+        (["generate", "--temperature", "0"], 2),
+        (["generate", "--model", "nowhere"], 3),
+        (["encode", "nowhere.txt"], 3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_model_does_not_wait_for_torch(here: Path, arguments: list[str], code: int) -> None:
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "gptvae_cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == code, process.stderr
+    imported = {
+        line.rpartition("|")[2].strip() for line in process.stderr.splitlines() if line.startswith("import time")
+    }
+    assert "gptvae_cli.cli.app" in imported
+    heavy = HEAVY & imported
+    assert not heavy
+
+
+def test_a_bad_latent_file_is_told_before_torch_is_loaded(here: Path) -> None:
+    (here / "bad.npy").write_bytes(array(GOOD[:, :-1]))
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "gptvae_cli", "generate", "--latent", "bad.npy", "--greedy"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 3
+    assert "8 dimensions" in process.stderr
+    assert not re.search(r"\| +torch$", process.stderr, re.MULTILINE)
+
+
+# Pipes ----------------------------------------------------------------------------------------------------------------
+
+
+def test_latents_flow_through_a_pipeline(shell: Shell) -> None:
+    program = "import json, sys; [print(json.loads(line)['text']) for line in sys.stdin]"
+    script = (
+        "gptvae encode - < a.txt | gptvae generate --latent - --greedy --format jsonl"
+        f" | {shlex.quote(sys.executable)} -c {shlex.quote(program)}"
+    )
+    process = shell(script)
+    assert (process.returncode, process.stderr) == (0, b"")
+    assert process.stdout == run("generate", "--ref", "a.txt", "--greedy").stdout_bytes
+    assert process.stdout.count(b"\n") == 4
+
+
+def test_a_reader_that_has_enough_ends_the_writer_quietly(shell: Shell) -> None:
+    """A million texts are never written."""
+    process = shell("gptvae generate --prior 1000000 --seed 1 | head -n 3; echo ${PIPESTATUS[0]} >&2")
+    assert process.stdout.count(b"\n") == 3
+    assert process.stderr == b"141\n"
+
+
+def test_a_reader_that_does_not_read_ends_the_writer_quietly(shell: Shell) -> None:
+    process = shell("gptvae encode a.txt | true; echo ${PIPESTATUS[0]} >&2")
+    assert (process.stdout, process.stderr) == (b"", b"141\n")
+
+
+@pytest.mark.parametrize("arguments", ["info", "--help", "info --json"])
+def test_a_short_output_to_nobody_is_quiet_too(shell: Shell, arguments: str) -> None:
+    process = shell(f"(sleep 0.1; gptvae {arguments}; echo $? >&2) | true")
+    assert process.stderr == b"141\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.parametrize("arguments", ["info", "--help", "generate --seed 1"])
+def test_a_full_disk_is_one_line(shell: Shell, arguments: str) -> None:
+    process = shell(f"gptvae {arguments} > /dev/full")
+    assert process.returncode == 1
+    assert_one_error(process.stderr.decode(), "No space left on device")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_a_full_disk_is_named_where_it_has_a_name(here: Path) -> None:
+    """And the device is still a device."""
+    assert_fails(run("encode", "a.txt", "--out", "/dev/full"), 1, "cannot write /dev/full", "No space left")
+    assert_fails(
+        run("interpolate", "--from", "a", "--to", "b", "--latents-out", "/dev/full"), 1, "cannot write /dev/full"
+    )
+    assert Path("/dev/full").is_char_device()
+
+
+def test_streams_that_are_closed_are_named(shell: Shell) -> None:
+    no_input = shell("gptvae encode <&- | cat")
+    assert no_input.returncode == 3
+    assert_one_error(no_input.stderr.decode(), "cannot read stdin: it is closed")
+    no_output = shell("gptvae info >&-")
+    assert no_output.returncode == 1
+    assert_one_error(no_output.stderr.decode(), "standard output is closed")
+    no_errors = shell("gptvae info nowhere 2>&-")
+    assert (no_errors.returncode, no_errors.stdout, no_errors.stderr) == (3, b"", b"")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
+def test_a_command_that_is_stopped_leaves_no_unfinished_file(here: Path, number: int, code: int) -> None:
+    """While it waits for more texts."""
+    before = set(here.iterdir())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptvae_cli", "encode", "--out", "new.npy"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while set(here.iterdir()) == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert set(here.iterdir()) > before
+    process.send_signal(number)
+    out, told = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, b"")
+    assert b"Traceback" not in told
+    assert set(here.iterdir()) == before
+
+
+# Terminals ------------------------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(arguments: Sequence[str], *, stdin: bool = False, stdout: bool = False) -> tuple[int, str, str]:
+    """Exit code, what the terminal shows and what stderr, a pipe, holds."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptvae_cli", *arguments],
+        stdin=follower if stdin else subprocess.DEVNULL,
+        stdout=follower if stdout else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    os.close(follower)
+    _, told = process.communicate(timeout=120)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(leader, 65536)
+        except OSError:  # how Linux says that nobody has the terminal open any more
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(leader)
+    return process.returncode, shown.decode(), told.decode()
+
+
+@pytest.mark.parametrize("arguments", [["encode", "a.txt"], ["encode", "a.txt", "--out", "-"]], ids=" ".join)
+def test_a_binary_never_goes_to_a_terminal(here: Path, arguments: list[str]) -> None:
+    code, shown, told = on_a_terminal(arguments, stdout=True)
+    assert (code, shown) == (2, "")
+    assert_one_error(told, "binary", "standard output is a terminal", "> z.npy")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["encode"], ["generate", "--latent", "-"], ["generate", "--ref", "-"], ["interpolate", "-", "a.txt"]],
+    ids=" ".join,
+)
+def test_nobody_has_to_type_a_corpus_or_a_binary(here: Path, arguments: list[str]) -> None:
+    """The help tells what else can be done; it is not data, so it goes to stderr."""
+    code, _, told = on_a_terminal(arguments, stdin=True)
+    assert code == 2
+    assert f"gptvae {arguments[0]} [OPTIONS]" in told
+    assert "Examples" in told
+    assert "gptvae: error: nothing to read: standard input is a terminal" in told
+
+
+def test_texts_do_not_control_the_terminal_and_are_exact_in_a_pipe(here: Path) -> None:
+    arguments = ["generate", "--text", "a", "--greedy", "--max-tokens", "20", "--prompt", HOSTILE]
+    code, shown, told = on_a_terminal(arguments, stdout=True)
+    assert (code, told) == (0, "")
+    assert shown.startswith("\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\u202e[red]")
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202e]", shown)
+    assert run(*arguments).stdout.startswith(HOSTILE)
+
+
+def test_texts_in_pieces_do_not_control_the_terminal(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(shown, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", shown)
+    printer = console.TextWriter("text", "line", null=False)
+    for piece in HOSTILE:
+        printer.piece(piece)
+    printer.end()
+    printer.write(HOSTILE)
+    printer.piece("")
+    assert isinstance(shown.buffer, io.BytesIO)
+    assert shown.buffer.getvalue().decode() == 2 * (console.sanitize(HOSTILE) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain naïve 日本 😀\n\t", "plain naïve 日本 😀\n\t"),
+        ("\x1b[31m", "\\x1b[31m"),
+        ("\x9b\x85", "\\x9b\\x85"),
+        ("\r\x08\x7f\x00", "\\x0d\\x08\\x7f\\x00"),
+        ("\u202e\u2066\u200f\u061c", "\\u202e\\u2066\\u200f\\u061c"),
+        ("\udcff", "\\udcff"),
+    ],
+    ids=["plain", "escape", "c1", "c0", "bidi", "surrogate"],
+)
+def test_controls_are_spelled_out(text: str, shown: str) -> None:
+    assert console.sanitize(text) == shown
+
+
+def test_json_lines_are_one_line_each_whatever_the_text_holds(here: Path) -> None:
+    result = run(
+        "generate", "--text", "a", "--unit", "paragraph", "--prompt", "a\n\u2028\x85b", "--format", "jsonl", "-q"
+    )
+    assert result.stdout_bytes.count(b"\n") == 1
+    assert json.loads(result.stdout_bytes)["text"].startswith("a\n\u2028\x85b")

@@ -1,0 +1,395 @@
+"""What a trained model is used for: encoding and writing, on tiny models of bytes that nobody trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose, assert_array_equal
+
+from gptvae_cli import sampling
+from gptvae_cli.checkpoint import Checkpoint
+from gptvae_cli.config import PathKind, SampleConfig, Unit
+from gptvae_cli.decoding import Request
+from gptvae_cli.errors import CheckpointError, ConfigError, DeviceError
+from gptvae_cli.sampling import Draw, Encoder, Encoding, Floats, Written
+from tests.cli.conftest import LONGEST, WIDTH, make_model
+
+TEXTS = [
+    "a",
+    "",
+    "the longest text here",
+    "ab",
+    "naïve",
+    "日本",
+    "a",
+    *(chr(97 + i % 26) * (i % 20) for i in range(40)),
+]
+GREEDY = SampleConfig(greedy=True)
+SAMPLED = SampleConfig(seed=5, temperature=1.5)
+# A character of two, three and four bytes each, and a byte that begins none.
+MULTI_BYTE = "né 日本 😀!".encode()
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(path: Path) -> Checkpoint:
+    return sampling.open_model(path, device="cpu").checkpoint
+
+
+def rows_of(count: int, seed: int = 0) -> list[Floats]:
+    return list(3 * np.random.default_rng(seed).standard_normal((count, WIDTH), dtype=np.float32))
+
+
+def draws(count: int) -> list[Draw]:
+    return [Draw(row, 0, latent_Z) for row, latent_Z in enumerate(rows_of(count))]
+
+
+def posterior_alone(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of one row, computed without a batch and without padding."""
+    with torch.inference_mode():
+        posterior = checkpoint.model.posterior(torch.tensor([tokens]))
+    return posterior.mean_BZ[0].numpy(), posterior.log_var_BZ[0].exp().sqrt().numpy()
+
+
+# A model that is ready ------------------------------------------------------------------------------------------------
+
+
+def test_float32_on_a_cpu_is_not_worth_a_note(path: Path) -> None:
+    opened = sampling.open_model(path, device="cpu")
+    assert (opened.dtype, opened.note) == (torch.float32, None)
+    assert opened.checkpoint.model.device == torch.device("cpu")
+
+
+def test_what_nobody_expects_is_told(path: Path) -> None:
+    note = sampling.open_model(path, device="cpu", dtype="bfloat16").note
+    assert note is not None
+    assert "on cpu" in note
+    assert "in bfloat16" in note
+
+
+def test_what_cannot_be_opened_is_refused(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        sampling.open_model(tmp_path / "nowhere.safetensors", device="cpu")
+    with pytest.raises(DeviceError, match="cuda:77"):
+        sampling.open_model(path, device="cuda:77")
+    with pytest.raises(ConfigError, match="threads is 0"):
+        sampling.open_model(path, device="cpu", threads=0)
+
+
+# Texts to latents -----------------------------------------------------------------------------------------------------
+
+
+def test_a_latent_is_the_posterior_of_its_text_alone(checkpoint: Checkpoint) -> None:
+    """In the order of the texts, though they are computed in batches of texts about equally long."""
+    config = checkpoint.header.model
+    found = list(Encoder(checkpoint, "line").encode(TEXTS))
+    assert len(found) == len(TEXTS)
+    for text, encoding in zip(TEXTS, found, strict=True):
+        mean_Z, std_Z = posterior_alone(checkpoint, [config.bos_id, *text.encode(), config.eos_id])
+        assert encoding.mean_Z.dtype == encoding.std_Z.dtype == np.float32
+        assert_allclose(encoding.mean_Z, mean_Z, atol=1e-5, rtol=1e-5)
+        assert_allclose(encoding.std_Z, std_Z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 64, 8192])
+def test_padding_does_not_change_latent(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+    alone = [next(Encoder(checkpoint, "line").encode([text])) for text in TEXTS]
+    monkeypatch.setattr(sampling, "_BATCH_TOKENS", budget)
+    together = Encoder(checkpoint, "line").encode(TEXTS)
+    for one, other in zip(alone, together, strict=True):
+        assert_allclose(one.mean_Z, other.mean_Z, atol=1e-5, rtol=1e-5)
+        assert_allclose(one.std_Z, other.std_Z, atol=1e-5, rtol=1e-5)
+
+
+def test_other_texts_have_other_latents(checkpoint: Checkpoint) -> None:
+    a, b = Encoder(checkpoint, "line").encode(["a", "b"])
+    assert np.abs(a.mean_Z - b.mean_Z).max() > 1e-2
+
+
+def test_a_text_that_is_too_long_is_cut_without_eos_and_counted(checkpoint: Checkpoint) -> None:
+    config = checkpoint.header.model
+    fits, long = "x" * (LONGEST - 2), "x" * (LONGEST + 30)
+    encoder = Encoder(checkpoint, "line")
+    assert encoder.cut == 0
+    whole, cut = encoder.encode([fits, long])
+    assert encoder.cut == 1
+    assert encoder.note == "1 text is longer than the model's 24 tokens; the beginning was used"
+    ending, _ = posterior_alone(checkpoint, [config.bos_id, *fits.encode(), config.eos_id])
+    open_end, _ = posterior_alone(checkpoint, [config.bos_id, *long[: LONGEST - 1].encode()])
+    assert_allclose(whole.mean_Z, ending, atol=1e-5, rtol=1e-5)
+    assert_allclose(cut.mean_Z, open_end, atol=1e-5, rtol=1e-5)
+    list(encoder.encode([long] * 1199))
+    assert encoder.note == "1,200 texts are longer than the model's 24 tokens; the beginning was used"
+
+
+@pytest.mark.parametrize("length", [1, LONGEST - 2, LONGEST - 1, LONGEST, 3 * (LONGEST - 1), 70_000])
+def test_a_running_text_has_a_latent_for_each_of_its_consecutive_windows(checkpoint: Checkpoint, length: int) -> None:
+    """The longest is read in two pieces, which end at a line."""
+    config = checkpoint.header.model
+    text = "".join("\n" if i % 10 == 9 else chr(97 + i % 26) for i in range(length))
+    size = LONGEST - 1
+    windows = [text.encode()[i : i + size] for i in range(0, length, size)]
+    encoder = Encoder(checkpoint, "window")
+    found = list(encoder.encode([text]))
+    assert len(found) == len(windows)
+    seam = 2**16 // size
+    looked_at = [*range(min(len(windows), 5)), *range(seam - 2, seam + 3)]
+    for window, encoding in [(windows[i], found[i]) for i in looked_at if i < len(windows)]:
+        mean_Z, _ = posterior_alone(checkpoint, [config.bos_id, *window])
+        assert_allclose(encoding.mean_Z, mean_Z, atol=1e-5, rtol=1e-5)
+    assert encoder.note is None, "nothing is cut off"
+
+
+def test_a_window_does_not_reach_into_the_next_text(checkpoint: Checkpoint) -> None:
+    texts = ["one", "", "x" * (LONGEST + 1), "two"]
+    apart = [encoding for text in texts for encoding in Encoder(checkpoint, "window").encode([text])]
+    together = list(Encoder(checkpoint, "window").encode(texts))
+    assert len(together) == len(apart) == 5, "an empty text has a latent, too"
+    for one, other in zip(apart, together, strict=True):
+        assert_allclose(one.mean_Z, other.mean_Z, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph", "file", "window"])
+def test_no_texts_give_no_latents(checkpoint: Checkpoint, unit: Unit) -> None:
+    assert list(Encoder(checkpoint, unit).encode([])) == []
+
+
+def test_the_first_latent_comes_after_the_first_text(checkpoint: Checkpoint) -> None:
+    """A slow pipe shows its results, and memory does not grow with the texts."""
+    read: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for i in range(100_000):
+            read.append(i)
+            yield "x"
+
+    for encoded, _ in enumerate(Encoder(checkpoint, "line").encode(texts()), 1):
+        if encoded == 1:
+            assert len(read) <= 2
+        elif encoded > 100:
+            assert len(read) < 1000
+            break
+
+
+def test_bfloat16_gives_nearly_the_same_latents_as_float32(checkpoint: Checkpoint) -> None:
+    exact = np.stack([each.mean_Z for each in Encoder(checkpoint, "line").encode(TEXTS)])
+    rounded = np.stack([each.mean_Z for each in Encoder(checkpoint, "line", torch.bfloat16).encode(TEXTS)])
+    assert rounded.dtype == np.float32
+    assert not np.array_equal(exact, rounded), "it was not computed in bfloat16"
+    assert np.abs(exact - rounded).mean() < 0.1 * np.abs(exact).mean()
+
+
+# Draws ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_latent_of_the_prior_does_not_depend_on_how_many_there_are() -> None:
+    few, many = list(sampling.prior(3, 2, WIDTH)), list(sampling.prior(3, 50, WIDTH))
+    assert (len(few), len(many)) == (2, 50)
+    assert_array_equal(np.stack(few), np.stack(many[:2]))
+    assert len({latent_Z.tobytes() for latent_Z in many}) == 50
+    assert not np.array_equal(few[0], next(sampling.prior(4, 1, WIDTH)))
+
+
+def test_the_prior_is_standard_normal() -> None:
+    values = np.stack(list(sampling.prior(0, 5000, WIDTH)))
+    assert values.dtype == np.float32
+    # Five standard errors of the mean and of the variance of 5,000 draws.
+    assert np.abs(values.mean(0)).max() < 5 / 5000**0.5
+    assert np.abs(values.var(0) - 1).max() < 5 * (2 / 5000) ** 0.5
+
+
+def test_copies_repeat_a_latent_under_numbers_of_their_own() -> None:
+    latents = rows_of(2)
+    found = list(sampling.repeated(latents, 3))
+    assert [(draw.row, draw.copy) for draw in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    for draw in found:
+        assert_array_equal(draw.latent_Z, latents[draw.row])
+
+
+def test_sampled_copies_differ_and_are_reproducible(checkpoint: Checkpoint) -> None:
+    def found(texts: Sequence[str], copies: int, seed: int) -> dict[tuple[int, int], Floats]:
+        encodings = Encoder(checkpoint, "line").encode(texts)
+        return {(draw.row, draw.copy): draw.latent_Z for draw in sampling.sampled(encodings, copies, seed)}
+
+    first = found(["a", "b"], 3, 1)
+    assert list(first) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert len({latent_Z.tobytes() for latent_Z in first.values()}) == 6
+    again, fewer, other = found(["a", "b"], 3, 1), found(["a"], 1, 1), found(["a"], 1, 2)
+    for key, latent_Z in first.items():
+        assert_array_equal(latent_Z, again[key])
+    assert_allclose(fewer[0, 0], first[0, 0], atol=1e-5)
+    assert np.abs(other[0, 0] - first[0, 0]).max() > 1e-3
+
+
+def test_draws_of_a_posterior_have_its_mean_and_deviation() -> None:
+    encoding = Encoding(np.array([5, -1], np.float32), np.array([0.1, 2], np.float32))
+    drawn = np.stack([encoding.sample(0, row) for row in range(4000)])
+    assert_allclose(drawn.mean(0), encoding.mean_Z, atol=5 * 2 / 4000**0.5)
+    assert_allclose(drawn.std(0), encoding.std_Z, rtol=5 / (2 * 4000) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", ["slerp", "lerp"])
+def test_a_walk_starts_and_ends_at_its_points_exactly(kind: PathKind) -> None:
+    points_NZ = np.stack(rows_of(3))
+    path_KZ = sampling.walk(points_NZ, 4, kind)
+    assert path_KZ.shape == (7, WIDTH)
+    assert path_KZ.dtype == np.float32
+    assert_array_equal(path_KZ[[0, 3, 6]], points_NZ)
+
+
+# Latents to texts -----------------------------------------------------------------------------------------------------
+
+
+def texts_of(written: Iterator[Written]) -> list[str]:
+    return [item.text for item in written]
+
+
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_text_does_not_depend_on_its_neighbours(checkpoint: Checkpoint, config: SampleConfig) -> None:
+    """70 texts do not fit in one batch of 64."""
+    together = list(sampling.write(checkpoint, draws(70), config, unit="line"))
+    assert [(item.row, item.copy) for item in together] == [(row, 0) for row in range(70)]
+    assert len({item.text for item in together}) > 35, "the latent hardly shows"
+    for row in (0, 3, 69):
+        assert texts_of(sampling.write(checkpoint, [draws(70)[row]], config, unit="line")) == [together[row].text]
+    backwards = texts_of(sampling.write(checkpoint, draws(70)[::-1], config, unit="line"))
+    assert backwards[::-1] == [item.text for item in together]
+
+
+def test_copies_of_a_latent_are_other_texts_unless_they_are_greedy(checkpoint: Checkpoint) -> None:
+    def found(config: SampleConfig) -> list[str]:
+        return texts_of(sampling.write(checkpoint, sampling.repeated(rows_of(1), 8), config, unit="line"))
+
+    assert len(set(found(SAMPLED))) > 4
+    assert len(set(found(GREEDY))) == 1
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph"])
+def test_only_a_line_is_kept_free_of_line_breaks(checkpoint: Checkpoint, unit: Unit) -> None:
+    """At a temperature where all tokens are about equally likely."""
+    config = SampleConfig(seed=1, temperature=100, max_tokens=LONGEST)
+    written = "".join(texts_of(sampling.write(checkpoint, draws(100), config, unit=unit)))
+    assert ("\n" in written, "\r" in written) == ((False, False) if unit == "line" else (True, True))
+
+
+@pytest.mark.parametrize("prompt", ["a\n", "\r", "a\nb"])
+def test_a_line_does_not_begin_with_a_line_break(checkpoint: Checkpoint, prompt: str) -> None:
+    with pytest.raises(ConfigError, match="line break"):
+        next(sampling.write(checkpoint, draws(1), GREEDY, unit="line", prompt=prompt))
+    paragraph = next(sampling.write(checkpoint, draws(1), GREEDY, unit="paragraph", prompt=prompt))
+    assert paragraph.text.startswith(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["", "ab", "naïve 日", "x" * (2 * LONGEST)], ids=["none", "short", "wide", "long"])
+def test_a_text_is_its_prompt_and_what_follows(checkpoint: Checkpoint, prompt: str) -> None:
+    config = SampleConfig(seed=2, max_tokens=5)
+    for text in texts_of(sampling.write(checkpoint, draws(20), config, unit="line", prompt=prompt)):
+        assert text.startswith(prompt)
+        assert len(text) <= len(prompt) + 5
+
+
+def test_a_prompt_changes_what_follows(checkpoint: Checkpoint) -> None:
+    def follows(prompt: str) -> list[str]:
+        written = sampling.write(checkpoint, draws(20), GREEDY, unit="line", prompt=prompt)
+        return [text.removeprefix(prompt) for text in texts_of(written)]
+
+    assert follows("a") != follows("b")
+
+
+def test_latents_are_taken_as_there_is_room_for_them(checkpoint: Checkpoint) -> None:
+    taken: list[int] = []
+
+    def endless() -> Iterator[Draw]:
+        row = 0
+        while True:
+            taken.append(row)
+            yield Draw(row, 0, rows_of(1)[0])
+            row += 1
+
+    next(sampling.write(checkpoint, endless(), GREEDY, unit="line"))
+    assert len(taken) < 300
+
+
+def test_no_latents_give_no_texts(checkpoint: Checkpoint) -> None:
+    assert list(sampling.write(checkpoint, [], GREEDY, unit="line")) == []
+
+
+def test_bfloat16_writes_texts(checkpoint: Checkpoint) -> None:
+    written = texts_of(sampling.write(checkpoint, draws(5), GREEDY, unit="line", dtype=torch.bfloat16))
+    assert len(written) == 5
+
+
+# Texts in pieces ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["", "日é"], ids=["none", "wide"])
+def test_pieces_join_to_the_text(checkpoint: Checkpoint, prompt: str) -> None:
+    """A model that nobody trained writes mostly bytes that are not UTF-8."""
+    config = SampleConfig(seed=3, temperature=20)
+    pieces: list[str] = []
+    written = sampling.write(checkpoint, draws(30), config, unit="line", prompt=prompt, on_text=pieces.append)
+    whole = texts_of(sampling.write(checkpoint, draws(30), config, unit="line", prompt=prompt))
+    assert any("\ufffd" in text for text in whole)
+    for item, text in zip(written, whole, strict=True):
+        assert "".join(pieces) == item.text == text
+        pieces.clear()
+
+
+def scripted(texts: Sequence[bytes]) -> Callable[..., Iterator[list[int]]]:
+    """A stand-in for `decode` that writes these bytes, one token at a time."""
+
+    def decode(
+        model: object, requests: Iterator[Request], sample: object, *, on_token: Callable[[int, int], None], **rest: Any
+    ) -> Iterator[list[int]]:
+        for position, (_, text) in enumerate(zip(requests, texts, strict=False)):
+            for token in text:
+                on_token(position, token)
+            yield list(text)
+
+    return decode
+
+
+def test_the_bytes_of_a_character_wait_until_it_is_complete(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "decode", scripted([MULTI_BYTE, b"x"]))
+    pieces: list[str] = []
+    written = sampling.write(checkpoint, draws(2), GREEDY, unit="line", prompt="é", on_text=pieces.append)
+    assert next(written).text == "é" + MULTI_BYTE.decode()
+    assert pieces == ["én", *MULTI_BYTE.decode()[1:]]
+    pieces.clear()
+    assert next(written).text == "éx"
+    assert pieces == ["éx"]
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"a\xff", "a\ufffd"),
+        (b"a\xffb", "a\ufffdb"),
+        (b"\xe6\x97", "\ufffd"),
+        (b"\xe6\x97x", "\ufffdx"),
+        (b"\xf0\x9f\x98\xe6\x97\xa5", "\ufffd日"),
+        ("\ufffd".encode(), "\ufffd"),
+        (b"", ""),
+    ],
+    ids=["at-the-end", "inside", "cut", "broken-off", "two", "the-character-itself", "nothing"],
+)
+def test_invalid_bytes_become_the_replacement_character_once(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, data: bytes, text: str
+) -> None:
+    monkeypatch.setattr(sampling, "decode", scripted([data]))
+    pieces: list[str] = []
+    written = next(sampling.write(checkpoint, draws(1), GREEDY, unit="line", on_text=pieces.append))
+    assert written.text == "".join(pieces) == text
