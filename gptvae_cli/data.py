@@ -476,12 +476,25 @@ def fixed_batches(rows: Rows, batch_tokens: int, most: int) -> list[Batch]:
     return [rows.batch(starts, stops, index) for index in plan_batches(stops - starts + 2, batch_tokens, None)]
 
 
-def batches_of(texts: Sequence[Sequence[int]], config: ModelConfig, batch_tokens: int) -> list[Batch]:
-    """Texts tokenised on the spot, as rows `BOS text EOS` in batches; those too long are cut, without EOS."""
-    rows = [np.array([config.bos_id, *ids, config.eos_id][: config.max_seq_len], dtype=np.int64) for ids in texts]
-    plan = plan_batches(np.array([len(row) for row in rows]), batch_tokens, None)
-    chosen = [[rows[i] for i in index] for index in plan]
-    return [Batch(_pad(some, config.pad_id), None, sum(len(row) - 1 for row in some)) for some in chosen]
+def batches_of(
+    rows: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None, pad_id: int, batch_tokens: int
+) -> list[Batch]:
+    """Rows of tokens with their specials, in batches in order of length, for evaluation.
+
+    Args:
+        rows: what the decoder writes.
+        sources: what the encoder reads, if not the same.
+        pad_id: fills a batch.
+        batch_tokens: of a batch, about.
+    """
+    batches = []
+    for index in plan_batches(np.array([len(row) for row in rows]), batch_tokens, None):
+        chosen = [np.array(rows[i], dtype=np.int64) for i in index]
+        source_BT = None
+        if sources is not None:
+            source_BT = _pad([np.array(sources[i], dtype=np.int64) for i in index], pad_id)
+        batches.append(Batch(_pad(chosen, pad_id), source_BT, sum(len(row) - 1 for row in chosen)))
+    return batches
 
 
 def _pad(rows: Sequence[Ints], pad_id: int) -> torch.Tensor:

@@ -6,18 +6,21 @@ Shapes: B batch, N texts, T tokens, Z latent width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptvae_cli.config import SampleConfig
+from gptvae_cli.data import batches_of
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.latent import COLLAPSED_NATS, active_dimensions, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
+from gptvae_cli.text import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,31 @@ class Figures:
     def collapsed(self) -> bool:
         """Whether the latent carries next to nothing."""
         return self.mutual_information < COLLAPSED_NATS
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well greedy texts from the posterior mean give the texts back.
+
+    Args:
+        texts: how many.
+        token_accuracy: share of the texts' tokens, ends counted, that stand at the same place.
+        exact: share of the texts that came back whole.
+    """
+
+    texts: int
+    token_accuracy: float
+    exact: float
+
+
+def compare(texts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> Reconstruction:
+    """Texts beside what was written from their latents, both as tokens without BOS and EOS."""
+    correct = tokens = exact = 0
+    for text, other in zip(texts, written, strict=True):
+        tokens += len(text) + 1
+        correct += sum(a == b for a, b in zip(text, other, strict=False)) + (len(text) == len(other))
+        exact += list(text) == list(other)
+    return Reconstruction(len(texts), correct / tokens, exact / len(texts))
 
 
 @torch.no_grad()
@@ -96,6 +124,7 @@ def importance_weighted(
     seed: int = 0,
     precision: torch.dtype = torch.float32,
     most_rows: int = 1024,
+    on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Likelihood:
     """NLL by importance sampling with the posterior as proposal, the log of the mean weight of `samples` latents.
 
@@ -108,6 +137,7 @@ def importance_weighted(
         seed: of the latents' noise.
         precision: bfloat16 computes under autocast; weights are always summed in float64.
         most_rows: texts times samples that the decoder reads at once.
+        on_progress: called with the texts measured so far.
 
     Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8.
     """
@@ -136,6 +166,7 @@ def importance_weighted(
                     ).sum(-1)
                     log_weights.append(ratio_KB - nats_NT.double().sum(-1).view(count, rows))
                 nll.append(math.log(samples) - torch.cat(log_weights).logsumexp(dim=0))
+                on_progress(sum(map(len, nll)))
     finally:
         model.train(was_training)
     nll_N = torch.cat(nll)
@@ -197,4 +228,111 @@ def measure(
         mutual_information=mutual_information(everything.mean_BZ, everything.log_var_BZ, latents_NZ),
         active_001=active_dimensions(everything.mean_BZ, 0.01),
         active_02=active_dimensions(everything.mean_BZ, 0.2),
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures of a model on one set of texts.
+
+    Args:
+        words: separated by whitespace; the end of a text counts as one.
+        bytes: of UTF-8; the end of a text counts as one.
+        samples: of each text's importance-weighted likelihood.
+        seed: of the latents that were drawn.
+    """
+
+    figures: Figures
+    likelihood: Likelihood
+    reconstruction: Reconstruction
+    words: int
+    bytes: int
+    samples: int
+    seed: int
+
+    @property
+    def information_share(self) -> float:
+        """Mutual information over the most that could be seen, min(KL, ln texts)."""
+        return self.figures.mutual_information / max(1e-9, min(self.figures.kl, math.log(self.figures.texts)))
+
+    @property
+    def perplexity_per_token(self) -> float:
+        return self._perplexity(self.figures.tokens)
+
+    @property
+    def perplexity_per_word(self) -> float:
+        return self._perplexity(self.words)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.likelihood.nll * self.figures.texts / self.bytes / math.log(2)
+
+    def _perplexity(self, count: int) -> float:
+        return math.exp(min(700.0, self.likelihood.nll * self.figures.texts / count))
+
+    def efficiency(self, baseline_nll: float) -> float:
+        """Nats that the latent saves the decoder, against a model without one, for each nat of KL."""
+        return (baseline_nll - self.figures.cross_entropy) / max(1e-9, self.figures.kl)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        derived = ("information_share", "perplexity_per_token", "perplexity_per_word", "bits_per_byte")
+        return {
+            **asdict(self.figures),
+            "nll_bound": self.figures.nll_bound,
+            "collapsed": self.figures.collapsed,
+            "iw_nll": self.likelihood.nll,
+            "iw_standard_error": self.likelihood.standard_error,
+            "iw_samples": self.samples,
+            **{name: getattr(self, name) for name in derived},
+            "words": self.words,
+            "bytes": self.bytes,
+            "reconstruction": asdict(self.reconstruction),
+            "seed": self.seed,
+        }
+
+
+def evaluate(
+    model: GPTVAE,
+    tokenizer: Tokenizer,
+    rows: Sequence[Sequence[int]],
+    sources: Sequence[Sequence[int]] | None = None,
+    *,
+    samples: int,
+    seed: int = 0,
+    precision: torch.dtype = torch.float32,
+    banned: Sequence[int] = (),
+    on_progress: Callable[[int], None] = lambda texts: None,
+) -> Report:
+    """Every figure over these texts.
+
+    Args:
+        model: with a config.
+        tokenizer: of the model.
+        rows: texts as tokens with their specials, what the decoder writes; at least one.
+        sources: what the encoder reads, if not the same.
+        samples: K of the importance-weighted likelihood.
+        seed: of the latents that are drawn.
+        precision: bfloat16 computes under autocast.
+        banned: tokens that a reconstruction never holds.
+        on_progress: called with the texts measured so far, in the longest part.
+    """
+    config = model.config
+    assert config is not None
+    batches = batches_of(rows, sources, config.pad_id, 8192)
+    figures = measure(model, batches, seed=seed, precision=precision)
+    likelihood = importance_weighted(model, batches, samples, seed=seed, precision=precision, on_progress=on_progress)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+        written = reconstruct(model, [torch.tensor(row) for row in sources or rows], banned=banned)
+    plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in rows]
+    texts = [tokenizer.decode(ids) for ids in plain]
+    ends = sum(row[-1] == config.eos_id for row in rows)
+    return Report(
+        figures=figures,
+        likelihood=likelihood,
+        reconstruction=compare(plain, written),
+        words=sum(len(text.split()) for text in texts) + ends,
+        bytes=sum(len(text.encode("utf-8")) for text in texts) + ends,
+        samples=samples,
+        seed=seed,
     )

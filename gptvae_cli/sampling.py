@@ -109,11 +109,14 @@ class Encoder:
 
         The first ones come after the first text, so that a slow pipe shows its results; pools then grow.
         """
-        rows = self._windows(texts) if self.unit == "window" else self._rows(texts)
-        for pool in _growing_pools(rows):
+        for pool in _growing_pools(self.rows(texts)):
             yield from self._posteriors(pool)
 
-    def _rows(self, texts: Iterable[str]) -> Iterator[list[int]]:
+    def rows(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """What the model reads of texts: their tokens with BOS and EOS, or those of their windows."""
+        return self._windows(texts) if self.unit == "window" else self._whole(texts)
+
+    def _whole(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The tokens of each text with BOS and EOS; a text that is cut has no EOS, as in training."""
         config = self.config
         for pool in _growing_pools(texts):

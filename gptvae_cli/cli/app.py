@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from gptvae_cli import __version__
-from gptvae_cli.cli import console, demo, encode, generate, info, interpolate, train
+from gptvae_cli.cli import console, demo, encode, evaluate, generate, info, interpolate, train
 from gptvae_cli.errors import ExitCode, GPTVAEError
 
 EXAMPLES = """Examples:
@@ -124,6 +124,7 @@ app.command(epilog=train.EXAMPLES)(train.train)
 app.command(epilog=encode.EXAMPLES)(encode.encode)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=interpolate.EXAMPLES)(interpolate.interpolate)
+app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=info.EXAMPLES)(info.info)
 
 

@@ -458,6 +458,8 @@ def test_a_command_that_is_stopped_leaves_no_unfinished_file(here: Path, number:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell's background jobs ignore interrupts, and what they start inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while set(here.iterdir()) == before and time.monotonic() < deadline:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,9 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
     from gptvae_cli.config import DataConfig, TrainConfig
     from gptvae_cli.data import batches_of
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
-    from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
+    from gptvae_cli.evaluation import compare, importance_weighted, measure, reconstruct
     from gptvae_cli.run import claimed, start
+    from gptvae_cli.sampling import Encoder
     from gptvae_cli.text import read_texts
 
     data = Path(os.environ["GPTVAE_TEST_DATA"])
@@ -88,8 +90,10 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
                     print(f"  {report.progress:4.0%} {report.figures}", file=sys.stderr, flush=True)
             job.load_best()
         saved = load(folder / "model.safetensors", device=device.device)
-        lines = list(read_texts([names["test"]], unit="line"))[:texts]
-        batches = batches_of(saved.tokenizer.encode_batch([line for line in lines if line]), saved.header.model, 8192)
+        lines = [line for line in read_texts([names["test"]], unit="line") if line]
+        tokens = list(islice(Encoder(saved, "line").rows(lines), texts))
+        pad_id, eos_id = saved.header.model.pad_id, saved.header.model.eos_id
+        batches = batches_of(tokens, None, pad_id, 8192)
         figures = measure(saved.model, batches, seed=seed)
         row: dict[str, Any] = {
             "arm": arm,
@@ -104,21 +108,10 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
         if arm != "none":
             likelihood = importance_weighted(saved.model, batches, samples, seed=seed, precision=precision.dtype)
             row["iw_nll"] = asdict(likelihood) | {"samples": samples}
-            correct = exact = total = 0
-            tokens = [row[1:].tolist() for batch in batches for row in batch.tokens_BT[:20]][:300]
-            encoded = [row for batch in batches for row in batch.tokens_BT[:20]][:300]
-            pad = saved.header.model.pad_id
-            written = reconstruct(saved.model, encoded)
-            for target, ids in zip(tokens, written, strict=True):
-                target = [token for token in target if token not in (pad, saved.header.model.eos_id)]
-                exact += target == ids
-                correct += sum(a == b for a, b in zip(target, ids, strict=False))
-                total += len(target)
-            row["reconstruction"] = {
-                "texts": len(written),
-                "token_accuracy": correct / total,
-                "exact": exact / len(written),
-            }
+            some = tokens[:300]
+            written = reconstruct(saved.model, [torch.tensor(row) for row in some])
+            plain = [[token for token in row[1:] if token != eos_id] for row in some]
+            row["reconstruction"] = asdict(compare(plain, written))
         row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         return row
     finally:
