@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from gptvae_cli.errors import ConfigError
 
 Unit = Literal["line", "paragraph", "file", "window"]
+Conditioning = Literal["token", "everywhere"]
+Optimizer = Literal["adamw", "muon"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 TABLES = ("run", "data", "model", "train")
 Objective = Literal["elbo", "stock"]
@@ -46,6 +48,8 @@ class ModelConfig:
         dim_latent: width Z of the latent.
         heads: attention heads of every layer.
         attn_dim_head: width of one head; half of it is rotated by position.
+        conditioning: how the latent enters the decoder: `token` (one prepended token, as in the seed class) or
+            `everywhere` (that token, and a projection of the latent added to every token's embedding).
         pad_id, bos_id, eos_id: the special tokens.
     """
 
@@ -57,6 +61,7 @@ class ModelConfig:
     dim_latent: int
     heads: int
     attn_dim_head: int = 64
+    conditioning: Conditioning = "token"
     pad_id: int
     bos_id: int
     eos_id: int
@@ -79,6 +84,7 @@ class ModelConfig:
             self.attn_dim_head,
             f"dim ({self.dim}) where there is one head",
         )
+        _one_of("conditioning", self.conditioning, get_args(Conditioning))
         specials = (self.pad_id, self.bos_id, self.eos_id)
         _require(
             len(set(specials)) == 3 and all(0 <= i < self.num_tokens for i in specials),
@@ -143,7 +149,8 @@ class TrainConfig:
         max_time: seconds for the whole process, start-up and final evaluation included.
         batch_tokens: target tokens of one optimizer step, about.
         accumulate: micro-batches that one step is cut into.
-        lr: peak learning rate of AdamW; None is 2e-3 at a width of 128, falling with its square root.
+        optimizer: `adamw`, or `muon` for the layers' matrices and AdamW for all else.
+        lr: peak learning rate; None is 2e-3 at a width of 128, falling with its square root.
         weight_decay: decoupled, on matrices only.
         warmup: share of the run over which the learning rate rises from 0.
         decay: share of the run, at its end, over which it falls to 0.
@@ -166,6 +173,7 @@ class TrainConfig:
     max_time: float | None = 600.0
     batch_tokens: int = 2048
     accumulate: int = 1
+    optimizer: Optimizer = "adamw"
     lr: float | None = None
     weight_decay: float = 0.01
     warmup: float = 0.02
@@ -183,6 +191,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, get_args(Objective))
+        _one_of("optimizer", self.optimizer, get_args(Optimizer))
         _require(
             not (self.steps is None and self.epochs is None and self.max_time is None),
             "steps, epochs, max_time",

@@ -100,3 +100,26 @@ def tiny_model(shake: Callable[..., Any], tiny_config: Callable[..., ModelConfig
         return model
 
     return make
+
+
+def stock_of(model: GPTVAE) -> Any:
+    """x-transformers' own class with the same weights."""
+    from x_transformers import gpt_vae as reference
+
+    config = model.config
+    assert config is not None
+    stock = reference.GPTVAE(
+        num_tokens=config.num_tokens,
+        dim=config.dim,
+        depth=config.depth,
+        enc_depth=config.enc_depth,
+        max_seq_len=config.max_seq_len,
+        dim_latent=config.dim_latent,
+        heads=config.heads,
+        attn_dim_head=config.attn_dim_head,
+        pad_id=config.pad_id,
+        rotary_pos_emb=True,
+        verbose=False,
+    )
+    stock.load_state_dict(model.state_dict())
+    return stock.eval()

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
-from x_transformers import gpt_vae as reference
 
 from gptvae_cli.evaluation import Figures, importance_weighted, measure, reconstruct
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, Weights, objective
+from tests.conftest import stock_of
 
 PAD, BOS, EOS = 17, 18, 19
 COUNT, WIDTH = 12, 8
@@ -44,26 +44,6 @@ def batches_of(rows: Sequence[list[int]], size: int, source: Sequence[list[int]]
         read = None if source is None else padded(source[start : start + size])
         batches.append(Batch(padded(part), read, sum(len(row) - 1 for row in part)))
     return batches
-
-
-def stock_of(model: GPTVAE) -> Any:
-    config = model.config
-    assert config is not None
-    stock = reference.GPTVAE(
-        num_tokens=config.num_tokens,
-        dim=config.dim,
-        depth=config.depth,
-        enc_depth=config.enc_depth,
-        max_seq_len=config.max_seq_len,
-        dim_latent=config.dim_latent,
-        heads=config.heads,
-        attn_dim_head=config.attn_dim_head,
-        pad_id=PAD,
-        rotary_pos_emb=True,
-        verbose=False,
-    )
-    stock.load_state_dict(model.state_dict())
-    return stock.eval()
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.testing import assert_close
-from x_transformers import gpt_vae as reference
 
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import BagOfWords, Batch, Noise, Terms, Weights, cross_entropy_BT, objective
+from tests.conftest import stock_of
 
 PAD, BOS, EOS = 17, 18, 19
 ROWS, WIDTH = 5, 8
@@ -48,27 +48,6 @@ def latent_noise(rows: int = ROWS, seed: int = 1) -> Tensor:
 def log_prob(logits: Tensor, token: Tensor) -> Tensor:
     found: Tensor = Categorical(logits=logits).log_prob(token)  # type: ignore[no-untyped-call]
     return found
-
-
-def stock_of(model: GPTVAE) -> Any:
-    """x-transformers' own class with the same weights."""
-    config = model.config
-    assert config is not None
-    stock = reference.GPTVAE(
-        num_tokens=config.num_tokens,
-        dim=config.dim,
-        depth=config.depth,
-        enc_depth=config.enc_depth,
-        max_seq_len=config.max_seq_len,
-        dim_latent=config.dim_latent,
-        heads=config.heads,
-        attn_dim_head=config.attn_dim_head,
-        pad_id=PAD,
-        rotary_pos_emb=True,
-        verbose=False,
-    )
-    stock.load_state_dict(model.state_dict())
-    return stock.eval()
 
 
 @torch.no_grad()

@@ -78,8 +78,6 @@ def evaluate(
         sources = list(islice(read_texts([latents_from], unit=unit, field=field), texts))
         if len(sources) != len(lines):
             raise DataError(f"{latents_from} holds {len(sources)} texts, the corpus {len(lines)}; they must be aligned")
-    if len(lines) < 2:
-        raise DataError(f"found {len(lines)} texts, a model is evaluated on two at least")
     compared = None if baseline is None else locate_model(baseline)
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import sampling
@@ -91,6 +89,8 @@ def evaluate(
         encoder = sampling.Encoder(checkpoint, unit, precision)
         rows = list(islice(encoder.rows(lines), texts))
         read = None if sources is None else list(islice(encoder.rows(sources), texts))
+        if len(rows) < 2:
+            raise DataError(f"found {len(rows)} text, a model is evaluated on two at least")
         console.note(encoder.note, quiet=quiet)
         with console.progress("measuring", "texts", quiet=quiet, total=len(rows)) as advance:
             return evaluate_rows(

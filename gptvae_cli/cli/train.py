@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from gptvae_cli.run import Job
 
 _PROCESS_BEGAN = time.monotonic()
-_SHAPE = ("dim", "depth", "enc_depth", "heads", "attn_dim_head", "dim_latent", "max_seq_len")
+_SIZE = ("dim", "depth", "enc_depth", "heads", "attn_dim_head", "dim_latent", "max_seq_len")
+_SHAPE = (*_SIZE, "conditioning")
 _LIMITS = ("steps", "epochs", "max_time")
 _TEXTS, _SIZES, _LEARNING, _RUN = "The texts", "The model", "Learning", "The run"
 
@@ -103,6 +104,10 @@ def train(
     max_seq_len: Annotated[
         int | None, typer.Option(help="Longest text in tokens.  [default: by the corpus]", rich_help_panel=_SIZES)
     ] = None,
+    conditioning: Annotated[
+        str | None,
+        typer.Option(help="How the latent enters the decoder: token or everywhere.", rich_help_panel=_SIZES),
+    ] = None,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -138,6 +143,9 @@ def train(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step.", rich_help_panel=_LEARNING)] = None,
     accumulate: Annotated[
         int | None, typer.Option(help="Parts that a step is cut into, to save memory.", rich_help_panel=_LEARNING)
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, or muon for the layers' matrices.", rich_help_panel=_LEARNING)
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_LEARNING)] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of matrices.", rich_help_panel=_LEARNING)] = None,
@@ -249,8 +257,9 @@ class _Plan:
                 raise ConfigError(f"the configuration has no option {unknown[0]!r} there")
         self.preset = str(flags.get("preset", model.pop("preset", "auto")))
         model.pop("preset", None)
-        self.shape: dict[str, int] = model | {name: flags[name] for name in _SHAPE if name in flags}
-        for name, value in self.shape.items():
+        self.shape: dict[str, Any] = model | {name: flags[name] for name in _SHAPE if name in flags}
+        for name in (name for name in _SIZE if name in self.shape):
+            value = self.shape[name]
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{name} is {value!r}, it must be a whole number")
         self.data = from_dict(DataConfig, data | {n: v for n, v in flags.items() if n in to_dict(DataConfig())})

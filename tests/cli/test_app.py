@@ -33,7 +33,7 @@ from tests.cli.test_train import assert_fails
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COMMANDS = ["demo", "train", "encode", "generate", "interpolate", "info"]
+COMMANDS = ["demo", "train", "encode", "generate", "interpolate", "evaluate", "info"]
 HEAVY = {"torch", "numpy", "x_transformers", "tokenizers", "safetensors"}
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e[red]"
 GPTVAE = f"{shlex.quote(sys.executable)} -m gptvae_cli"

@@ -43,6 +43,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate 8": {"vae_kl_div_floor": 0.0, "target_rate": 8.0},
     "rate 12": {"vae_kl_div_floor": 0.0, "target_rate": 12.0},
     "rate 16": {"vae_kl_div_floor": 0.0, "target_rate": 16.0},
+    "rate 8, everywhere": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "conditioning": "everywhere"},
+    "rate 8, muon": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "optimizer": "muon"},
+    "none, muon": {"latents_dropout_prob": 1.0, "optimizer": "muon"},
     "rate 8, no bag": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "bag_of_words": 0.0},
     "rate 8, ramp 0.6": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "kl_warmup": 0.6},
     "rate 8, bag 0.3": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "bag_of_words": 0.3},
@@ -50,7 +53,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "rate 8, batch 1024": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "batch_tokens": 1024},
     "rate 8, batch 4096": {"vae_kl_div_floor": 0.0, "target_rate": 8.0, "batch_tokens": 4096},
 }
-"""Fields of `TrainConfig` that differ from its defaults."""
+"""Fields of `TrainConfig` and `ModelConfig` that differ from the defaults."""
+
+SHAPE = ("conditioning", "dim", "depth", "enc_depth", "heads", "dim_latent")
 
 
 def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts: int) -> dict[str, Any]:
@@ -66,6 +71,7 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
     from gptvae_cli.sampling import Encoder
     from gptvae_cli.text import read_texts
 
+    train = {name: value for name, value in ARMS[arm].items() if name not in SHAPE}
     data = Path(os.environ["GPTVAE_TEST_DATA"])
     names = {split: str(data / f"{corpus}_{split}.txt") for split in ("train", "valid", "test")}
     began = time.monotonic()
@@ -79,8 +85,8 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
                 folder,
                 [names["train"]],
                 DataConfig(valid=names["valid"]),
-                TrainConfig(**{"max_time": 60 * minutes, "seed": seed, **ARMS[arm]}),
-                shape={},
+                TrainConfig(**{"max_time": 60 * minutes, "seed": seed, **train}),
+                shape={name: value for name, value in ARMS[arm].items() if name in SHAPE},
                 preset="auto",
                 device=device,
                 precision=precision,

@@ -1,0 +1,306 @@
+"""gptvae against `x_transformers.gpt_vae.GPTVAE`: the same weights or architecture, both sides alternating in one run.
+
+    python -m tests.benchmarks.speed.compare generate-1
+    python -m tests.benchmarks.speed.compare all >> tests/benchmarks/speed/results.txt
+
+A row prints the median of each side and of their ratio, with the ratio's range over the rounds. Rows that train or
+encode real text read `$GPTVAE_TEST_DATA/tatoeba_eng_train.txt`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from x_transformers import gpt_vae as stock_module
+
+from gptvae_cli.config import ModelConfig, TrainConfig
+from gptvae_cli.data import batches_of
+from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+from gptvae_cli.model import GPTVAE
+from gptvae_cli.objective import Batch
+from gptvae_cli.text import Tokenizer, read_texts
+from gptvae_cli.training import Learner, _step, _Sums
+
+Side = Callable[[], float]
+"""Does a share of the work and returns how much that was: tokens, texts or runs."""
+
+
+def compare(name: str, unit: str, sides: dict[str, Side], rounds: int) -> str:
+    """Times the sides in turn; the first is ours, the last the reference."""
+    rates: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(rounds + 1):
+        for side, work in sides.items():
+            began = time.perf_counter()
+            amount = work()
+            if turn > 0:  # the first round warms up
+                rates[side].append(amount / (time.perf_counter() - began))
+    lines = []
+    ours, *others = sides
+    for other in others:
+        ratios = [a / b for a, b in zip(rates[ours], rates[other], strict=True)]
+        lines.append(
+            f"{name:<22} {statistics.median(ratios):6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})"
+            f"  {statistics.median(rates[ours]):10,.1f} against {statistics.median(rates[other]):10,.1f} {unit},"
+            f" {other}"
+        )
+    return "\n".join(lines)
+
+
+def pair(num_tokens: int, *, dim: int, depth: int, enc_depth: int, heads: int, longest: int) -> tuple[GPTVAE, Any]:
+    """Our model and the stock class with the same weights."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        num_tokens=num_tokens + 3,
+        dim=dim,
+        depth=depth,
+        enc_depth=enc_depth,
+        heads=heads,
+        max_seq_len=longest,
+        dim_latent=32,
+        pad_id=num_tokens,
+        bos_id=num_tokens + 1,
+        eos_id=num_tokens + 2,
+    )
+    ours = GPTVAE.from_config(config)
+    stock = stock_module.GPTVAE(
+        num_tokens=config.num_tokens,
+        dim=dim,
+        depth=depth,
+        enc_depth=enc_depth,
+        heads=heads,
+        max_seq_len=longest,
+        dim_latent=32,
+        pad_id=config.pad_id,
+        rotary_pos_emb=True,
+        attn_flash=True,
+        vae_kl_div_floor=0.5,
+        latents_dropout_prob=0.1,
+    )
+    stock.load_state_dict(ours.state_dict())
+    return ours, stock
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+def generate(batch: int, rounds: int) -> str:
+    """Greedy decoding of 64 tokens from latents, 6 layers of 256, float32; the texts are compared, too."""
+    ours, stock = pair(4000, dim=256, depth=6, enc_depth=3, heads=4, longest=128)
+    ours.eval(), stock.eval()
+    prompts_BT = torch.full((batch, 1), 4001)
+    latents_BZ = torch.randn(batch, 32)
+    written: dict[str, torch.Tensor] = {}
+
+    def side(name: str, model: Any) -> Side:
+        def work() -> float:
+            written[name] = model.generate(prompts_BT, 64, latents=latents_BZ, temperature=0.0)
+            return 64 * batch
+
+        return work
+
+    line = compare(f"generate, batch {batch}", "tokens/s", {"ours": side("a", ours), "stock": side("b", stock)}, rounds)
+    assert torch.equal(written["a"], written["b"]), "the two sides wrote different texts"
+    return line
+
+
+def train_windows(rounds: int) -> str:
+    """Training on 16 rows of 128 tokens, 6 layers of 256, both with AdamW; the type is what each side would choose."""
+    ours, stock = pair(4000, dim=256, depth=6, enc_depth=3, heads=4, longest=130)
+    rows = torch.randint(0, 4000, (16, 128), generator=torch.Generator().manual_seed(0))
+    tokens_BT = torch.cat([torch.full((16, 1), 4001), rows, torch.full((16, 1), 4002)], dim=1)
+    batch = Batch(tokens_BT, None, 16 * 129)
+    steps = 4
+    sides = {
+        "ours": lambda: steps * batch.target_tokens / train_ours(ours, [batch] * steps),
+        "stock in float32": lambda: steps * batch.target_tokens / train_stock(stock, [tokens_BT] * steps, False),
+        "stock in bfloat16": lambda: steps * batch.target_tokens / train_stock(stock, [tokens_BT] * steps, True),
+    }
+    return compare("train, 128 tokens", "tokens/s", {name: counted(work) for name, work in sides.items()}, rounds)
+
+
+def train_lines(rounds: int) -> str:
+    """Training on sentences: ours in batches by length, stock in random batches of 64 padded to their longest."""
+    tokenizer, rows = sentences(4096)
+    ours, stock = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=2, heads=2, longest=64)
+    pad_id = tokenizer.pad_id
+    planned = batches_of(rows, None, pad_id, 2048)
+    batches = planned[:: max(1, len(planned) // 12)]
+    texts_ours = sum(len(batch.tokens_BT) for batch in batches)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    random = [
+        torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(rows[i]) for i in order[start : start + 64]], batch_first=True, padding_value=pad_id
+        )
+        for start in range(0, 64 * 12, 64)
+    ]
+    texts_stock = sum(map(len, random))
+    sides = {
+        "ours": lambda: texts_ours / train_ours(ours, batches),
+        "stock in float32": lambda: texts_stock / train_stock(stock, random, False),
+        "stock in bfloat16": lambda: texts_stock / train_stock(stock, random, True),
+    }
+    return compare("train, sentences", "texts/s", {name: counted(work) for name, work in sides.items()}, rounds)
+
+
+def encode(rounds: int) -> str:
+    """Sentences to posterior means, tokenising included: ours as `gptvae encode`, stock in batches of 64 in order."""
+    from gptvae_cli.checkpoint import load, save_model
+    from gptvae_cli.config import DataConfig
+    from gptvae_cli.header import FORMAT_VERSION, ModelHeader
+    from gptvae_cli.sampling import Encoder
+
+    tokenizer, _ = sentences(4096)
+    ours, stock = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=2, heads=2, longest=64)
+    lines = corpus(4096)
+    stock.eval()
+    assert ours.config is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_model(path, ours, ModelHeader(FORMAT_VERSION, ours.config, DataConfig(), tokenizer.to_json(), {}))
+        checkpoint = load(path, device=torch.device("cpu"))
+
+    def encode_ours() -> float:
+        return sum(1 for _ in Encoder(checkpoint, "line").encode(lines))
+
+    @torch.no_grad()
+    def encode_stock() -> float:
+        for start in range(0, len(lines), 64):
+            ids = tokenizer.encode_batch(lines[start : start + 64])
+            padded = [torch.tensor([tokenizer.bos_id, *row, tokenizer.eos_id][:64]) for row in ids]
+            seq = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=tokenizer.pad_id)
+            stock.encode_to_latents(seq, return_mean_log_var=True)
+        return len(lines)
+
+    return compare("encode, sentences", "texts/s", {"ours": encode_ours, "stock": encode_stock}, rounds)
+
+
+def start(rounds: int) -> str:
+    """The whole process of `gptvae encode` for one line, against importing x-transformers."""
+    from gptvae_cli.checkpoint import save_model
+    from gptvae_cli.config import DataConfig
+    from gptvae_cli.header import FORMAT_VERSION, ModelHeader
+
+    tokenizer, _ = sentences(4096)
+    ours, _ = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=2, heads=2, longest=64)
+    assert ours.config is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        save_model(path, ours, ModelHeader(FORMAT_VERSION, ours.config, DataConfig(), tokenizer.to_json(), {}))
+
+        def process(*words: str) -> Side:
+            def work() -> float:
+                subprocess.run([sys.executable, *words], input=b"a line\n", check=True, capture_output=True)
+                return 1
+
+            return work
+
+        sides = {
+            "ours": process("-m", "gptvae_cli", "encode", "--model", str(path)),
+            "import x_transformers": process("-c", "import x_transformers"),
+        }
+        return compare("start", "runs/s", sides, rounds)
+
+
+# What rows share ------------------------------------------------------------------------------------------------------
+
+
+def train_ours(model: GPTVAE, batches: list[Batch]) -> float:
+    """Seconds of one optimizer step a batch, as `gptvae train` takes it."""
+    config = TrainConfig(batch_tokens=2048)
+    if not hasattr(model, "learner"):
+        model.learner = Learner(model, config)  # type: ignore[assignment]
+    precision = resolve_dtype("auto", torch.device("cpu"), training=True).dtype
+    sums = _Sums(0.0)
+    model.train()
+    began = time.perf_counter()
+    for batch in batches:
+        _step(model.learner, [batch], 0.5, precision, sums)  # type: ignore[arg-type]
+    return time.perf_counter() - began
+
+
+def train_stock(model: Any, batches: list[torch.Tensor], bfloat16: bool) -> float:
+    """Seconds of one optimizer step a batch, as x-transformers' own training script takes it."""
+    if not hasattr(model, "optimizer"):
+        model.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model.train()
+    began = time.perf_counter()
+    for tokens_BT in batches:
+        with torch.autocast("cpu", dtype=torch.bfloat16) if bfloat16 else nullcontext():
+            loss = model(tokens_BT)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        model.optimizer.step()
+        model.optimizer.zero_grad()
+    return time.perf_counter() - began
+
+
+def counted(rate: Callable[[], float]) -> Side:
+    """A side that times itself: its rate times the seconds that will be measured around it."""
+
+    def work() -> float:
+        began = time.perf_counter()
+        found = rate()
+        return found * (time.perf_counter() - began)
+
+    return work
+
+
+def corpus(count: int) -> list[str]:
+    path = Path(os.environ["GPTVAE_TEST_DATA"]) / "tatoeba_eng_train.txt"
+    return list(islice((line for line in read_texts([str(path)], unit="line") if line), count))
+
+
+def sentences(count: int) -> tuple[Tokenizer, list[list[int]]]:
+    """A tokenizer of 2,000 tokens, and rows of at most 64."""
+    lines = corpus(20_000)
+    tokenizer = Tokenizer.train_bpe(lines, 2000)
+    ids = tokenizer.encode_batch(lines[:count])
+    return tokenizer, [[tokenizer.bos_id, *row[:62], tokenizer.eos_id] for row in ids]
+
+
+ROWS: dict[str, Callable[[int], str]] = {
+    "generate-1": lambda rounds: generate(1, rounds),
+    "generate-32": lambda rounds: generate(32, rounds),
+    "generate-128": lambda rounds: generate(128, rounds),
+    "train": train_windows,
+    "train-lines": train_lines,
+    "encode": encode,
+    "start": start,
+}
+
+
+def rows(names: list[str]) -> Iterator[str]:
+    for name in names:
+        yield from list(ROWS) if name == "all" else [name]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=[*ROWS, "all"])
+    parser.add_argument("--rounds", type=int, default=7, help="both sides are timed so often, in turn")
+    asked = parser.parse_args()
+    threads = tune_cpu(None)
+    kind = resolve_dtype("auto", resolve_device("cpu").device, training=True)
+    print(
+        f"# {time.strftime('%Y-%m-%d')}, {platform.machine()}, {threads} threads, Python {platform.python_version()},"
+        f" torch {torch.__version__}; training in {str(kind.dtype).removeprefix('torch.')}: {kind.reason}"
+    )
+    for name in rows(asked.names):
+        print(ROWS[name](asked.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
