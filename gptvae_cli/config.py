@@ -17,8 +17,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from gptvae_cli.errors import ConfigError
 
 Unit = Literal["line", "paragraph", "file", "window"]
-Conditioning = Literal["token", "everywhere"]
-Optimizer = Literal["adamw", "muon"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 TABLES = ("run", "data", "model", "train")
 Objective = Literal["elbo", "stock"]
@@ -48,8 +46,6 @@ class ModelConfig:
         dim_latent: width Z of the latent.
         heads: attention heads of every layer.
         attn_dim_head: width of one head; half of it is rotated by position.
-        conditioning: how the latent enters the decoder: `token` (one prepended token, as in the seed class) or
-            `everywhere` (that token, and a projection of the latent added to every token's embedding).
         pad_id, bos_id, eos_id: the special tokens.
     """
 
@@ -61,7 +57,6 @@ class ModelConfig:
     dim_latent: int
     heads: int
     attn_dim_head: int = 64
-    conditioning: Conditioning = "token"
     pad_id: int
     bos_id: int
     eos_id: int
@@ -84,7 +79,6 @@ class ModelConfig:
             self.attn_dim_head,
             f"dim ({self.dim}) where there is one head",
         )
-        _one_of("conditioning", self.conditioning, get_args(Conditioning))
         specials = (self.pad_id, self.bos_id, self.eos_id)
         _require(
             len(set(specials)) == 3 and all(0 <= i < self.num_tokens for i in specials),
@@ -149,8 +143,7 @@ class TrainConfig:
         max_time: seconds for the whole process, start-up and final evaluation included.
         batch_tokens: target tokens of one optimizer step, about.
         accumulate: micro-batches that one step is cut into.
-        optimizer: `adamw`, or `muon` for the layers' matrices and AdamW for all else.
-        lr: peak learning rate; None is 2e-3 at a width of 128, falling with its square root.
+        lr: peak learning rate of AdamW; None is 2e-3 at a width of 128, falling with its square root.
         weight_decay: decoupled, on matrices only.
         warmup: share of the run over which the learning rate rises from 0.
         decay: share of the run, at its end, over which it falls to 0.
@@ -158,7 +151,8 @@ class TrainConfig:
         vae_kl_loss_weight: beta; 1 is the ELBO (with objective `elbo`).
         kl_warmup: share of the run over which beta rises from 0.
         vae_kl_div_floor: free bits, nats per latent dimension (arXiv 1606.04934, eq. 15).
-        target_rate: free bits, nats per text, all dimensions together.
+        target_rate: free bits, nats per text, all dimensions together: the KL costs nothing below it, and the
+            objective seldom pays for more.
         latents_dropout_prob: share of the rows whose latent is dropped; 1 trains a language model without one.
         bag_of_words: weight of the auxiliary loss that predicts a text's tokens, unordered, from z.
         word_dropout: share of the decoder's input tokens that are hidden at the start of training, falling
@@ -173,7 +167,6 @@ class TrainConfig:
     max_time: float | None = 600.0
     batch_tokens: int = 2048
     accumulate: int = 1
-    optimizer: Optimizer = "adamw"
     lr: float | None = None
     weight_decay: float = 0.01
     warmup: float = 0.02
@@ -181,8 +174,8 @@ class TrainConfig:
     clip: float = 1.0
     vae_kl_loss_weight: float = 1.0
     kl_warmup: float = 0.3
-    vae_kl_div_floor: float = 0.5
-    target_rate: float = 0.0
+    vae_kl_div_floor: float = 0.0
+    target_rate: float = 8.0
     latents_dropout_prob: float = 0.1
     bag_of_words: float = 1.0
     word_dropout: float = 0.0
@@ -191,7 +184,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, get_args(Objective))
-        _one_of("optimizer", self.optimizer, get_args(Optimizer))
         _require(
             not (self.steps is None and self.epochs is None and self.max_time is None),
             "steps, epochs, max_time",
@@ -216,6 +208,7 @@ class TrainConfig:
 STOCK_RECIPE: dict[str, Any] = {
     "kl_warmup": 0.0,
     "vae_kl_div_floor": 0.0,
+    "target_rate": 0.0,
     "latents_dropout_prob": 0.5,
     "bag_of_words": 0.0,
 }

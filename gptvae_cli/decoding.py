@@ -260,7 +260,6 @@ class CachedDecoder:
         with torch.inference_mode(False):
             self.cos_SR, self.sin_SR = self.stack.tables(model.max_seq_len + 1, model.device)
         self.positions_B = torch.zeros(0, dtype=torch.long, device=model.device)
-        self.added_B1D: Tensor | None = None
         self.cache_LXBHSK = self.embedding_VD.new_zeros(
             len(self.layers), 2, 0, self.stack.heads, 0, self.stack.head_width
         )
@@ -270,9 +269,6 @@ class CachedDecoder:
         tokens_BT, length_B = _right_padded([row.context for row in rows], device)
         latents_BZ, keep_B = _stack_latents(rows, self.model)
         x_BTD = self.embedding_VD[tokens_BT]
-        if (added_B1D := self.model.added_embeds(latents_BZ, keep_B)) is not None:
-            x_BTD = x_BTD + added_B1D
-            self.added_B1D = added_B1D if self.added_B1D is None else torch.cat([self.added_B1D, added_B1D])
         if bool(keep_B.any()):
             token_B1D = self.model.from_latent_to_prepend_token(latents_BZ)
             with_latent_BTD = torch.cat([token_B1D, x_BTD], dim=1)
@@ -298,8 +294,6 @@ class CachedDecoder:
         used = int(self.positions_B.max()) + 1
         self._grow(len(rows), used)
         x_B1D = self.embedding_VD[tokens_B][:, None]
-        if self.added_B1D is not None:
-            x_B1D = x_B1D + self.added_B1D
         together = bool((self.positions_B == used - 1).all())
         mask_B11S = None
         if not together:
@@ -333,8 +327,6 @@ class CachedDecoder:
         if len(moving):
             self.cache_LXBHSK[:, :, first : first + len(moving), :, :used] = self.cache_LXBHSK[:, :, moving, :, :used]
         self.positions_B = self.positions_B[stay]
-        if self.added_B1D is not None:
-            self.added_B1D = self.added_B1D[stay]
 
     def _logits(self, x_BD: Tensor) -> Tensor:
         return self.model.logits(self.stack.final_norm(x_BD))

@@ -23,7 +23,7 @@ from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, Autoregressi
 from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
 
 from gptvae_cli import decoding, fused
-from gptvae_cli.config import Conditioning, ModelConfig
+from gptvae_cli.config import ModelConfig
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.latent import kl_to_standard_normal, reparameterize
 
@@ -66,7 +66,6 @@ class GPTVAE(nn.Module):
         pad_id: id that marks padding; -1 is allowed.
         encoder: a module `(seq, mask=mask) -> [B D]` in place of the built-in encoder.
         bos_id: (addition) what an empty prompt starts with.
-        conditioning: (addition) `everywhere` also adds a projection of the latent to every token's embedding.
         kwargs: keywords of both `Encoder` and `Decoder`, such as `rotary_pos_emb=True`.
     """
 
@@ -89,7 +88,6 @@ class GPTVAE(nn.Module):
         pad_id: int = -1,
         encoder: nn.Module | None = None,
         bos_id: int | None = None,
-        conditioning: Conditioning = "token",
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -111,11 +109,6 @@ class GPTVAE(nn.Module):
             nn.Linear(dim, dim_latent * 2), Rearrange("b (two z) -> two b z", two=2)
         )
         self.from_latent_to_prepend_token = nn.Sequential(nn.Linear(dim_latent, dim), Rearrange("b d -> b 1 d"))
-        # No bias: a row without its latent gets nothing added, as does a latent of 0, whose prepended token differs.
-        self.from_latent_to_embeds: nn.Linear | None = None
-        if conditioning == "everywhere":
-            self.from_latent_to_embeds = nn.Linear(dim_latent, dim, bias=False)
-            nn.init.normal_(self.from_latent_to_embeds.weight, std=0.1 / dim_latent**0.5)
         self.decoder = TransformerWrapper(
             num_tokens=num_tokens,
             max_seq_len=max_seq_len,
@@ -155,7 +148,6 @@ class GPTVAE(nn.Module):
             heads=config.heads,
             pad_id=config.pad_id,
             bos_id=config.bos_id,
-            conditioning=config.conditioning,
             rotary_pos_emb=True,
             attn_flash=True,
             verbose=False,  # keeps a warning about small rotary widths off people's terminals
@@ -270,7 +262,6 @@ class GPTVAE(nn.Module):
         dropped_B = self._drop_latents(len(seq), generator)
         ar_loss = self.ar_wrapped_decoder(
             seq,
-            sum_embeds=self.added_embeds(latents_BZ, ~dropped_B),
             prepend_embeds=self.from_latent_to_prepend_token(latents_BZ),
             seq_start_pos=dropped_B.long(),  # a dropped row starts at 1 and does not attend to the latent at 0
         )
@@ -295,19 +286,11 @@ class GPTVAE(nn.Module):
             return self._hidden_fused(self.fused_decoder, tokens_BT, latents_BZ, keep_B)
         hidden_BTD: Tensor = self.decoder(
             tokens_BT,
-            sum_embeds=self.added_embeds(latents_BZ, keep_B),
             prepend_embeds=None if latents_BZ is None else self.from_latent_to_prepend_token(latents_BZ),
             seq_start_pos=None if keep_B is None else (~keep_B).long(),
             return_embeddings=True,
         )
         return hidden_BTD if latents_BZ is None else hidden_BTD[:, 1:]
-
-    def added_embeds(self, latents_BZ: Tensor | None, keep_B: Tensor | None = None) -> Tensor | None:
-        """(Addition) What is added to the embedding of each of a row's tokens [B 1 D]; None where nothing is."""
-        if latents_BZ is None or self.from_latent_to_embeds is None:
-            return None
-        added_B1D: Tensor = self.from_latent_to_embeds(latents_BZ)[:, None]
-        return added_B1D if keep_B is None else added_B1D * keep_B[:, None, None]
 
     def _hidden_fused(
         self, stack: fused.Stack, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None
@@ -317,8 +300,6 @@ class GPTVAE(nn.Module):
         embedded_BTD = self.decoder.token_emb.emb(tokens_BT)
         if latents_BZ is None:
             return stack(embedded_BTD)
-        if (added_B1D := self.added_embeds(latents_BZ, keep_B)) is not None:
-            embedded_BTD = embedded_BTD + added_B1D
         with_latent_BTD = torch.cat([self.from_latent_to_prepend_token(latents_BZ), embedded_BTD], dim=1)
         if keep_B is None:
             return stack(with_latent_BTD)[:, 1:]
@@ -395,7 +376,7 @@ class GPTVAE(nn.Module):
         **foreign: Any,
     ) -> Tensor:
         if foreign:
-            prepend, rows_BZ = None, None
+            prepend = None
             if latents is not None:
                 batch = len(prompts) if not isinstance(prompts, Tensor) or prompts.ndim == 2 else 1
                 rows_BZ = latents.expand(batch, -1) if latents.ndim == 1 else latents
@@ -410,7 +391,6 @@ class GPTVAE(nn.Module):
                 filter_kwargs=dict(filter_kwargs or {}),
                 cache_kv=cache_kv,
                 prepend_embeds=prepend,
-                sum_embeds=self.added_embeds(rows_BZ),
                 **foreign,
             )
             return result

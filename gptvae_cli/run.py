@@ -238,7 +238,7 @@ def start(
     data: DataConfig,
     config: TrainConfig,
     *,
-    shape: Mapping[str, Any],
+    shape: Mapping[str, int],
     preset: str,
     device: Device,
     precision: Precision,
@@ -301,7 +301,7 @@ def start(
     return job
 
 
-def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, Any]) -> ModelConfig:
+def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, int]) -> ModelConfig:
     """These sizes, with a length that fits the corpus unless there is one."""
     stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
     long_length = max(int(np.quantile(store.lengths + 2, 0.999, method="higher")) for store in stores)

@@ -107,44 +107,20 @@ class Learner:
             self.named |= {f"bag_of_words.{name}": p for name, p in self.bag_of_words.named_parameters()}
         # Weight decay is for the matrices of products: not for gains and biases, nor for embeddings, whose rare
         # rows would fade.
-        matrices = {name: p for name, p in self.named.items() if p.ndim >= 2 and "emb" not in name}
-        others = [p for name, p in self.named.items() if name not in matrices]
-        self.optimizers: list[torch.optim.Optimizer] = []
-        if config.optimizer == "muon":
-            hidden = {name: p for name, p in matrices.items() if ".attn_layers." in name}
-            # At this scale of its steps the rate that suits AdamW suits Muon (Liu et al. 2025, arXiv 2502.16982).
-            self.optimizers.append(
-                torch.optim.Muon(
-                    hidden.values(), lr=self.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
-            matrices = {name: p for name, p in matrices.items() if name not in hidden}
-        self.optimizers.append(
-            torch.optim.AdamW(
-                [
-                    {"params": list(matrices.values()), "weight_decay": config.weight_decay},
-                    {"params": others, "weight_decay": 0.0},
-                ],
-                lr=self.lr,
-                betas=(0.9, 0.98),
-                fused=True,
-            )
+        decayed = [p for name, p in self.named.items() if p.ndim >= 2 and "emb" not in name]
+        others = [p for name, p in self.named.items() if p.ndim < 2 or "emb" in name]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=self.lr,
+            betas=(0.9, 0.98),
+            fused=True,
         )
-        self._optimizer_of = {
-            p: optimizer for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]
-        }
-
-    def _state_shapes(self, parameter: Tensor) -> dict[str, torch.Size]:
-        """What the optimizer remembers of a parameter once it has taken a step."""
-        if isinstance(self._optimizer_of[parameter], torch.optim.AdamW):
-            return {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size([])}
-        return {"momentum_buffer": parameter.shape}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: weights, buffers aside, and the optimizer's moments."""
         result = {f"weights.{name}": p.detach() for name, p in self.named.items()}
         for name, parameter in self.named.items():
-            for key, value in self._optimizer_of[parameter].state[parameter].items():
+            for key, value in self.optimizer.state[parameter].items():
                 result[f"optimizer.{key}.{name}"] = value
         return result
 
@@ -155,10 +131,11 @@ class Learner:
             CheckpointError: where a tensor is missing or of another shape.
         """
         for name, parameter in self.named.items():
+            keys = ("exp_avg", "exp_avg_sq", "step")
             wanted = {f"weights.{name}": parameter.shape}
-            shapes = self._state_shapes(parameter)
-            if counters.get("step") or any(f"optimizer.{key}.{name}" in tensors for key in shapes):
-                wanted |= {f"optimizer.{key}.{name}": shape for key, shape in shapes.items()}
+            if f"optimizer.step.{name}" in tensors or counters.get("step"):
+                shapes = (parameter.shape, parameter.shape, torch.Size([]))
+                wanted |= {f"optimizer.{key}.{name}": shape for key, shape in zip(keys, shapes, strict=True)}
             for key, shape in wanted.items():
                 found = tensors[key].shape if key in tensors else None
                 if found != shape:
@@ -170,8 +147,8 @@ class Learner:
                 parameter.copy_(tensors[f"weights.{name}"])
             if len(wanted) > 1:
                 # AdamW keeps its step counter on the CPU unless it is fused on a GPU.
-                self._optimizer_of[parameter].state[parameter] = {
-                    key: tensors[f"optimizer.{key}.{name}"].clone().to(parameter.device) for key in shapes
+                self.optimizer.state[parameter] = {
+                    key: tensors[f"optimizer.{key}.{name}"].clone().to(parameter.device) for key in keys
                 }
         self.counters = Counters(**counters)
 
@@ -318,9 +295,8 @@ def _step(
         language_model=config.latents_dropout_prob == 1,
     )
     learning_rate = learner.lr * learning_rate_factor(progress, warmup=config.warmup, decay=config.decay)
-    for optimizer in learner.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learning_rate
     step_tokens = sum(batch.target_tokens for batch in batches)
     for part, batch in enumerate(batches):
         noise = training_noise(config, learner.counters.step, part, batch, model.dim_latent, progress)
@@ -333,9 +309,8 @@ def _step(
         sums.tokens += batch.target_tokens
         sums.texts += len(batch.tokens_BT)
     norm = torch.nn.utils.clip_grad_norm_(learner.named.values(), config.clip)
-    for optimizer in learner.optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
     learner.counters.step += 1
     return weights.beta, learning_rate, norm
 

@@ -84,8 +84,6 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
         {"unit": "window", "latents_from": "a.txt"},
         "latents-from is 'a.txt', it must be used with a unit of line, paragraph or file",
     ),
-    (ModelConfig, {"conditioning": "film"}, "conditioning is 'film', it must be one of token, everywhere"),
-    (TrainConfig, {"optimizer": "sgd"}, "optimizer is 'sgd', it must be one of adamw, muon"),
     (TrainConfig, {"objective": "mse"}, "objective is 'mse', it must be one of elbo, stock"),
     (TrainConfig, {"max_time": None}, "steps, epochs, max-time is None, it must be set, one of them at least"),
     (TrainConfig, {"steps": 0}, "steps is 0, it must be above 0"),

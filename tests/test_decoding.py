@@ -77,8 +77,6 @@ def greedy_logits(
         ({"heads": 1, "attn_dim_head": 32}, "mixed", 3),
         ({"dim_latent": 3, "max_seq_len": 5}, "mixed", 4),
         ({"max_seq_len": 64}, "mixed", 1),
-        ({"conditioning": "everywhere"}, "mixed", 3),
-        ({"conditioning": "everywhere"}, "none", 4),
     ],
     ids=[
         "mixed",
@@ -90,8 +88,6 @@ def greedy_logits(
         "one-head",
         "short-window",
         "one-by-one",
-        "everywhere",
-        "everywhere-no-latents",
     ],
 )
 def test_cached_logits_and_greedy_tokens_equal_the_plain_path(

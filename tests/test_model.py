@@ -582,12 +582,10 @@ def test_a_rotary_row_that_lost_its_latent_equals_one_that_never_had_one(ours: O
     assert (masked_BTD[1] - bare_BTD[1]).abs().amax() > 0.1
 
 
-@pytest.mark.parametrize("conditioning", ["token", "everywhere"])
 @pytest.mark.parametrize("keep", [None, [True, False, True, False], [False] * 4], ids=["all", "some", "none"])
-def test_the_fused_layers_equal_x_transformers(ours: Ours, keep: list[bool] | None, conditioning: str) -> None:
+def test_the_fused_layers_equal_x_transformers(ours: Ours, keep: list[bool] | None) -> None:
     """Values and gradients, over padded rows."""
-    model = ours(**POSITIONS["rotary-flash"], conditioning=conditioning)
-    tokens_BT, latents_BZ = padded(), random_latents(4)
+    model, tokens_BT, latents_BZ = ours(**POSITIONS["rotary-flash"]), padded(), random_latents(4)
     real_BT = tokens_BT != PAD
     results = []
     for plain in (True, False):
@@ -598,24 +596,6 @@ def test_the_fused_layers_equal_x_transformers(ours: Ours, keep: list[bool] | No
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         results.append((posterior.mean_BZ, posterior.log_var_BZ, hidden_ND, [g for g in gradients if g is not None]))
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_latent_everywhere_is_added_to_every_token(ours: Ours, keep: bool) -> None:
-    """And a row without it is that of a model which never had one."""
-    model = ours(**POSITIONS["rotary-flash"], conditioning="everywhere")
-    tokens_BT, latents_BZ = random_tokens(2, 6), random_latents(2)
-    assert model.from_latent_to_embeds is not None
-    found_BTD = model.hidden(tokens_BT, latents_BZ, torch.tensor([keep, keep]))
-    if keep:
-        embedded_BTD = (
-            model.decoder.token_emb.emb(tokens_BT) + (latents_BZ @ model.from_latent_to_embeds.weight.T)[:, None]
-        )
-        both_BTD = torch.cat([model.from_latent_to_prepend_token(latents_BZ), embedded_BTD], dim=1)
-        expected_BTD = model.decoder.attn_layers(both_BTD)[:, 1:]
-    else:
-        expected_BTD = model.decoder(tokens_BT, return_embeddings=True)
-    assert_close(found_BTD, expected_BTD, rtol=1e-4, atol=1e-5)
 
 
 def test_latents_take_the_number_type_of_the_model(ours: Ours) -> None:

@@ -186,7 +186,7 @@ def test_accumulated_parts_make_the_step_that_one_pass_makes(make_rows: MakeRows
 
 def test_only_matrices_of_products_decay() -> None:
     learner = learner_of(config(steps=1, weight_decay=0.3))
-    decayed, others = learner.optimizers[0].param_groups
+    decayed, others = learner.optimizer.param_groups
     names = {id(parameter): name for name, parameter in learner.named.items()}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0)
     assert all(parameter.ndim == 2 and "emb" not in names[id(parameter)] for parameter in decayed["params"])
@@ -196,18 +196,6 @@ def test_only_matrices_of_products_decay() -> None:
         "bag_of_words.to_logits.bias",
     }
     assert len(decayed["params"]) + len(others["params"]) == len(names)
-
-
-def test_muon_takes_the_layers_matrices_and_adamw_the_rest() -> None:
-    learner = learner_of(config(steps=1, optimizer="muon"))
-    names = {id(parameter): name for name, parameter in learner.named.items()}
-    muon, adamw = (
-        {names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]}
-        for optimizer in learner.optimizers
-    )
-    assert muon == {name for name, p in learner.named.items() if "attn_layers" in name and p.ndim == 2}
-    assert adamw == set(names.values()) - muon
-    assert muon and adamw
 
 
 def test_weights_stay_float32_under_bfloat16(make_rows: MakeRows) -> None:
@@ -234,17 +222,14 @@ def test_a_gpu_learns_what_the_cpu_learns(make_rows: MakeRows) -> None:
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("pauses", [(1,), (3, 4, 11), (12,)], ids=str)
 def test_a_run_that_was_interrupted_ends_with_the_very_weights_of_one_that_was_not(
-    make_rows: MakeRows, accumulate: int, optimizer: str, pauses: tuple[int, ...]
+    make_rows: MakeRows, accumulate: int, pauses: tuple[int, ...]
 ) -> None:
-    """Also in the middle of an epoch. Dropout of words and latents, the schedules and the optimizers' moments all
-    count."""
+    """Also in the middle of an epoch. Dropout of words and latents, the schedules and AdamW's moments all count."""
     rows = make_rows(SENTENCES * 3)
-    train_config = config(
-        steps=14, accumulate=accumulate, optimizer=optimizer, word_dropout=0.3, latents_dropout_prob=0.3
-    )
+    train_config = config(steps=14, accumulate=accumulate, word_dropout=0.3, latents_dropout_prob=0.3)
     undisturbed = learner_of(train_config)
     run(undisturbed, rows)
     assert 1 <= undisturbed.counters.epoch < 14, "pauses fall into the middle of an epoch"
@@ -418,7 +403,7 @@ def test_the_learning_rate_follows_progress_and_ends_near_zero(
     rates = [min(1, i / 20 / 0.1, (1 - i / 20) / 0.5) * 1e-3 for i in range(20)]
     assert [report.learning_rate for report in reports] == pytest.approx(rates)
     assert [report.beta for report in reports] == pytest.approx([min(1, i / 20 / 0.4) for i in range(20)])
-    assert all(group["lr"] == pytest.approx(rates[-1]) for group in learner.optimizers[0].param_groups)
+    assert all(group["lr"] == pytest.approx(rates[-1]) for group in learner.optimizer.param_groups)
 
 
 def test_wider_models_learn_at_a_lower_rate_unless_told() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ class TrainingDisplay:
         self.report: StepReport | None = None
         self.figures: Figures | None = None
         self.example: tuple[str, str] | None = None
-        self.losses: deque[float] = deque(maxlen=400)
+        self.losses: list[float] = []
         self.last_line = time.monotonic()
         self.live: Live | None = None
         if console.is_terminal and not quiet:
@@ -155,13 +155,12 @@ def _plain_line(report: StepReport, dim_latent: int) -> str:
     return line
 
 
-def sparkline(values: deque[float], width: int) -> str:
+def sparkline(values: Sequence[float], width: int) -> str:
     """The course of a series in one line of block characters, newest at the right."""
     if len(values) < 2:
         return ""
-    numbers = list(values)
-    group = max(1, -(-len(numbers) // width))
-    means = [sum(chunk) / len(chunk) for chunk in (numbers[i : i + group] for i in range(0, len(numbers), group))]
+    group = -(-len(values) // width)
+    means = [sum(chunk) / len(chunk) for chunk in (values[i : i + group] for i in range(0, len(values), group))]
     low, high = min(means), max(means)
     scale = (len(_BLOCKS) - 2) / (high - low) if high > low else 0
     return "".join(_BLOCKS[1 + round((value - low) * scale)] for value in means)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from gptvae_cli.run import Job
 
 _PROCESS_BEGAN = time.monotonic()
-_SIZE = ("dim", "depth", "enc_depth", "heads", "attn_dim_head", "dim_latent", "max_seq_len")
-_SHAPE = (*_SIZE, "conditioning")
+_SHAPE = ("dim", "depth", "enc_depth", "heads", "attn_dim_head", "dim_latent", "max_seq_len")
 _LIMITS = ("steps", "epochs", "max_time")
 _TEXTS, _SIZES, _LEARNING, _RUN = "The texts", "The model", "Learning", "The run"
 
@@ -104,10 +103,6 @@ def train(
     max_seq_len: Annotated[
         int | None, typer.Option(help="Longest text in tokens.  [default: by the corpus]", rich_help_panel=_SIZES)
     ] = None,
-    conditioning: Annotated[
-        str | None,
-        typer.Option(help="How the latent enters the decoder: token or everywhere.", rich_help_panel=_SIZES),
-    ] = None,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -143,9 +138,6 @@ def train(
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step.", rich_help_panel=_LEARNING)] = None,
     accumulate: Annotated[
         int | None, typer.Option(help="Parts that a step is cut into, to save memory.", rich_help_panel=_LEARNING)
-    ] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="adamw, or muon for the layers' matrices.", rich_help_panel=_LEARNING)
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_LEARNING)] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of matrices.", rich_help_panel=_LEARNING)] = None,
@@ -235,7 +227,7 @@ def train(
         if job.learner.config.strict and job.figures is not None and job.figures.collapsed:
             raise CollapsedError(
                 f"the latent carries {job.figures.mutual_information:.2f} nats, --strict asks for 1 at least",
-                hint="train longer, or raise --vae-kl-div-floor",
+                hint="train longer, or raise --target-rate",
             )
 
 
@@ -257,9 +249,8 @@ class _Plan:
                 raise ConfigError(f"the configuration has no option {unknown[0]!r} there")
         self.preset = str(flags.get("preset", model.pop("preset", "auto")))
         model.pop("preset", None)
-        self.shape: dict[str, Any] = model | {name: flags[name] for name in _SHAPE if name in flags}
-        for name in (name for name in _SIZE if name in self.shape):
-            value = self.shape[name]
+        self.shape: dict[str, int] = model | {name: flags[name] for name in _SHAPE if name in flags}
+        for name, value in self.shape.items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{name} is {value!r}, it must be a whole number")
         self.data = from_dict(DataConfig, data | {n: v for n, v in flags.items() if n in to_dict(DataConfig())})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections import deque
 from dataclasses import replace
 
 import pytest
@@ -207,20 +206,20 @@ def test_times_read_as_a_clock(seconds: float, clock: str) -> None:
 
 
 def test_a_sparkline_spans_the_blocks_from_lowest_to_highest() -> None:
-    assert sparkline(deque([0.0, 1, 2, 3, 4, 5, 6, 7]), 60) == "▁▂▃▄▅▆▇█"
-    assert sparkline(deque([7.0, 0, 7]), 60) == "█▁█"
+    assert sparkline([0.0, 1, 2, 3, 4, 5, 6, 7], 60) == "▁▂▃▄▅▆▇█"
+    assert sparkline([7.0, 0, 7], 60) == "█▁█"
 
 
 def test_a_sparkline_of_too_little_or_nothing_new_is_flat() -> None:
-    assert sparkline(deque(), 60) == ""
-    assert sparkline(deque([1.0]), 60) == ""
-    assert sparkline(deque([2.0, 2.0, 2.0]), 60) == "▁▁▁"
+    assert sparkline([], 60) == ""
+    assert sparkline([1.0], 60) == ""
+    assert sparkline([2.0, 2.0, 2.0], 60) == "▁▁▁"
 
 
 @pytest.mark.parametrize("count", [2, 59, 60, 61, 119, 121, 400])
 def test_a_sparkline_fits_its_width_and_keeps_the_ends(count: int) -> None:
     """Of a falling curve the first block is the highest and the last one the lowest, however long it is."""
-    line = sparkline(deque(range(count, 0, -1)), 60)
+    line = sparkline(range(count, 0, -1), 60)
     assert 2 <= len(line) <= 60
     assert (line[0], line[-1]) == ("█", "▁")
     assert list(line) == sorted(line, reverse=True)
