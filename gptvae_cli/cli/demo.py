@@ -13,6 +13,7 @@ from gptvae_cli.cli import console, encode, generate, interpolate, train
 from gptvae_cli.errors import ConfigError, GPTVAEError
 
 _EXAMPLES = ("emma", "christopher", "yasmin")
+_RATE = "14"  # nearly all that there is in a name, so that names come back
 
 EXAMPLES = """Examples:
 
@@ -49,8 +50,10 @@ def demo(
     first, last = _EXAMPLES[:2]
     model = str(run)
     _say("Train: an encoder that turns a name into 32 numbers, and a decoder that turns them back", quiet=quiet)
-    _show("train", names, "--out", run, "--max-time", max_time, quiet=quiet)
-    train.train([str(names)], out=run, max_time=max_time, force=force, device=device, quiet=quiet)
+    _show("train", names, "--out", run, "--max-time", max_time, "--target-rate", _RATE, quiet=quiet)
+    train.train(
+        [str(names)], out=run, max_time=max_time, target_rate=float(_RATE), force=force, device=device, quiet=quiet
+    )
 
     _say(f"Encode: {', '.join(_EXAMPLES)}, each to one row of a NumPy array", quiet=quiet)
     _show("encode", three, "--model", run, "--out", latents, quiet=quiet)
