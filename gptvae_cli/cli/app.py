@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from contextlib import redirect_stdout, suppress
+from itertools import zip_longest
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -43,7 +44,8 @@ class _Commands(TyperGroup):
             # Not at shutdown, where Python would report a closed pipe itself.
             sys.stdout.flush()
         except typer.TyperException as problem:
-            code = _show_usage_error(problem)
+            given = args[0] if args else options.get("args")
+            code = _show_usage_error(problem, sys.argv[1:] if given is None else list(given))
         except (BrokenPipeError, SystemExit) as problem:
             # Typer and Rich end the process with 1 when they meet a closed pipe.
             if isinstance(problem, SystemExit) and not isinstance(problem.__context__, BrokenPipeError):
@@ -93,15 +95,30 @@ def _show_error(problem: Exception) -> int:
     return ExitCode.FAILURE
 
 
-def _show_usage_error(problem: typer.TyperException) -> int:
+def _show_usage_error(problem: typer.TyperException, arguments: list[str]) -> int:
     """In the look of the other errors; Typer's own messages are sentences in a box."""
     message = problem.message if hasattr(problem, "possibilities") else problem.format_message()
+    message = message.replace("Value error, ", "")
+    found = _value_of(getattr(problem, "param", None), arguments)
+    if found is not None and found not in message:
+        message += f", found {found}"
     context = getattr(problem, "ctx", None)
-    hint = f"{context.command_path} --help" if context else None
+    hint = f"{context.command_path if context else 'gptvae'} --help"
     if possible := getattr(problem, "possibilities", None):
         hint = "did you mean " + " or ".join(sorted(possible)) + "?"
     console.error(" ".join(f"{message[:1].lower()}{message[1:]}".split()).removesuffix("."), hint)
     return problem.exit_code
+
+
+def _value_of(parameter: Any, arguments: list[str]) -> str | None:
+    """What was given for an option: Typer says what it expected, but not what it found."""
+    for option in getattr(parameter, "opts", ()):
+        for argument, following in zip_longest(arguments, arguments[1:]):
+            if argument == option:
+                return following
+            if argument.startswith(f"{option}="):
+                return argument.partition("=")[2]
+    return None
 
 
 def _discard_stdout() -> None:

@@ -472,6 +472,23 @@ def test_a_command_that_is_stopped_leaves_no_unfinished_file(here: Path, number:
     assert set(here.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--seed", "-5"], ["--seed", "greater than or equal to 0", "found -5"]),
+        (["generate", "--prior=x"], ["--prior", "integer", "found x"]),
+        (["encode", "--dtype", "f8"], ["--dtype", "'f8' is not one of 'auto'"]),
+        (["interpolate", "--steps", "1"], ["--steps", "greater than or equal to 2", "found 1"]),
+        (["generate", "-n"], ["-n", "requires an argument"]),
+    ],
+    ids=lambda value: value[1] if value[0] in ("generate", "encode", "interpolate") else "",
+)
+def test_a_wrong_option_is_told_what_was_expected_and_found(arguments: list[str], words: list[str]) -> None:
+    result = run(*arguments)
+    assert_fails(result, 2, *words)
+    assert "Value error" not in result.stderr
+
+
 # Terminals ------------------------------------------------------------------------------------------------------------
 
 

@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from x_transformers import gpt_vae as stock_module
 
 from gptvae_cli.config import ModelConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+from gptvae_cli.fused import attend
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import Batch
 from gptvae_cli.text import Tokenizer, read_texts
@@ -214,7 +216,57 @@ def start(rounds: int) -> str:
         return compare("start", "runs/s", sides, rounds)
 
 
+def attention(rounds: int) -> str:
+    """Causal attention on short rows in bfloat16, forward and backward: plain products against torch's kernel."""
+    lines = []
+    for batch, length in ((146, 15), (16, 128)):
+        q, k, v = (torch.randn(batch, 2, length, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+
+        def side(function: Callable[[], torch.Tensor]) -> Side:
+            def work() -> float:
+                for _ in range(20):
+                    function().sum().backward()  # type: ignore[no-untyped-call]
+                return 20
+
+            return work
+
+        plain = side(lambda q=q, k=k, v=v: attend(q, k, v, None, causal=True))  # type: ignore[misc]
+        kernel = side(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, is_causal=True))  # type: ignore[misc]
+        lines.append(
+            compare(f"attention, {batch} x {length}", "passes/s", {"ours": plain, "torch's kernel": kernel}, rounds)
+        )
+    return "\n".join(lines)
+
+
+def memory(rounds: int) -> str:
+    """Training steps in a process that keeps freed memory (`tune_cpu`), against one that does not."""
+
+    def process(tuned: bool) -> Side:
+        program = f"from tests.benchmarks.speed.compare import seconds_of_steps; print(seconds_of_steps({tuned}))"
+
+        def work() -> float:
+            began = time.perf_counter()
+            ran = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+            # Steps a second inside the process, times the seconds that are measured around it.
+            return 20 / float(ran.stdout) * (time.perf_counter() - began)
+
+        return work
+
+    return compare("train, memory kept", "steps/s", {"ours": process(True), "as it comes": process(False)}, rounds)
+
+
 # What rows share ------------------------------------------------------------------------------------------------------
+
+
+def seconds_of_steps(tuned: bool) -> float:
+    """Seconds of 20 training steps on sentences."""
+    if tuned:
+        tune_cpu(None)
+    tokenizer, rows = sentences(4096)
+    ours, _ = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=2, heads=2, longest=64)
+    batches = batches_of(rows, None, tokenizer.pad_id, 2048)[:20]
+    train_ours(ours, batches[:3])
+    return train_ours(ours, batches) * 20 / len(batches)
 
 
 def train_ours(model: GPTVAE, batches: list[Batch]) -> float:
@@ -279,6 +331,8 @@ ROWS: dict[str, Callable[[int], str]] = {
     "train-lines": train_lines,
     "encode": encode,
     "start": start,
+    "attention": attention,
+    "memory": memory,
 }
 
 
