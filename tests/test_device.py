@@ -173,6 +173,13 @@ def test_threads_are_set_and_none_changes_nothing(thread_count: int) -> None:
     assert tune_cpu(None) == thread_count + 1
 
 
+def test_denormals_count_as_zero_once_a_cpu_is_tuned(thread_count: int) -> None:
+    tiny = torch.full((64,), 1e-38)
+    assert bool((tiny * 1e-3).any())
+    tune_cpu(None)
+    assert not bool((tiny * 1e-3).any())
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_less_than_one_thread_is_wrong_usage(count: int) -> None:
     with pytest.raises(ConfigError, match=f"threads is {count}"):
