@@ -94,7 +94,7 @@ def tune_cpu(threads: int | None) -> int:
 
     Two settings are for the whole process: denormal numbers count as zero, since a CPU is slow at them; and freed
     memory stays with the process, since giving back and getting again the pages of every large tensor costs a
-    training step a seventh of its time (`tests/benchmarks/speed/`).
+    training step a sixth of its time (`tests/benchmarks/speed/`).
 
     Args:
         threads: torch's own choice for None.
