@@ -204,6 +204,11 @@ class TrainConfig:
         _require(0 <= self.word_dropout < 1, "word_dropout", self.word_dropout, "at least 0 and below 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
 
+    @property
+    def without_latent(self) -> bool:
+        """Whether only the decoder learns: a baseline, whose encoder stays as random as it began."""
+        return self.latents_dropout_prob == 1
+
 
 STOCK_RECIPE: dict[str, Any] = {
     "kl_warmup": 0.0,

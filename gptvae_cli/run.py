@@ -365,8 +365,12 @@ def resume(
     return Job(folder, corpus, data, learner, precision, notes)
 
 
-def verdict(figures: Figures) -> str:
+def verdict(figures: Figures, config: TrainConfig) -> str:
     """One sentence on what the latent carries."""
+    if config.without_latent:
+        return (
+            f"trained without a latent: {figures.cross_entropy_without:.2f} nats/text held out; compare with --baseline"
+        )
     if figures.collapsed:
         return (
             f"collapsed: the latent carries {figures.mutual_information:.2f} nats of a text,"

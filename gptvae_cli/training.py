@@ -192,9 +192,7 @@ def train(
     held_out = fixed_batches(valid, config.batch_tokens, VALIDATION_TEXTS)
     micro_tokens = max(1, config.batch_tokens // config.accumulate)
     epoch = Epoch(rows, micro_tokens, config.seed, counters.epoch)
-    last_validation = 0.0
-
-    furthest = 0.0
+    last_validation = furthest = 0.0
 
     def progress() -> float:
         # Never back: a validation may turn out faster than the one before.
@@ -274,7 +272,7 @@ def train(
 def score(figures: Figures, config: TrainConfig) -> float:
     """What the best model has least of: the objective on held-out texts, nats per text, at the final beta. A
     collapsed model is never better than one that is not."""
-    if config.latents_dropout_prob == 1:
+    if config.without_latent:
         return figures.cross_entropy_without
     value = figures.cross_entropy + config.vae_kl_loss_weight * figures.kl
     return value + 1e9 if figures.collapsed else value
@@ -292,7 +290,7 @@ def _step(
         floor=config.vae_kl_div_floor,
         rate=config.target_rate,
         bag_of_words=config.bag_of_words * (1 - 0.9 * ramp(progress, 0.6)),
-        language_model=config.latents_dropout_prob == 1,
+        language_model=config.without_latent,
     )
     learning_rate = learner.lr * learning_rate_factor(progress, warmup=config.warmup, decay=config.decay)
     for group in learner.optimizer.param_groups:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from gptvae_cli.evaluation import Figures, importance_weighted, measure, reconstruct
+from gptvae_cli.evaluation import Figures, Reconstruction, compare, importance_weighted, measure, reconstruct
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, Weights, objective
@@ -233,3 +233,10 @@ def test_importance_weighting_does_not_depend_on_how_samples_are_split(tiny_mode
     model, batches = tiny_model(), batches_of(rows_of(), 5)
     together, apart = (importance_weighted(model, batches, 12, most_rows=rows) for rows in (1000, 7))
     assert together.nll == pytest.approx(apart.nll, rel=1e-5)
+
+
+def test_a_reconstruction_is_counted_place_by_place() -> None:
+    """Of the six tokens of two texts, ends counted, three stand in their places."""
+    assert compare([[1, 2, 3], [4]], [[1, 9, 9, 9], [4]]) == Reconstruction(2, 3 / 6, 1 / 2)
+    assert compare([[]], [[]]) == Reconstruction(1, 1.0, 1.0)
+    assert compare([[1, 2]], [[]]) == Reconstruction(1, 0.0, 0.0)

@@ -541,7 +541,7 @@ def test_a_diverged_run_keeps_the_good_state(folder: Path, corpus: str, monkeypa
 
 
 def test_the_verdict_says_what_the_latent_carries() -> None:
-    text = verdict(FIGURES)
+    text = verdict(FIGURES, TrainConfig())
     assert text == (
         "the latent carries 3.2 nats of a text (of at most 4.6 that 100 texts can show)"
         " and saves the decoder 4.5 of 24.5"
@@ -549,7 +549,7 @@ def test_the_verdict_says_what_the_latent_carries() -> None:
 
 
 def test_the_verdict_calls_a_collapse_a_collapse() -> None:
-    text = verdict(replace(FIGURES, mutual_information=0.034))
+    text = verdict(replace(FIGURES, mutual_information=0.034), TrainConfig())
     assert text == "collapsed: the latent carries 0.03 nats of a text, the decoder writes without it"
 
 

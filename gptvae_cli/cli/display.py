@@ -31,11 +31,11 @@ class TrainingDisplay:
     Args:
         console: of stderr.
         title: of the panel.
-        dim_latent: width of the latent.
+        dim_latent: width of the latent; None for a model that learns without one.
         quiet: shows nothing.
     """
 
-    def __init__(self, console: Console, title: str, dim_latent: int, *, quiet: bool) -> None:
+    def __init__(self, console: Console, title: str, dim_latent: int | None, *, quiet: bool) -> None:
         # A Text, because a string is parsed for markup, and a folder may be called "[/b]".
         self.console, self.title, self.dim_latent, self.quiet = console, _one_line(title), dim_latent, quiet
         self.report: StepReport | None = None
@@ -111,7 +111,10 @@ class TrainingDisplay:
         return Panel(Group(head, Text(), body), title=self.title, title_align="left", border_style="blue")
 
 
-def _add_figures(body: Table, figures: Figures, dim_latent: int) -> None:
+def _add_figures(body: Table, figures: Figures, dim_latent: int | None) -> None:
+    if dim_latent is None:
+        body.add_row("held out", f"{figures.cross_entropy_without:.2f} nats/text, without a latent")
+        return
     ceiling = min(figures.kl, math.log(figures.texts))
     carried = Text(f"{figures.mutual_information:.2f} nats of information", style=_health(figures))
     carried.append(
@@ -139,14 +142,16 @@ def _health(figures: Figures) -> str:
     return "bold green" if figures.mutual_information > 3 else "bold yellow"
 
 
-def _plain_line(report: StepReport, dim_latent: int) -> str:
+def _plain_line(report: StepReport, dim_latent: int | None) -> str:
     line = (
         f"{report.progress:4.0%} {_clock(report.seconds)} step {report.step:,}"
         f" {report.tokens_per_second:,.0f} tokens/s cross-entropy {report.cross_entropy:.3f} nats/token"
         f" KL {report.kl:.1f} nats/text"
     )
-    if report.figures is not None:
-        figures = report.figures
+    figures = report.figures
+    if figures is not None and dim_latent is None:
+        line += f" | held out: {figures.cross_entropy_without:.2f} nats/text, without a latent"
+    elif figures is not None:
         line += (
             f" | held out: {figures.nll_bound:.2f} nats/text (cross-entropy {figures.cross_entropy:.2f}"
             f" + KL {figures.kl:.2f}), information {figures.mutual_information:.2f} nats,"

@@ -224,7 +224,8 @@ def train(
         watch(job, quiet=quiet)
         _finish(job, quiet=quiet)
         console.write_text(f"{folder / 'model.safetensors'}\n")
-        if job.learner.config.strict and job.figures is not None and job.figures.collapsed:
+        strict = job.learner.config.strict and not job.learner.config.without_latent
+        if strict and job.figures is not None and job.figures.collapsed:
             raise CollapsedError(
                 f"the latent carries {job.figures.mutual_information:.2f} nats, --strict asks for 1 at least",
                 hint="train longer, or raise --target-rate",
@@ -291,13 +292,14 @@ def watch(job: Job, *, quiet: bool) -> None:
 
     example = 0
     title = f"gptvae train, {job.folder}"
+    width = None if job.learner.config.without_latent else job.model_config.dim_latent
     with (
         _graceful() as caught,
-        TrainingDisplay(console.stderr, title, job.model_config.dim_latent, quiet=quiet) as display,
+        TrainingDisplay(console.stderr, title, width, quiet=quiet) as display,
     ):
         for report in job.run(should_stop=lambda: bool(caught), seconds=lambda: time.monotonic() - _PROCESS_BEGAN):
             display.update(report)
-            if report.figures is not None and not quiet and not report.done:
+            if width is not None and report.figures is not None and not quiet and not report.done:
                 display.show_example(*job.reconstructions(1, start=example)[0])
                 example += 1
     if caught:
@@ -313,7 +315,11 @@ def _finish(job: Job, *, quiet: bool) -> None:
     if quiet or job.figures is None:
         return
     console.heading("Verdict")
-    console.note(verdict(job.figures))
+    console.note(verdict(job.figures, job.learner.config))
+    if job.learner.config.without_latent:
+        console.heading("Next")
+        console.note(f"gptvae evaluate test.txt --baseline {job.folder}")
+        return
     console.heading("Held-out texts, and what the model writes from their latents")
     for text, written in job.reconstructions(3):
         console.pair(text, written)

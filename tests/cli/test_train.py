@@ -586,3 +586,13 @@ class FakeSys:
 
     stdin = Terminal()
     stdout = Terminal()
+
+
+def test_a_baseline_is_not_told_that_its_latent_carries_anything(train: Train, names: Path, out: Path) -> None:
+    """Its encoder is as random as it began, and even a random one tells texts apart."""
+    result = train(names, "--latents-dropout-prob", "1", "--strict")
+    assert result.exit_code == 0, result.stderr
+    assert "trained without a latent" in result.stderr
+    assert f"--baseline {out}" in result.stderr
+    for claim in ("information", "carries", "from its z", "collapsed"):
+        assert claim not in result.stderr

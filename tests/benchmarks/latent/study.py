@@ -25,18 +25,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig
+
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
     "none": {"latents_dropout_prob": 1.0},
-    "stock": {
-        "objective": "stock",
-        "kl_warmup": 0.0,
-        "vae_kl_div_floor": 0.0,
-        "latents_dropout_prob": 0.5,
-        "bag_of_words": 0.0,
-    },
+    "stock": {"objective": "stock", **STOCK_RECIPE},
     "plain beta 1": {"vae_kl_div_floor": 0.0, "target_rate": 0.0, "bag_of_words": 0.0},
     "floor 0.25": {"vae_kl_div_floor": 0.25, "target_rate": 0.0},
     "floor 0.5": {"vae_kl_div_floor": 0.5, "target_rate": 0.0},
@@ -67,7 +63,6 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
     import torch
 
     from gptvae_cli.checkpoint import load
-    from gptvae_cli.config import DataConfig, TrainConfig
     from gptvae_cli.data import batches_of
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
     from gptvae_cli.evaluation import compare, importance_weighted, measure, reconstruct
