@@ -56,6 +56,12 @@ class Stack:
         self._rotary = layers.rotary_pos_emb
         self.pairs = len(self._rotary.inv_freq)
         self._tables: tuple[Tensor, Tensor] | None = None
+        head_K = torch.arange(self.head_width)
+        rotated = 2 * self.pairs
+        apart_K = torch.cat([head_K[0:rotated:2], head_K[1:rotated:2], head_K[rotated:]])
+        starts_H1 = self.head_width * torch.arange(self.heads)[:, None]
+        apart_E, width = (starts_H1 + apart_K).flatten(), self.heads * self.head_width
+        self._order_E = torch.cat([apart_E, width + apart_E, 2 * width + torch.arange(width)])
 
     def layers(self) -> list[Layer]:
         """The weights, fused; gradients flow through to the module's parameters."""
@@ -94,11 +100,12 @@ class Stack:
         qkv_BTXHK = F.linear(normed_BTD, layer.qkv_ED).view(*x_BTD.shape[:2], 3, self.heads, self.head_width)
         # One copy here saves the products several.
         qkv_XBHTK = qkv_BTXHK.permute(2, 0, 3, 1, 4).contiguous()
-        qk_XBHTK, pairs = qkv_XBHTK[:2], self.pairs
-        first, second, still = qk_XBHTK[..., :pairs], qk_XBHTK[..., pairs : 2 * pairs], qk_XBHTK[..., 2 * pairs :]
+        qk_XBHTK, v_XBHTK = qkv_XBHTK.split([2, 1])
+        first, second, still = qk_XBHTK.split([self.pairs, self.pairs, self.head_width - 2 * self.pairs], dim=-1)
         cos_R, sin_R = cos_R.to(first.dtype), sin_R.to(first.dtype)
         rotated = torch.cat([first * cos_R - second * sin_R, second * cos_R + first * sin_R, still], dim=-1)
-        return rotated[0], rotated[1], qkv_XBHTK[2]
+        q_BHTK, k_BHTK = rotated.unbind()
+        return q_BHTK, k_BHTK, v_XBHTK[0]
 
     def finish(self, layer: Layer, x_BTD: Tensor, attended_BHTK: Tensor) -> Tensor:
         """The rest of a layer behind its attention: output product, residuals, feed-forward [B T D]."""
@@ -114,26 +121,14 @@ class Stack:
         return Layer(
             # x-transformers stores the gain as its distance from 1.
             attn_gamma_D=attn_norm.gamma + 1,
-            qkv_ED=torch.cat(
-                [
-                    *self._pairs_apart(attention.to_q.weight * scale),
-                    *self._pairs_apart(attention.to_k.weight),
-                    attention.to_v.weight,
-                ]
+            qkv_ED=torch.cat([attention.to_q.weight * scale, attention.to_k.weight, attention.to_v.weight]).index_select(
+                0, self._order_E.to(attention.to_q.weight.device)
             ),
             attn_out_DE=attention.to_out.weight,
             ff_gamma_D=ff_norm.gamma + 1,
             ff_in=(ff_in.weight, ff_in.bias),
             ff_out=(ff_out.weight, ff_out.bias),
         )
-
-    def _pairs_apart(self, weight_ED: Tensor) -> list[Tensor]:
-        rotated = 2 * self.pairs
-        return [
-            part_KD
-            for head_KD in weight_ED.chunk(self.heads)
-            for part_KD in (head_KD[0:rotated:2], head_KD[1:rotated:2], head_KD[rotated:])
-        ]
 
     def final_norm(self, x_D: Tensor) -> Tensor:
         """The norm behind the last layer, of any leading shape [... D]."""

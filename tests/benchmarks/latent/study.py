@@ -73,8 +73,8 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
     train = {name: value for name, value in ARMS[arm].items() if name not in SHAPE}
     data = Path(os.environ["GPTVAE_TEST_DATA"])
     names = {split: str(data / f"{corpus}_{split}.txt") for split in ("train", "valid", "test")}
-    began = time.monotonic()
-    tune_cpu(None)
+    tune_cpu(1)
+    began = time.process_time()
     device = resolve_device("auto")
     precision = resolve_dtype("auto", device.device, training=True)
     folder = Path(tempfile.mkdtemp(prefix="gptvae-study-"))
@@ -90,7 +90,7 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
                 device=device,
                 precision=precision,
             )
-            for report in job.run(should_stop=lambda: False, seconds=lambda: time.monotonic() - began):
+            for report in job.run(should_stop=lambda: False, seconds=lambda: time.process_time() - began):
                 if report.figures is not None:
                     print(f"  {report.progress:4.0%} {report.figures}", file=sys.stderr, flush=True)
             job.load_best()
