@@ -408,7 +408,7 @@ class GPTVAE(nn.Module):
 
         def choose(logits_BV: Tensor, rows: Sequence[decoding.Row]) -> Tensor:
             if temperature == 0:
-                return logits_BV.argmax(dim=-1)
+                return decoding.greedy(logits_BV)
             filtered_BV = filter_fn(logits_BV, **(filter_kwargs or {})) / temperature
             uniforms_B = torch.stack([uniforms_BT[row.index, len(row.new)] for row in rows])
             return decoding.draw(filtered_BV, uniforms_B.to(logits_BV.device))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from gptvae_cli import decoding
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.decoding import Request, Row, decode, draw, filter_logits, run
 from gptvae_cli.model import GPTVAE
@@ -104,6 +105,18 @@ def test_cached_logits_and_greedy_tokens_equal_the_plain_path(
         assert_close(logits_TV, expected[row][1], rtol=0, atol=1e-4)
         assert tokens == expected[row][0]
     assert len({token for tokens, _ in found.values() for token in tokens}) > 5
+
+
+def test_cached_logits_under_autocast_are_those_of_float32_rounded(tiny_model: TinyModel) -> None:
+    """The weights are cast once and the residual stream is not, so that errors do not grow from layer to layer."""
+    model, requests = tiny_model(depth=4), some_requests(6, latents="all")
+    exact = greedy_logits(model, requests, batch_size=3, cached=True, max_new=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine = decoding.CachedDecoder(model)
+        rounded = greedy_logits(model, requests, batch_size=3, cached=True, max_new=1)
+    assert {layer.qkv_ED.dtype for layer in engine.layers} == {engine.cache_LXBHSK.dtype} == {torch.bfloat16}
+    for row, (_, logits_TV) in rounded.items():
+        assert 0 < (logits_TV - exact[row][1]).abs().max() < 0.03 * exact[row][1].abs().max()
 
 
 def test_the_plain_path_takes_a_batch_of_ragged_rows(tiny_model: TinyModel) -> None:
@@ -272,11 +285,15 @@ def test_no_requests_give_no_texts(model: GPTVAE) -> None:
 
 @pytest.mark.parametrize("sample", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "plain"])
-def test_banned_tokens_padding_and_bos_are_never_written(model: GPTVAE, sample: SampleConfig, cached: bool) -> None:
+def test_banned_tokens_padding_and_bos_are_never_written(
+    model: GPTVAE, sample: SampleConfig, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model is made to want them above all else."""
     bias_V = torch.zeros(20)
     bias_V[[PAD, BOS]], bias_V[[3, 11]] = 1000.0, 500.0
     model.decoder.to_logits.register_forward_hook(lambda module, inputs, logits_V: logits_V + bias_V)
+    logits = decoding.CachedDecoder._logits
+    monkeypatch.setattr(decoding.CachedDecoder, "_logits", lambda self, x_BD: logits(self, x_BD) + bias_V)
     free = [token for text in decode(model, some_requests(8), sample, cached=cached) for token in text]
     assert set(free) == {3, 11}
     texts = list(decode(model, some_requests(8), sample, banned=[3, 11], cached=cached))
