@@ -13,7 +13,17 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from torch.testing import assert_close
 
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.objective import BagOfWords, Batch, Noise, Terms, Weights, cross_entropy_BT, objective
+from gptvae_cli.objective import (
+    _LOGITS_TOGETHER,
+    BagOfWords,
+    Batch,
+    Noise,
+    Terms,
+    Weights,
+    cross_entropy_BT,
+    objective,
+    summed_cross_entropy,
+)
 from tests.conftest import stock_of
 
 PAD, BOS, EOS = 17, 18, 19
@@ -221,6 +231,36 @@ def test_hiding_leaves_the_callers_noise_as_it_was(tiny_model: TinyModel) -> Non
     hide_BT = torch.ones_like(batch.tokens_BT, dtype=torch.bool)
     objective(model, None, batch, Noise(latent_noise(), hide_BT=hide_BT), ELBO)
     assert hide_BT.all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000], ids=["row by row", "in parts", "at once"])
+def test_the_summed_cross_entropy_and_its_gradients_are_those_of_torch(
+    tiny_model: TinyModel, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding included, whose targets count for nothing. The hidden states are scaled, so the loss is far from ln V."""
+    model, batch, latents_BZ = tiny_model().double(), batch_of(texts()), latent_noise().double()
+    with torch.no_grad():
+        model.decoder.to_logits.weight.mul_(20)
+    monkeypatch.setitem(_LOGITS_TOGETHER, "cpu", rows * 20)
+    plain = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ)).sum()
+    expected = gradients(3 * plain, model)
+    found = summed_cross_entropy(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ))
+    assert_close(found, plain, rtol=1e-12, atol=0)
+    found_gradients = gradients(3 * found, model)
+    for name in expected:
+        assert_close(found_gradients[name], expected[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_the_summed_cross_entropy_is_that_of_torch_under_autocast(tiny_model: TinyModel) -> None:
+    model, batch, latents_BZ = tiny_model(), batch_of(texts()), latent_noise()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ)).sum()
+        found = summed_cross_entropy(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ))
+    assert_close(found, plain, rtol=1e-3, atol=0)
+    expected, found_gradients = gradients(plain, model), gradients(found, model)
+    for name in expected:
+        assert found_gradients[name].dtype == expected[name].dtype
+        assert_close(found_gradients[name], expected[name], rtol=0.05, atol=0.05, msg=name)
 
 
 def test_a_dropped_row_gets_no_gradient_from_the_decoder(tiny_model: TinyModel) -> None:

@@ -32,7 +32,7 @@ from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 from gptvae_cli.fused import attend
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.objective import Batch
+from gptvae_cli.objective import Batch, _LinearCrossEntropy
 from gptvae_cli.text import Tokenizer, read_texts
 from gptvae_cli.training import Learner, _step, _Sums
 
@@ -98,8 +98,9 @@ def pair(num_tokens: int, *, dim: int, depth: int, enc_depth: int, heads: int, l
 # Rows -----------------------------------------------------------------------------------------------------------------
 
 
-def generate(batch: int, rounds: int) -> str:
-    """Greedy decoding of 64 tokens from latents, 6 layers of 256, float32; the texts are compared, too."""
+def generate(batch: int, rounds: int, *, bfloat16: bool = False) -> str:
+    """Greedy decoding of 64 tokens from latents, 6 layers of 256, stock in float32; where ours is in float32 too, the
+    texts are compared."""
     ours, stock = pair(4000, dim=256, depth=6, enc_depth=3, heads=4, longest=128)
     ours.eval(), stock.eval()
     prompts_BT = torch.full((batch, 1), 4001)
@@ -108,13 +109,15 @@ def generate(batch: int, rounds: int) -> str:
 
     def side(name: str, model: Any) -> Side:
         def work() -> float:
-            written[name] = model.generate(prompts_BT, 64, latents=latents_BZ, temperature=0.0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16 and model is ours):
+                written[name] = model.generate(prompts_BT, 64, latents=latents_BZ, temperature=0.0)
             return 64 * batch
 
         return work
 
-    line = compare(f"generate, batch {batch}", "tokens/s", {"ours": side("a", ours), "stock": side("b", stock)}, rounds)
-    assert torch.equal(written["a"], written["b"]), "the two sides wrote different texts"
+    label = f"generate, batch {batch}" + (", bf16" if bfloat16 else "")
+    line = compare(label, "tokens/s", {"ours": side("a", ours), "stock": side("b", stock)}, rounds)
+    assert bfloat16 or torch.equal(written["a"], written["b"]), "the two sides wrote different texts"
     return line
 
 
@@ -157,7 +160,7 @@ def train_lines(rounds: int) -> str:
     return compare("train, sentences", "texts/s", {name: counted(work) for name, work in sides.items()}, rounds)
 
 
-def encode(rounds: int) -> str:
+def encode(rounds: int, *, dtype: torch.dtype = torch.float32) -> str:
     """Sentences to posterior means, tokenising included: ours as `gptvae encode`, stock in batches of 64 in order."""
     from gptvae_cli.checkpoint import load, save_model
     from gptvae_cli.config import DataConfig
@@ -175,7 +178,7 @@ def encode(rounds: int) -> str:
         checkpoint = load(path, device=torch.device("cpu"))
 
     def encode_ours() -> float:
-        return sum(1 for _ in Encoder(checkpoint, "line").encode(lines))
+        return sum(1 for _ in Encoder(checkpoint, "line", dtype).encode(lines))
 
     @torch.no_grad()
     def encode_stock() -> float:
@@ -186,7 +189,8 @@ def encode(rounds: int) -> str:
             stock.encode_to_latents(seq, return_mean_log_var=True)
         return len(lines)
 
-    return compare("encode, sentences", "texts/s", {"ours": encode_ours, "stock": encode_stock}, rounds)
+    label = "encode, sentences" + (", bf16" if dtype == torch.bfloat16 else "")
+    return compare(label, "texts/s", {"ours": encode_ours, "stock": encode_stock}, rounds)
 
 
 def start(rounds: int) -> str:
@@ -236,6 +240,30 @@ def attention(rounds: int) -> str:
             compare(f"attention, {batch} x {length}", "passes/s", {"ours": plain, "torch's kernel": kernel}, rounds)
         )
     return "\n".join(lines)
+
+
+def loss(rounds: int) -> str:
+    """Forward and backward of the cross-entropy of 2,048 tokens over 2,003, in bfloat16: ours against torch's."""
+    ours, _ = pair(2000, dim=128, depth=1, enc_depth=1, heads=2, longest=64)
+    hidden_ND = torch.randn(2048, 128, requires_grad=True)
+    targets_N = torch.randint(0, 2000, (2048,))
+    weight_VD = ours.decoder.to_logits.weight
+
+    def side(function: Callable[[], torch.Tensor]) -> Side:
+        def work() -> float:
+            for _ in range(20):
+                with torch.autocast("cpu", torch.bfloat16):
+                    nats = function()
+                nats.backward()  # type: ignore[no-untyped-call]
+            return 20
+
+        return work
+
+    sides = {
+        "ours": side(lambda: _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, 2000)),  # type: ignore[no-untyped-call]
+        "torch's": side(lambda: F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N, reduction="sum")),
+    }
+    return compare("loss, 2048 x 2003", "passes/s", sides, rounds)
 
 
 def memory(rounds: int) -> str:
@@ -327,11 +355,16 @@ ROWS: dict[str, Callable[[int], str]] = {
     "generate-1": lambda rounds: generate(1, rounds),
     "generate-32": lambda rounds: generate(32, rounds),
     "generate-128": lambda rounds: generate(128, rounds),
+    "generate-1-bf16": lambda rounds: generate(1, rounds, bfloat16=True),
+    "generate-32-bf16": lambda rounds: generate(32, rounds, bfloat16=True),
+    "generate-128-bf16": lambda rounds: generate(128, rounds, bfloat16=True),
     "train": train_windows,
     "train-lines": train_lines,
     "encode": encode,
+    "encode-bf16": lambda rounds: encode(rounds, dtype=torch.bfloat16),
     "start": start,
     "attention": attention,
+    "loss": loss,
     "memory": memory,
 }
 
