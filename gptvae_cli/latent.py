@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -124,7 +125,12 @@ def path(points_NZ: Tensor, steps: int, kind: PathKind) -> Tensor:
 
     Returns:
         ((N - 1) * (steps - 1) + 1 latents) [K Z].
+
+    Raises:
+        ConfigError: for fewer points or steps, or another kind of path.
     """
+    if kind not in get_args(PathKind):
+        raise ConfigError(f"path is {kind!r}, it must be one of {', '.join(get_args(PathKind))}")
     if len(points_NZ) < 2:
         raise ConfigError(f"a path needs at least 2 latents, found {len(points_NZ)}")
     between = slerp if kind == "slerp" else lerp

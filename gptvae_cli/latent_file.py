@@ -72,6 +72,18 @@ def iter_latents(source: BinaryIO, name: str, *, width: int) -> Iterator[Floats]
         yield from piece_nZ
 
 
+def checked_latents(values: npt.NDArray[np.generic], name: str, *, width: int) -> Floats:
+    """An array in memory under the rules of `read_latents` [N Z].
+
+    Raises:
+        DataError: for what is not of floats, not of this width, or holds a number that is not finite in float32.
+    """
+    _check_floats(values.dtype.str, name)
+    count = _check_shape(values.shape, name, width)
+    floats: npt.NDArray[np.floating] = values.reshape(count, width)  # type: ignore[assignment]
+    return _to_float32(floats, name, 0)
+
+
 def _pieces(source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
     """Checked rows [n Z], a few at a time."""
     with _reading_errors(name):
@@ -134,13 +146,18 @@ def _read_header(source: BinaryIO, name: str) -> _Header:
             raise ValueError("expected descr, fortran_order and shape")
     except (ValueError, SyntaxError, TypeError, AttributeError, KeyError, MemoryError, RecursionError) as error:
         raise DataError(f"{name} has a malformed .npy header") from error
+    _check_floats(descr, name)
+    return _Header(np.dtype(descr), fortran_order, shape)
+
+
+def _check_floats(descr: object, name: str) -> None:
+    """Takes the description of a dtype, as a `.npy` header has it."""
     if not isinstance(descr, str) or not _FLOATS.fullmatch(descr):
         kind = _KINDS.get(descr.lstrip("<>=|")[:1]) if isinstance(descr, str) else "records"
         raise DataError(
             f"{name} holds {kind or 'an unknown type'} ({str(descr)[:40]!r}), latents are floats of 2, 4 or 8 bytes",
             hint="convert it with numpy: array.astype('float32')",
         )
-    return _Header(np.dtype(descr), fortran_order, shape)
 
 
 def _check_shape(shape: tuple[int, ...], name: str, width: int) -> int:

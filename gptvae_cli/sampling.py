@@ -25,7 +25,7 @@ from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import _line_pieces, plan_batches
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
-from gptvae_cli.errors import ConfigError
+from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.noise import latent_noise
 from gptvae_cli.text import Tokenizer
 
@@ -111,6 +111,20 @@ class Encoder:
         """
         for pool in _growing_pools(self.rows(texts)):
             yield from self._posteriors(pool)
+
+    def point(self, text: str) -> Floats:
+        """The mean of the one posterior of a text, as a point of a path [Z].
+
+        Raises:
+            DataError: for a text that has none or several, windows.
+        """
+        encodings = list(self.encode([text]))
+        if len(encodings) != 1:
+            raise DataError(
+                f"a point of the path is one window of {self.config.max_seq_len} tokens, a text has {len(encodings)}",
+                hint="shorten it",
+            )
+        return encodings[0].mean_Z
 
     def rows(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """What the model reads of texts: their tokens with BOS and EOS, or those of their windows."""

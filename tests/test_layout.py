@@ -23,6 +23,7 @@ ROWS: list[set[str]] = [
     {"checkpoint", "data", "device", "latent_file"},
     {"evaluation"},
     {"training", "sampling", "run"},
+    {"api"},
     {"cli.console"},
     {"cli.display"},
     {"cli commands"},

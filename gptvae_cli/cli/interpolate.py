@@ -17,7 +17,7 @@ from gptvae_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from gptvae_cli.header import ModelHeader
-    from gptvae_cli.sampling import Encoder, Floats
+    from gptvae_cli.sampling import Floats
 
 _POINTS, _OUTPUT = "Where the path leads, one of these", "Output"
 
@@ -96,7 +96,7 @@ def interpolate(
         checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
     console.note(remark, quiet=quiet)
     encoder = sampling.Encoder(checkpoint, unit, precision)
-    points_NZ = np.stack([_encoded(point, encoder) if isinstance(point, str) else point for point in found])
+    points_NZ = np.stack([encoder.point(point) if isinstance(point, str) else point for point in found])
     path_KZ = sampling.walk(points_NZ, steps, kind)
     if latents_out is not None:
         with latents_to(latents_out, "npy", width) as write:
@@ -161,13 +161,3 @@ def _point(name: str, unit: Unit, header: ModelHeader) -> str | Floats:
             hint=f"--latent {name} leads through its rows" if is_latent else "--from and --to take texts themselves",
         )
     return found[0]
-
-
-def _encoded(text: str, encoder: Encoder) -> Floats:
-    encodings = list(encoder.encode([text]))
-    if len(encodings) != 1:
-        raise DataError(
-            f"a point of the path is one window of {encoder.config.max_seq_len} tokens, a text has {len(encodings)}",
-            hint="shorten it",
-        )
-    return encodings[0].mean_Z

@@ -1,0 +1,264 @@
+"""The commands as Python: a trained model that takes lists of texts and arrays, and returns them.
+
+    from gptvae_cli import load
+
+    model = load("gptvae-run")
+    latents = model.encode(["the food was great", "never again"])
+    texts = model.generate(latents, copies=3, temperature=0.7)
+
+The same inputs give the same results as `gptvae encode`, `generate` and `interpolate`. Unlike the commands, nothing
+here changes a setting of the process: threads (`torch.set_num_threads`), denormal numbers and the habits of malloc
+stay as they are.
+
+Shapes: N texts or latents, Z latent width, K path steps.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gptvae_cli import sampling
+from gptvae_cli.checkpoint import Checkpoint
+from gptvae_cli.checkpoint import load as load_checkpoint
+from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
+from gptvae_cli.device import resolve_device, resolve_dtype
+from gptvae_cli.errors import ConfigError, DataError
+from gptvae_cli.header import ModelHeader, locate_model
+from gptvae_cli.latent_file import checked_latents
+from gptvae_cli.model import GPTVAE
+from gptvae_cli.sampling import Encoder, Encoding, Floats
+
+
+class Posteriors(NamedTuple):
+    """The posteriors of N texts: means and standard deviations of their latents, float32, each [N Z]."""
+
+    mean_NZ: Floats
+    std_NZ: Floats
+
+
+def load(path: str | os.PathLike[str] | None = None, *, device: str = "auto", dtype: DType = "auto") -> Model:
+    """Loads a trained model, to encode and to write with.
+
+    Args:
+        path: a run folder or a `.safetensors` file; for None `$GPTVAE_MODEL`, else `./gptvae-run`.
+        device: `auto`, `cpu`, `cuda` or `cuda:n`.
+        dtype: what to compute in, `auto`, `float32` or `bfloat16`; `auto` is float32 on a CPU.
+
+    Raises:
+        CheckpointError: for a model that is missing, damaged or foreign.
+        DeviceError: for a GPU that is not there.
+        ConfigError: for a device or a dtype that is not known.
+    """
+    found = locate_model(None if path is None else os.fspath(path))
+    where = resolve_device(device)
+    precision = resolve_dtype(dtype, where.device, training=False)
+    return Model(load_checkpoint(found, device=where.device), precision.dtype)
+
+
+class Model:
+    """A trained model with its tokenizer, in evaluation mode. `load` makes one.
+
+    Args:
+        checkpoint: what a model file holds.
+        dtype: bfloat16 computes under autocast.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+
+    @property
+    def header(self) -> ModelHeader:
+        """What the model file says about itself: sizes, what a text is, how it was trained and with which figures."""
+        return self._checkpoint.header
+
+    @property
+    def network(self) -> GPTVAE:
+        """The torch module."""
+        return self._checkpoint.model
+
+    @property
+    def dim_latent(self) -> int:
+        """Z, the width of a latent."""
+        return self.header.model.dim_latent
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens of the longest text that is read whole, BOS and EOS counted."""
+        return self.header.model.max_seq_len
+
+    @property
+    def unit(self) -> Unit:
+        """What a text is: `line`, `paragraph`, `file` or `window`. A `line` that is written has no line break."""
+        return self.header.data.unit
+
+    def encode(self, texts: Iterable[str], *, sample: bool = False, seed: int | None = None) -> Floats:
+        """The latents of texts, in their order, float32 [N Z]; no texts give (0, Z).
+
+        Warns (UserWarning) of texts that are longer than the model; their beginning counts.
+
+        Args:
+            texts: each is one row; where the unit is `window`, a row for each of its consecutive windows.
+            sample: a random draw of each posterior instead of its mean.
+            seed: of these draws; None is a new one.
+
+        Raises:
+            ConfigError: for one string in place of a list, or a seed below 0.
+            DataError: for what is not a string, or not valid Unicode.
+        """
+        seed = _seed(seed)
+        encodings = enumerate(self._encoded(texts))
+        return self._stack([e.sample(seed, row) if sample else e.mean_Z for row, e in encodings])
+
+    def posterior(self, texts: Iterable[str]) -> Posteriors:
+        """Mean and standard deviation of the posteriors of texts, rows as in `encode`.
+
+        Raises:
+            ConfigError, DataError: as `encode` does.
+        """
+        encodings = self._encoded(texts)
+        return Posteriors(self._stack([e.mean_Z for e in encodings]), self._stack([e.std_Z for e in encodings]))
+
+    def generate(
+        self,
+        latents: npt.ArrayLike | None = None,
+        *,
+        prior: int | None = None,
+        copies: int = 1,
+        prompt: str = "",
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        greedy: bool = False,
+        max_tokens: int | None = None,
+        seed: int | None = None,
+    ) -> list[str]:
+        """Texts from latents, the copies of each after one another.
+
+        Args:
+            latents: floats [N Z], or [Z] for one. Without them they are drawn from the prior.
+            prior: how many to draw; None is 1.
+            copies: texts from each latent; a greedy one is always the same.
+            prompt: what every text begins with; it is part of the text.
+            temperature, top_k, top_p, min_p, greedy: how tokens are chosen, see `SampleConfig`.
+            max_tokens: longest continuation; None is `max_seq_len`.
+            seed: of the prior and of the tokens; None is a new one.
+
+        Returns:
+            N x copies texts; no latents give none.
+
+        Raises:
+            ConfigError: for an argument that cannot be, latents together with `prior`, or a prompt with a line break
+                where the unit is `line`.
+            DataError: for latents that are no floats, of another width or not finite, or a prompt that is not valid
+                Unicode.
+        """
+        config = SampleConfig(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            greedy=greedy,
+            max_tokens=max_tokens,
+            seed=_seed(seed),
+        )
+        if copies < 1:
+            raise ConfigError(f"copies is {copies}, it must be at least 1")
+        rows: Iterable[Floats]
+        if latents is not None:
+            if prior is not None:
+                raise ConfigError("latents and prior exclude each other", hint="a text is written from one latent")
+            rows = self._latents(latents, "latents")
+        else:
+            count = 1 if prior is None else prior
+            if count < 0:
+                raise ConfigError(f"prior is {count}, it must be at least 0")
+            rows = sampling.prior(config.seed, count, self.dim_latent)
+        return list(self._write(rows, copies, config, prompt))
+
+    def interpolate(
+        self, a: str | npt.ArrayLike, b: str | npt.ArrayLike, *, steps: int = 7, path: PathKind = "slerp"
+    ) -> list[str]:
+        """Texts along a path from one point to another, greedily.
+
+        Args:
+            a, b: a text, or a latent [Z].
+            steps: K, both ends counted.
+            path: `slerp`, along an arc around the origin with the norm in between, or `lerp`, straight.
+
+        Returns:
+            K texts. The ends are what the model makes of the latents that went in.
+
+        Raises:
+            ConfigError: for fewer than two steps or another kind of path.
+            DataError: for a point that is not one text or one latent of this model.
+        """
+        points_NZ = np.stack([self._point(a, "a"), self._point(b, "b")])
+        path_KZ = sampling.walk(points_NZ, steps, path)
+        return list(self._write(path_KZ, 1, SampleConfig(greedy=True), ""))
+
+    def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
+        encoder = Encoder(self._checkpoint, self.unit, self._dtype)
+        encodings = list(encoder.encode(_checked_texts(texts)))
+        _warn(encoder)
+        return encodings
+
+    def _stack(self, rows: Sequence[Floats]) -> Floats:
+        return np.stack(rows) if rows else np.empty((0, self.dim_latent), np.float32)
+
+    def _point(self, point: str | npt.ArrayLike, name: str) -> Floats:
+        if isinstance(point, str):
+            encoder = Encoder(self._checkpoint, self.unit, self._dtype)
+            latent_Z = encoder.point(point)
+            _warn(encoder)
+            return latent_Z
+        latents_NZ = self._latents(point, name)
+        if len(latents_NZ) != 1:
+            raise DataError(f"{name} holds {len(latents_NZ)} latents, a point of a path is exactly one")
+        return latents_NZ.reshape(-1)
+
+    def _latents(self, values: npt.ArrayLike, name: str) -> Floats:
+        """Latents as they were given, checked [N Z]."""
+        try:
+            array = np.asarray(values)
+        except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths; tensors that it cannot read
+            problem = str(error).partition("\n")[0]
+            raise DataError(f"{name} cannot be made an array: {problem}") from error
+        if array.dtype.kind in "US":
+            raise DataError(f"{name} holds text, latents are floats", hint="model.encode(texts) gives latents")
+        if array.shape == (0,):  # an empty list has no width
+            array = np.empty((0, self.dim_latent), np.float32)
+        return checked_latents(array, name, width=self.dim_latent)
+
+    def _write(self, latents: Iterable[Floats], copies: int, config: SampleConfig, prompt: str) -> Iterator[str]:
+        draws = sampling.repeated(latents, copies)
+        written = sampling.write(self._checkpoint, draws, config, unit=self.unit, prompt=prompt, dtype=self._dtype)
+        return (item.text for item in written)
+
+
+def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
+    if isinstance(texts, str):
+        raise ConfigError("texts is one string, expected a list of them", hint="put it in brackets: [text]")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):  # such as NaN, which pandas has in the place of a missing text
+            raise DataError(f"texts[{row}] is of type {type(text).__name__}, expected a string")
+        yield text
+
+
+def _seed(seed: int | None) -> int:
+    """The seed that was given, checked, or a new one."""
+    return SampleConfig(seed=secrets.randbelow(2**32) if seed is None else seed).seed
+
+
+def _warn(encoder: Encoder) -> None:
+    if encoder.note is not None:
+        warnings.warn(encoder.note, stacklevel=4)  # the line that called the model's method

@@ -1,0 +1,338 @@
+"""The Python API: the same results as the commands, and errors instead of surprises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_array_equal
+from typer.testing import CliRunner
+
+import gptvae_cli
+from gptvae_cli import ConfigError, DataError, GPTVAEError, Model, load
+from gptvae_cli.cli.app import app
+from gptvae_cli.header import read_header
+from tests.cli.conftest import LONGEST, WIDTH, make_model
+
+TEXTS = ["a", "", "naïve", "日本", "ab", *(chr(97 + i % 26) * (i % 20) for i in range(30))]
+LATENTS = 3 * np.random.default_rng(0).standard_normal((6, WIDTH), dtype=np.float32)
+HOLED = LATENTS.copy()
+HOLED[2, 3] = np.nan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder that holds nothing but a model of lines; `window.safetensors` beside it reads running texts."""
+    folder = tmp_path_factory.mktemp("run")
+    make_model(folder / "model.safetensors")
+    make_model(folder / "window.safetensors", unit="window")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return load(folder, device="cpu")
+
+
+@pytest.fixture
+def command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a command on the model, in a folder with the texts and the latents above as files."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts.txt").write_text("".join(f"{text}\n" for text in TEXTS), "utf-8")
+    np.save("z.npy", LATENTS)
+
+    def run(*arguments: object) -> None:
+        result = CliRunner().invoke(app, [*map(str, arguments), "--model", str(folder), "--device", "cpu"])
+        assert result.exit_code == 0, result.stderr
+        Path("out").write_bytes(result.stdout_bytes)
+
+    return run
+
+
+def written() -> list[str]:
+    """The texts that a command with --format jsonl wrote."""
+    return [json.loads(line)["text"] for line in Path("out").read_bytes().splitlines()]
+
+
+# The same as the commands ---------------------------------------------------------------------------------------------
+
+
+def test_latents_are_those_of_gptvae_encode(model: Model, command: Callable[..., None]) -> None:
+    command("encode", "texts.txt", "--std-out", "std.npy")
+    latents = model.encode(TEXTS)
+    assert latents.dtype == np.float32
+    assert latents.shape == (len(TEXTS), WIDTH)
+    assert_array_equal(latents, np.load("out"))
+    posterior = model.posterior(iter(TEXTS))
+    assert_array_equal(posterior.mean_NZ, latents)
+    assert_array_equal(posterior.std_NZ, np.load("std.npy"))
+    command("encode", "texts.txt", "--sample", "--seed", "7")
+    assert_array_equal(model.encode(TEXTS, sample=True, seed=7), np.load("out"))
+
+
+def test_a_running_text_has_a_row_for_each_of_its_windows(folder: Path, tmp_path: Path) -> None:
+    model = load(folder / "window.safetensors", device="cpu")
+    text = "abc " * 20
+    (tmp_path / "text.txt").write_text(text)
+    arguments = ["encode", str(tmp_path / "text.txt"), "--model", str(folder / "window.safetensors")]
+    assert CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "z.npy")]).exit_code == 0
+    assert_array_equal(model.encode([text]), np.load(tmp_path / "z.npy"))
+    with pytest.raises(DataError, match="one window of 24 tokens, a text has 4"):
+        model.interpolate(text, "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [
+        (["--prior", 9], {"prior": 9}),
+        ([], {}),
+        (["--latent", "z.npy", "--greedy"], {"latents": LATENTS, "greedy": True}),
+        (
+            ["--latent", "z.npy", "-n", 3, "--prompt", "日é", "--max-tokens", 9],
+            {"latents": LATENTS, "copies": 3, "prompt": "日é", "max_tokens": 9},
+        ),
+        (["--prior", 9, "--temperature", 1.5, "--top-k", 9], {"prior": 9, "temperature": 1.5, "top_k": 9}),
+        (["--prior", 9, "--top-p", 0.7, "--min-p", 0.01], {"prior": 9, "top_p": 0.7, "min_p": 0.01}),
+    ],
+    ids=["prior", "nothing", "greedy", "copies", "top-k", "top-p"],
+)
+def test_texts_are_those_of_gptvae_generate(
+    model: Model, command: Callable[..., None], options: list[Any], keywords: dict[str, Any]
+) -> None:
+    command("generate", *options, "--seed", 5, "--format", "jsonl")
+    texts = model.generate(**keywords, seed=5)
+    assert texts == written()
+    assert len(texts) in (1, 6, 9, 18)
+
+
+def test_a_path_is_that_of_gptvae_interpolate(model: Model, command: Callable[..., None]) -> None:
+    command("interpolate", "--from", "naïve", "--to", "quite another", "--format", "jsonl")
+    assert model.interpolate("naïve", "quite another") == written()
+    np.save("two.npy", LATENTS[:2])
+    command("interpolate", "--latent", "two.npy", "--steps", 9, "--path", "lerp", "--format", "jsonl")
+    straight = model.interpolate(LATENTS[0], LATENTS[1:2], steps=9, path="lerp")
+    assert straight == written()
+    assert len(straight) == 9
+    assert model.interpolate("naïve", LATENTS[0], steps=2) == [
+        *model.generate(model.encode(["naïve"]), greedy=True),
+        *model.generate(LATENTS[0], greedy=True),
+    ]
+
+
+def test_bfloat16_is_asked_for_as_in_the_commands(folder: Path, command: Callable[..., None]) -> None:
+    rounded = load(folder, device="cpu", dtype="bfloat16")
+    command("encode", "texts.txt", "--dtype", "bfloat16")
+    assert_array_equal(rounded.encode(TEXTS), np.load("out"))
+    assert not np.array_equal(rounded.encode(TEXTS), load(folder, device="cpu").encode(TEXTS))
+    command("generate", "--latent", "z.npy", "--greedy", "--dtype", "bfloat16", "--format", "jsonl")
+    assert rounded.generate(LATENTS, greedy=True) == written()
+
+
+# The model ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_found_where_the_commands_find_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTVAE_MODEL", str(folder))
+    found = load(device="cpu")
+    assert_array_equal(found.encode(["a"]), load(str(folder / "model.safetensors"), device="cpu").encode(["a"]))
+    monkeypatch.delenv("GPTVAE_MODEL")
+    monkeypatch.chdir(folder)
+    with pytest.raises(GPTVAEError, match=r"no model in \./gptvae-run, the default place"):
+        load(device="cpu")
+
+
+def test_a_model_says_what_it_is(model: Model, folder: Path) -> None:
+    assert model.header == read_header(folder / "model.safetensors")
+    assert (model.dim_latent, model.max_seq_len, model.unit) == (WIDTH, LONGEST, "line")
+    assert isinstance(model.network, gptvae_cli.GPTVAE)
+    assert not model.network.training
+
+
+def test_using_a_model_changes_nothing_of_the_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands flush denormals, keep freed memory, and set the threads; a library has no right to."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"called with {arguments}")
+
+    for name in ("set_num_threads", "set_flush_denormal", "manual_seed", "set_default_dtype"):
+        monkeypatch.setattr(torch, name, refuse)
+    monkeypatch.setattr("gptvae_cli.device.ctypes.CDLL", refuse)
+    random = torch.get_rng_state()
+    model = load(folder, device="cpu")
+    model.interpolate("a", "b", steps=2)
+    model.generate(prior=2)
+    model.encode(["a"], sample=True)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.is_grad_enabled()
+
+
+# What goes in ---------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_in_gives_nothing_out(model: Model) -> None:
+    assert model.encode([]).shape == (0, WIDTH)
+    assert model.encode([]).dtype == np.float32
+    assert [part.shape for part in model.posterior([])] == [(0, WIDTH)] * 2
+    assert model.generate([]) == model.generate(model.encode([])) == model.generate(prior=0) == []
+
+
+@pytest.mark.parametrize(
+    "latents",
+    [
+        LATENTS.astype(">f8"),
+        np.asfortranarray(LATENTS),
+        np.repeat(LATENTS, 2, axis=0)[::2],
+        LATENTS.tolist(),
+        list(LATENTS),
+        torch.tensor(LATENTS),
+    ],
+    ids=["big-endian", "fortran", "strided", "lists", "rows", "tensor"],
+)
+def test_latents_may_come_in_any_form(model: Model, latents: Any) -> None:
+    assert model.generate(latents, greedy=True) == model.generate(LATENTS, greedy=True)
+
+
+def test_one_latent_needs_no_list(model: Model) -> None:
+    assert model.generate(LATENTS[0], seed=1) == model.generate(LATENTS[:1], seed=1)
+    half = LATENTS.astype("f2")
+    assert model.generate(half, greedy=True) == model.generate(half.astype("f4"), greedy=True)
+
+
+@pytest.mark.parametrize(
+    ("latents", "words"),
+    [
+        (LATENTS[:, :-1], "the shape (6, 7), the latents of this model have 8 dimensions"),
+        (LATENTS[None], "the shape (1, 6, 8), expected (N, 8) or (8,)"),
+        (1.0, "the shape (), expected (N, 8) or (8,)"),
+        (LATENTS.astype(int), "holds integers"),
+        (LATENTS.astype(complex), "holds complex numbers"),
+        (LATENTS > 0, "holds booleans"),
+        (LATENTS.astype(object), "holds Python objects"),
+        (HOLED, "row 2, dimension 3 (both from 0): nan"),
+        (np.full((1, WIDTH), 1e300), "too large for float32"),
+        ("a text", "holds text"),
+        (["a text"], "holds text"),
+        ([[0.5] * WIDTH, [0.5]], "cannot be made an array"),
+        (torch.zeros(WIDTH, requires_grad=True), "cannot be made an array"),
+        (None, "holds Python objects"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " in value else "",
+)
+def test_latents_are_checked_as_those_of_a_file(model: Model, latents: Any, words: str) -> None:
+    if latents is not None:
+        with pytest.raises(DataError) as caught:
+            model.generate(latents)
+        assert words in caught.value.message
+    if not isinstance(latents, str):
+        with pytest.raises(DataError) as caught:
+            model.interpolate("a", latents)
+        assert words in caught.value.message
+
+
+def test_a_point_of_a_path_is_one_latent(model: Model) -> None:
+    with pytest.raises(DataError, match="b holds 6 latents"):
+        model.interpolate("a", LATENTS)
+    with pytest.raises(DataError, match="a holds 0 latents"):
+        model.interpolate([], "b")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: model.encode("one"), "texts is one string, expected a list"),
+        (lambda model: model.posterior("one"), "texts is one string, expected a list"),
+        (lambda model: model.encode(["a"], seed=-1), "seed is -1"),
+        (lambda model: model.generate(LATENTS, prior=2), "latents and prior exclude each other"),
+        (lambda model: model.generate(prior=-1), "prior is -1"),
+        (lambda model: model.generate(copies=0), "copies is 0"),
+        (lambda model: model.generate(temperature=0), "temperature is 0"),
+        (lambda model: model.generate(top_p=2), "top-p is 2"),
+        (lambda model: model.generate(prompt="a\nb"), "the prompt holds a line break"),
+        (lambda model: model.interpolate("a", "b", steps=1), "steps is 1"),
+        (lambda model: model.interpolate("a", "b", path="spline"), "path is 'spline', it must be one of slerp, lerp"),
+    ],
+)
+def test_an_argument_that_cannot_be_is_a_config_error(model: Model, call: Callable[[Model], Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        call(model)
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["a", float("nan")], "texts[1] is of type float, expected a string"),
+        ([None], "texts[0] is of type NoneType"),
+        (b"bytes", "texts[0] is of type int"),
+        (["a", "b\udcff"], "lone surrogate U+DCFF"),
+    ],
+)
+def test_what_is_no_text_is_a_data_error(model: Model, texts: Any, words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        model.encode(texts)
+    assert words in caught.value.message
+
+
+def test_what_cannot_be_loaded_is_told(folder: Path) -> None:
+    with pytest.raises(gptvae_cli.CheckpointError, match="no model in"):
+        load(folder / "nowhere")
+    with pytest.raises(gptvae_cli.DeviceError, match="cuda:77"):
+        load(folder, device="cuda:77")
+    with pytest.raises(ConfigError, match="dtype is 'int8'"):
+        load(folder, device="cpu", dtype="int8")  # type: ignore[arg-type]
+
+
+def test_a_text_that_is_cut_is_warned_of_at_the_line_that_gave_it(model: Model) -> None:
+    for call in (
+        lambda: model.encode(["x" * 60, "a"]),
+        lambda: model.posterior(["x" * 60]),
+        lambda: model.interpolate("a", "x" * 60, steps=2),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert [str(w.message)[:52] for w in caught] == ["1 text is longer than the model's 24 tokens; the beg"]
+        assert caught[0].filename == __file__
+
+
+# Randomness -----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_seed_every_call_is_another_draw(model: Model) -> None:
+    assert model.generate(prior=20) != model.generate(prior=20)
+    assert not np.array_equal(model.encode(["a"], sample=True), model.encode(["a"], sample=True))
+    assert model.generate(prior=20, seed=3)[:4] == model.generate(prior=4, seed=3)
+    assert_array_equal(model.encode(["a"]), model.encode(["a"]))
+
+
+# The package ----------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_loads_nothing_heavy_until_a_name_is_asked_for() -> None:
+    program = (
+        "import sys, gptvae_cli; dir(gptvae_cli)\n"
+        "heavy = {'torch', 'numpy', 'x_transformers', 'safetensors', 'tokenizers', 'typer', 'rich'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "gptvae_cli.GPTVAEError\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert not hasattr(gptvae_cli, 'save')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_name_of_the_package_is_there() -> None:
+    for name in gptvae_cli.__all__:
+        assert getattr(gptvae_cli, name) is not None
+        assert name in dir(gptvae_cli)
+    errors = [name for name in gptvae_cli.__all__ if name.endswith("Error")]
+    assert all(issubclass(getattr(gptvae_cli, name), GPTVAEError) for name in errors)
