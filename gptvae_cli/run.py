@@ -4,6 +4,8 @@ RUN/model.safetensors        the best model so far, alone all that other command
 RUN/state.safetensors        the last step: weights, optimizer, counters (and state.prev.safetensors)
 RUN/metrics.jsonl            one JSON object for every few seconds and every validation
 RUN/cache/                   the corpus as tokens
+RUN/config.json, tokenizer.json, README.md
+                             for other programs and for people, see `hub.py`
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader
+from gptvae_cli.hub import foreign_companions, remove_companions, write_companions
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Tokenizer
 from gptvae_cli.training import Learner, StepReport, counters_dict, train
@@ -106,6 +109,7 @@ def _remove_run(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    remove_companions(folder)
 
 
 @dataclass
@@ -122,6 +126,10 @@ class Job:
     """Of the held-out texts, and of the model that `model.safetensors` holds."""
 
     def __post_init__(self) -> None:
+        self.notes += [
+            f"{self.folder / name} is not gptvae's, or was edited, and stays as it is"
+            for name in foreign_companions(self.folder)
+        ]
         config = self.model_config
         window = self.data.unit == "window"
         self.rows = Rows(self.corpus.train, config, window=window, source=self.corpus.train_source)
@@ -180,8 +188,18 @@ class Job:
         self.figures = Figures(**values) if values else None
 
     def save_model(self) -> None:
-        """Writes the weights as they are now to `model.safetensors`."""
-        save_model(self.folder / MODEL_NAME, self.learner.model, self.header())
+        """Writes the weights as they are now to `model.safetensors`, and what lies beside it.
+
+        The model comes first: whatever happens behind it, it can be used alone.
+        """
+        header, model = self.header(), self.learner.model
+        save_model(self.folder / MODEL_NAME, model, header)
+        write_companions(
+            self.folder,
+            header,
+            parameters=sum(p.numel() for p in model.parameters()),
+            verdict=None if self.figures is None else verdict(self.figures, self.learner.config),
+        )
 
     def save_state(self) -> None:
         """Writes all that resuming needs to `state.safetensors`."""

@@ -226,3 +226,8 @@ def test_a_path_of_one_point_is_refused(kind: PathKind, points: int, steps: int,
     with pytest.raises(ConfigError, match=words) as caught:
         path(normal(points, 3), steps, kind)
     assert caught.value.exit_code == ExitCode.USAGE
+
+
+def test_a_path_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="path is 'spline', it must be one of slerp, lerp"):
+        path(torch.ones(2, 3), 3, "spline")  # type: ignore[arg-type]

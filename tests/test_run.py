@@ -207,7 +207,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(folder: Path) -> None:
 
 def test_a_run_leaves_a_model_a_state_a_log_and_a_cache(folder: Path, corpus: str) -> None:
     job = finish(begin(folder, [corpus]))
-    assert names(folder) == {"model.safetensors", "state.safetensors", "metrics.jsonl", "cache"}
+    companions = {"config.json", "tokenizer.json", "README.md"}
+    assert names(folder) == {"model.safetensors", "state.safetensors", "metrics.jsonl", "cache"} | companions
     assert names(folder / "cache") == CORPUS_FILES
     saved = load(folder / "model.safetensors", device=torch.device("cpu"))
     assert saved.header.model == job.model_config
