@@ -20,6 +20,7 @@ Unit = Literal["line", "paragraph", "file", "window"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 TABLES = ("run", "data", "model", "train")
 Objective = Literal["elbo", "stock"]
+Log = Literal["tensorboard"]
 DType = Literal["auto", "float32", "bfloat16"]
 PathKind = Literal["slerp", "lerp"]
 
@@ -159,6 +160,7 @@ class TrainConfig:
             linearly to 0 at half of the run.
         seed: of weights, data order and noise.
         strict: fail when the latent has collapsed.
+        log: what is written besides `metrics.jsonl`.
     """
 
     objective: Objective = "elbo"
@@ -181,9 +183,12 @@ class TrainConfig:
     word_dropout: float = 0.0
     seed: int = 0
     strict: bool = False
+    log: Log | None = None
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, get_args(Objective))
+        if self.log is not None:
+            _one_of("log", self.log, get_args(Log))
         _require(
             not (self.steps is None and self.epochs is None and self.max_time is None),
             "steps, epochs, max_time",

@@ -3,6 +3,7 @@
 RUN/model.safetensors        the best model so far, alone all that other commands need
 RUN/state.safetensors        the last step: weights, optimizer, counters (and state.prev.safetensors)
 RUN/metrics.jsonl            one JSON object for every few seconds and every validation
+RUN/tensorboard/             the log for TensorBoard, with `--log tensorboard`
 RUN/cache/                   the corpus as tokens
 RUN/config.json, tokenizer.json, README.md
                              for other programs and for people, see `hub.py`
@@ -13,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +33,7 @@ from gptvae_cli.data import Corpus, Rows, corpus_digest, padding_share, plan_bat
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
+from gptvae_cli.events import EVENTS_NAME, event_log, remove_events, require_log
 from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader
 from gptvae_cli.hub import foreign_companions, remove_companions, write_companions
 from gptvae_cli.model import GPTVAE
@@ -110,6 +113,7 @@ def _remove_run(folder: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     remove_companions(folder)
+    remove_events(folder)
 
 
 @dataclass
@@ -126,6 +130,8 @@ class Job:
     """Of the held-out texts, and of the model that `model.safetensors` holds."""
 
     def __post_init__(self) -> None:
+        if self.learner.config.log is not None:
+            self.notes.append(f"log: tensorboard --logdir {shlex.quote(str(self.folder / EVENTS_NAME))}")
         self.notes += [
             f"{self.folder / name} is not gptvae's, or was edited, and stays as it is"
             for name in foreign_companions(self.folder)
@@ -163,18 +169,19 @@ class Job:
             seconds=seconds,
         )
         report = None
-        for report in steps:
-            # A model of any kind is better than none; once there is a best one, only better ones take its place.
-            if report.figures is not None and (report.improved or self.learner.counters.best == float("inf")):
-                self.figures = report.figures
-                self.save_model()
-            if report.figures is not None or time.monotonic() - logged > METRICS_SECONDS:
-                self._log(report)
-                logged = time.monotonic()
-            if report.done or time.monotonic() - saved > STATE_SECONDS:
-                self.save_state()
-                saved = time.monotonic()
-            yield report
+        with event_log(self.folder, self.learner.config.log, step=self.learner.counters.step) as write_events:
+            for report in steps:
+                # A model of any kind is better than none; once there is a best one, only better ones take its place.
+                if report.figures is not None and (report.improved or self.learner.counters.best == float("inf")):
+                    self.figures = report.figures
+                    self.save_model()
+                if report.figures is not None or time.monotonic() - logged > METRICS_SECONDS:
+                    self._log(report, write_events)
+                    logged = time.monotonic()
+                if report.done or time.monotonic() - saved > STATE_SECONDS:
+                    self.save_state()
+                    saved = time.monotonic()
+                yield report
         if report is not None and not report.done:
             self.save_state()
         if not (self.folder / MODEL_NAME).exists():
@@ -241,13 +248,14 @@ class Job:
         written = reconstruct(self.learner.model, list(batch.encoder_BT), banned=self.banned)
         return [(decode(row.tolist()), decode(ids)) for row, ids in zip(batch.encoder_BT, written, strict=True)]
 
-    def _log(self, report: StepReport) -> None:
+    def _log(self, report: StepReport, write_events: Callable[[Mapping[str, Any]], None]) -> None:
         values = {key: value for key, value in asdict(report).items() if value is not None}
         if report.figures is not None:
             values["figures"]["nll_bound"] = report.figures.nll_bound
         line = json.dumps({"time": round(time.time(), 3), **values})
         with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
+        write_events(values)
 
 
 def start(
@@ -276,9 +284,11 @@ def start(
         on_progress: called with the characters read so far.
 
     Raises:
-        ConfigError: for sizes that cannot be; an earlier run is then still there.
+        GPTVAEError: for a log that cannot be written here; an earlier run is then still there.
+        ConfigError: for sizes that cannot be; likewise.
         DataError: for a corpus that cannot be used; likewise.
     """
+    require_log(config.log)
     name, reason = preset, "asked for"
     if preset == "auto":
         name, reason = sizing.choose_preset(config.max_time, accelerated=device.device.type != "cpu")
@@ -358,6 +368,7 @@ def resume(
     Raises:
         CheckpointError: for a state or cache that is missing, damaged or of another shape.
         DataError: for another corpus.
+        GPTVAEError: for a log that cannot be written here.
     """
     state = load_state(folder / STATE_NAME)
     try:
@@ -368,6 +379,7 @@ def resume(
         counters = state.metadata["counters"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"the state in {folder} says too little about itself: {error}") from error
+    require_log(config.log)
     corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
     if sources and corpus_digest(sources, data, stdin=stdin) != corpus.facts.digest:
         raise DataError(

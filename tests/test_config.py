@@ -85,6 +85,7 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
         "latents-from is 'a.txt', it must be used with a unit of line, paragraph or file",
     ),
     (TrainConfig, {"objective": "mse"}, "objective is 'mse', it must be one of elbo, stock"),
+    (TrainConfig, {"log": "wandb"}, "log is 'wandb', it must be one of tensorboard"),
     (TrainConfig, {"max_time": None}, "steps, epochs, max-time is None, it must be set, one of them at least"),
     (TrainConfig, {"steps": 0}, "steps is 0, it must be above 0"),
     (TrainConfig, {"epochs": 0.0}, "epochs is 0.0, it must be above 0"),

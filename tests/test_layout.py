@@ -22,7 +22,7 @@ ROWS: list[set[str]] = [
     {"objective"},
     {"checkpoint", "data", "device", "latent_file"},
     {"evaluation"},
-    {"training", "sampling", "hub", "run"},
+    {"training", "sampling", "events", "hub", "run"},
     {"api"},
     {"cli.console"},
     {"cli.display"},

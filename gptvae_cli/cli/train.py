@@ -164,6 +164,14 @@ def train(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 5 if the latent has collapsed.", rich_help_panel=_RUN)
     ] = False,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="tensorboard: also write RUN/tensorboard; needs pip install tensorboard.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A TOML file of these options; flags go over it.", rich_help_panel=_RUN)
     ] = None,

@@ -371,7 +371,7 @@ def test_flags_go_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> No
 
 
 def test_every_field_of_the_training_has_a_flag() -> None:
-    values: dict[str, Any] = to_dict(TrainConfig(steps=3, epochs=2.0, lr=0.25, strict=True))
+    values: dict[str, Any] = to_dict(TrainConfig(steps=3, epochs=2.0, lr=0.25, strict=True, log="tensorboard"))
     values |= {"objective": "stock", "max_time": 77.0}
     flags: list[object] = []
     for name, value in values.items():
