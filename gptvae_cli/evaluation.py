@@ -1,26 +1,32 @@
-"""What the latent carries: figures over a held-out set, in nats per text.
+"""What the latent carries: figures of texts, in nats per text.
 
-Shapes: B batch, N texts, T tokens, Z latent width.
+A text's noise is keyed by its own tokens. So what is measured of it is a function of the text, the model and the
+seed, whatever the order of the texts and the batches they are in.
+
+Shapes: B batch, N texts, T tokens, K samples, Z latent width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from gptvae_cli.config import SampleConfig
-from gptvae_cli.data import batches_of
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.latent import COLLAPSED_NATS, active_dimensions, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
-from gptvae_cli.text import Tokenizer
+
+Keys = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -59,29 +65,189 @@ class Figures:
         return self.mutual_information < COLLAPSED_NATS
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """How well greedy texts from the posterior mean give the texts back.
+@dataclass(frozen=True, eq=False)
+class TextFigures:
+    """What was measured of every text, in the order of the batches: nats per text, float64 [N], on the CPU.
 
     Args:
-        texts: how many.
-        token_accuracy: share of the texts' tokens, ends counted, that stand at the same place.
-        exact: share of the texts that came back whole.
+        cross_entropy_N, cross_entropy_shuffled_N, cross_entropy_without_N, kl_N: as in `Figures`.
+        posterior: of each text, float32 [N Z].
+        sample_NZ: the latent that was drawn from it.
     """
 
-    texts: int
-    token_accuracy: float
-    exact: float
+    cross_entropy_N: Tensor
+    cross_entropy_shuffled_N: Tensor
+    cross_entropy_without_N: Tensor
+    kl_N: Tensor
+    posterior: Posterior
+    sample_NZ: Tensor
 
 
-def compare(texts: Sequence[Sequence[int]], written: Sequence[Sequence[int]]) -> Reconstruction:
-    """Texts beside what was written from their latents, both as tokens without BOS and EOS."""
-    correct = tokens = exact = 0
-    for text, other in zip(texts, written, strict=True):
-        tokens += len(text) + 1
-        correct += sum(a == b for a, b in zip(text, other, strict=False)) + (len(text) == len(other))
-        exact += list(text) == list(other)
-    return Reconstruction(len(texts), correct / tokens, exact / len(texts))
+def measure(
+    model: GPTVAE, batches: Sequence[Batch], *, seed: int = 0, precision: torch.dtype = torch.float32
+) -> Figures:
+    """Figures over these batches; two calls agree.
+
+    Args:
+        model: is put into eval mode and left as it was.
+        batches: of whole texts, on any device.
+        seed: of the latents' noise.
+        precision: bfloat16 computes under autocast.
+    """
+    found = measure_texts(model, batches, seed=seed, precision=precision)
+    mean_NZ = found.posterior.mean_BZ
+    return Figures(
+        texts=len(mean_NZ),
+        tokens=sum(batch.target_tokens for batch in batches),
+        cross_entropy=float(found.cross_entropy_N.mean()),
+        cross_entropy_shuffled=float(found.cross_entropy_shuffled_N.mean()),
+        cross_entropy_without=float(found.cross_entropy_without_N.mean()),
+        kl=float(found.kl_N.mean()),
+        mutual_information=mutual_information(mean_NZ, found.posterior.log_var_BZ, found.sample_NZ),
+        active_001=active_dimensions(mean_NZ, 0.01),
+        active_02=active_dimensions(mean_NZ, 0.2),
+    )
+
+
+@torch.no_grad()
+def measure_texts(
+    model: GPTVAE, batches: Sequence[Batch], *, seed: int = 0, precision: torch.dtype = torch.float32
+) -> TextFigures:
+    """What `measure` takes the mean of, with the same arguments."""
+    with _evaluating(model, precision):
+        posteriors = [model.posterior(batch.encoder_BT.to(model.device)).in_float32() for batch in batches]
+        posterior = Posterior(torch.cat([p.mean_BZ for p in posteriors]), torch.cat([p.log_var_BZ for p in posteriors]))
+        keys_N = np.concatenate([keys_of(batch, model.pad_id) for batch in batches])
+        noise = [stream(seed, Purpose.VALIDATION, int(key)) for key in keys_N]
+        noise_NZ = torch.from_numpy(np.stack([n.standard_normal(model.dim_latent, dtype="float32") for n in noise]))
+        sample_NZ = posterior.sample(noise_NZ.to(model.device))
+        lengths_N = torch.cat([(batch.encoder_BT != model.pad_id).sum(-1) for batch in batches]).cpu().numpy()
+        others_NZ = sample_NZ[torch.from_numpy(_others(keys_N, lengths_N)).to(model.device)]
+        right, shuffled, without = [], [], []
+        start = 0
+        for batch in batches:
+            batch = batch.to(model.device)
+            here = slice(start, start + len(batch.tokens_BT))
+            start = here.stop
+            nobody_B = torch.zeros(len(batch.tokens_BT), dtype=torch.bool, device=model.device)
+            right.append(_nats_B(model, batch.tokens_BT, sample_NZ[here]))
+            shuffled.append(_nats_B(model, batch.tokens_BT, others_NZ[here]))
+            without.append(_nats_B(model, batch.tokens_BT, sample_NZ[here], nobody_B))
+    return TextFigures(
+        cross_entropy_N=torch.cat(right).cpu(),
+        cross_entropy_shuffled_N=torch.cat(shuffled).cpu(),
+        cross_entropy_without_N=torch.cat(without).cpu(),
+        kl_N=posterior.kl_BZ().double().sum(-1).cpu(),
+        posterior=Posterior(posterior.mean_BZ.cpu(), posterior.log_var_BZ.cpu()),
+        sample_NZ=sample_NZ.cpu(),
+    )
+
+
+@torch.no_grad()
+def measure_without_latent(
+    model: GPTVAE, batches: Sequence[Batch], *, precision: torch.dtype = torch.float32
+) -> Tensor:
+    """Nats of every text for a model that was trained without a latent, float64 [N]; this is its exact NLL.
+
+    Args:
+        model: is put into eval mode and left as it was.
+        batches: of whole texts, on any device.
+        precision: bfloat16 computes under autocast.
+    """
+    with _evaluating(model, precision):
+        return torch.cat([_nats_B(model, batch.to(model.device).tokens_BT, None).cpu() for batch in batches])
+
+
+@torch.no_grad()
+def importance_weighted(
+    model: GPTVAE,
+    batches: Sequence[Batch],
+    samples: int,
+    *,
+    seed: int = 0,
+    precision: torch.dtype = torch.float32,
+    most_rows: int = 1024,
+    on_progress: Callable[[int], None] = lambda texts: None,
+) -> Tensor:
+    """NLL of every text by importance sampling with the posterior as proposal, float64 [N], on the CPU.
+
+    It is minus the log of the mean weight of `samples` latents. Its expectation bounds the NLL from above and falls
+    towards it as the samples grow; one sample gives the ELBO.
+
+    Args:
+        model: is put into eval mode and left as it was.
+        batches: of whole texts, on any device.
+        samples: K, latents of each text.
+        seed: of the latents' noise.
+        precision: bfloat16 computes under autocast; weights are always summed in float64.
+        most_rows: texts times samples that the decoder reads at once.
+        on_progress: called with the texts measured so far.
+
+    Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8.
+    """
+    nll: list[Tensor] = []
+    with _evaluating(model, precision):
+        for batch in batches:
+            random = [stream(seed, Purpose.IMPORTANCE, int(key)) for key in keys_of(batch, model.pad_id)]
+            batch = batch.to(model.device)
+            posterior = model.posterior(batch.encoder_BT).in_float32()
+            rows = len(batch.tokens_BT)
+            together = max(1, most_rows // rows)
+            log_weights: list[Tensor] = []
+            for first in range(0, samples, together):
+                count = min(together, samples - first)
+                shape = (count, model.dim_latent)
+                noise = np.stack([text.standard_normal(shape, dtype="float32") for text in random], axis=1)
+                noise_KBZ = torch.from_numpy(noise).to(model.device)
+                latents_KBZ = posterior.sample(noise_KBZ)
+                nats_N = _nats_B(model, batch.tokens_BT.repeat(count, 1), latents_KBZ.flatten(0, 1))
+                # log p(z) - log q(z | text); the normalising constants cancel but for the variance's.
+                ratio_KB = 0.5 * (
+                    noise_KBZ.double().square() - latents_KBZ.double().square() + posterior.log_var_BZ.double()
+                ).sum(-1)
+                log_weights.append(ratio_KB - nats_N.view(count, rows))
+            nll.append(math.log(samples) - torch.cat(log_weights).logsumexp(dim=0).cpu())
+            on_progress(sum(map(len, nll)))
+    return torch.cat(nll)
+
+
+def keys_of(batch: Batch, pad_id: int) -> Keys:
+    """A number for every text that depends on nothing but what the encoder reads of it; equal texts have the same."""
+    rows = (row_T[row_T != pad_id] for row_T in batch.encoder_BT.cpu().numpy())
+    digests = b"".join(blake2b(row_T.tobytes(), digest_size=8).digest() for row_T in rows)
+    # Not above 2^63: NumPy makes a float of a list that holds both small and larger numbers, and Philox takes a list.
+    return (np.frombuffer(digests, dtype="<u8") >> 1).astype(np.int64)
+
+
+def _others(keys_N: Keys, lengths_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """For every text the place of another one, which is not equal and about as long: the next shorter one [N]."""
+    order = np.lexsort((keys_N, lengths_N))
+    new = np.append(True, keys_N[order[1:]] != keys_N[order[:-1]])
+    first_of_group = order[new]
+    others_N = np.empty_like(order)
+    others_N[order] = first_of_group[np.cumsum(new) - 2]  # of the group before; the first group has the last one's
+    return others_N
+
+
+def _nats_B(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None = None) -> Tensor:
+    """Cross-entropy of every row in float64."""
+    noise = Noise(torch.empty(0) if latents_BZ is None else latents_BZ, keep_B)
+    return cross_entropy_BT(model, tokens_BT, latents_BZ, noise).double().sum(-1)
+
+
+@contextmanager
+def _evaluating(model: GPTVAE, precision: torch.dtype) -> Iterator[None]:
+    """Eval mode, and autocast for bfloat16; the model is then left in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+            yield
+    finally:
+        model.train(was_training)
+
+
+# Reconstruction -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -95,244 +261,30 @@ def reconstruct(model: GPTVAE, rows: Sequence[Tensor], *, banned: Sequence[int] 
     """
     config = model.config
     assert config is not None
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model, torch.float32):
         tokens_BT = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=config.pad_id)
         mean_BZ = model.posterior(tokens_BT.to(model.device)).mean_BZ
-        requests = (Request(row, 0, (), latent_Z) for row, latent_Z in enumerate(mean_BZ))
+        return write_greedily(model, mean_BZ, banned=banned)
+
+
+@torch.no_grad()
+def write_greedily(
+    model: GPTVAE, latents_NZ: Tensor, *, banned: Sequence[int] = (), precision: torch.dtype = torch.float32
+) -> list[list[int]]:
+    """The greedy text of each latent: tokens without BOS and EOS.
+
+    Args:
+        model: is left in the mode it was in.
+        latents_NZ: on the model's device.
+        banned: tokens that are never written.
+        precision: bfloat16 computes under autocast.
+    """
+    requests = (Request(row, 0, (), latent_Z) for row, latent_Z in enumerate(latents_NZ))
+    with _evaluating(model, precision):
         return list(decode(model, requests, SampleConfig(greedy=True), banned=banned))
-    finally:
-        model.train(was_training)
 
 
-@dataclass(frozen=True)
-class Likelihood:
-    """Mean negative log-likelihood over texts, nats per text, and the standard error of that mean over the texts."""
-
-    texts: int
-    nll: float
-    standard_error: float
-
-
-@torch.no_grad()
-def importance_weighted(
-    model: GPTVAE,
-    batches: Sequence[Batch],
-    samples: int,
-    *,
-    seed: int = 0,
-    precision: torch.dtype = torch.float32,
-    most_rows: int = 1024,
-    on_progress: Callable[[int], None] = lambda texts: None,
-) -> Likelihood:
-    """NLL by importance sampling with the posterior as proposal, the log of the mean weight of `samples` latents.
-
-    Its expectation bounds the NLL from above and falls towards it as the samples grow; one sample gives the ELBO.
-
-    Args:
-        model: is put into eval mode and left as it was.
-        batches: of whole texts, on any device.
-        samples: K, latents of each text.
-        seed: of the latents' noise.
-        precision: bfloat16 computes under autocast; weights are always summed in float64.
-        most_rows: texts times samples that the decoder reads at once.
-        on_progress: called with the texts measured so far.
-
-    Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8.
-    """
-    was_training = model.training
-    model.eval()
-    random = stream(seed, Purpose.IMPORTANCE)
-    nll: list[Tensor] = []
-    try:
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-            for batch in batches:
-                batch = batch.to(model.device)
-                posterior = model.posterior(batch.encoder_BT).in_float32()
-                rows = len(batch.tokens_BT)
-                together = max(1, most_rows // rows)
-                log_weights: list[Tensor] = []
-                for first in range(0, samples, together):
-                    count = min(together, samples - first)
-                    shape = (count, rows, model.dim_latent)
-                    noise_KBZ = torch.from_numpy(random.standard_normal(shape, dtype="float32")).to(model.device)
-                    latents_KBZ = posterior.sample(noise_KBZ)
-                    tokens_NT = batch.tokens_BT.repeat(count, 1)
-                    nats_NT = cross_entropy_BT(model, tokens_NT, latents_KBZ.flatten(0, 1), Noise(noise_KBZ))
-                    # log p(z) - log q(z | text); the normalising constants cancel but for the variance's.
-                    ratio_KB = 0.5 * (
-                        noise_KBZ.double().square() - latents_KBZ.double().square() + posterior.log_var_BZ.double()
-                    ).sum(-1)
-                    log_weights.append(ratio_KB - nats_NT.double().sum(-1).view(count, rows))
-                nll.append(math.log(samples) - torch.cat(log_weights).logsumexp(dim=0))
-                on_progress(sum(map(len, nll)))
-    finally:
-        model.train(was_training)
-    nll_N = torch.cat(nll)
-    error = float(nll_N.std() / math.sqrt(len(nll_N))) if len(nll_N) > 1 else math.inf
-    return Likelihood(len(nll_N), float(nll_N.mean()), error)
-
-
-@torch.no_grad()
-def measure(
-    model: GPTVAE, batches: Sequence[Batch], *, seed: int = 0, precision: torch.dtype = torch.float32
-) -> Figures:
-    """Figures over these batches; the noise is a function of the seed alone, so that two calls agree.
-
-    Args:
-        model: is put into eval mode and left as it was.
-        batches: of whole texts, in order of length, on any device.
-        seed: of the latents' noise.
-        precision: bfloat16 computes under autocast.
-    """
-    was_training = model.training
-    model.eval()
-    texts = sum(len(batch.tokens_BT) for batch in batches)
-    noise_NZ = torch.from_numpy(
-        stream(seed, Purpose.VALIDATION).standard_normal((texts, model.dim_latent), dtype="float32")
-    ).to(model.device)
-    sums = dict.fromkeys(("right", "shuffled", "without"), 0.0)
-    try:
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-            posteriors = [model.posterior(batch.encoder_BT.to(model.device)).in_float32() for batch in batches]
-            everything = Posterior(
-                torch.cat([p.mean_BZ for p in posteriors]), torch.cat([p.log_var_BZ for p in posteriors])
-            )
-            latents_NZ = everything.sample(noise_NZ)
-            # Batches are in order of length, so the neighbour is another text of about the same length. It may be of
-            # another batch: one of a single row would else be given its own latent.
-            others_NZ = latents_NZ.roll(1, dims=0)
-            start = 0
-            for batch in batches:
-                batch = batch.to(model.device)
-                here = slice(start, start + len(batch.tokens_BT))
-                start = here.stop
-                nobody_B = torch.zeros(len(batch.tokens_BT), dtype=torch.bool, device=model.device)
-                for name, z_BZ, keep_B in (
-                    ("right", latents_NZ[here], None),
-                    ("shuffled", others_NZ[here], None),
-                    ("without", latents_NZ[here], nobody_B),
-                ):
-                    nats_BT = cross_entropy_BT(model, batch.tokens_BT, z_BZ, Noise(z_BZ, keep_B))
-                    sums[name] += float(nats_BT.double().sum())
-    finally:
-        model.train(was_training)
-    return Figures(
-        texts=texts,
-        tokens=sum(batch.target_tokens for batch in batches),
-        cross_entropy=sums["right"] / texts,
-        cross_entropy_shuffled=sums["shuffled"] / texts,
-        cross_entropy_without=sums["without"] / texts,
-        kl=float(everything.kl_BZ().double().sum(-1).mean()),
-        mutual_information=mutual_information(everything.mean_BZ, everything.log_var_BZ, latents_NZ),
-        active_001=active_dimensions(everything.mean_BZ, 0.01),
-        active_02=active_dimensions(everything.mean_BZ, 0.2),
-    )
-
-
-@dataclass(frozen=True)
-class Report:
-    """All figures of a model on one set of texts.
-
-    Args:
-        words: separated by whitespace; the end of a text counts as one.
-        bytes: of UTF-8; the end of a text counts as one.
-        samples: of each text's importance-weighted likelihood.
-        seed: of the latents that were drawn.
-    """
-
-    figures: Figures
-    likelihood: Likelihood
-    reconstruction: Reconstruction
-    words: int
-    bytes: int
-    samples: int
-    seed: int
-
-    @property
-    def information_share(self) -> float:
-        """Mutual information over the most that could be seen, min(KL, ln texts)."""
-        return self.figures.mutual_information / max(1e-9, min(self.figures.kl, math.log(self.figures.texts)))
-
-    @property
-    def perplexity_per_token(self) -> float:
-        return self._perplexity(self.figures.tokens)
-
-    @property
-    def perplexity_per_word(self) -> float:
-        return self._perplexity(self.words)
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.likelihood.nll * self.figures.texts / self.bytes / math.log(2)
-
-    def _perplexity(self, count: int) -> float:
-        return math.exp(min(700.0, self.likelihood.nll * self.figures.texts / count))
-
-    def efficiency(self, baseline_nll: float) -> float:
-        """Nats that the latent saves the decoder, against a model without one, for each nat of KL."""
-        return (baseline_nll - self.figures.cross_entropy) / max(1e-9, self.figures.kl)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        derived = ("information_share", "perplexity_per_token", "perplexity_per_word", "bits_per_byte")
-        return {
-            **asdict(self.figures),
-            "nll_bound": self.figures.nll_bound,
-            "collapsed": self.figures.collapsed,
-            "iw_nll": self.likelihood.nll,
-            "iw_standard_error": self.likelihood.standard_error,
-            "iw_samples": self.samples,
-            **{name: getattr(self, name) for name in derived},
-            "words": self.words,
-            "bytes": self.bytes,
-            "reconstruction": asdict(self.reconstruction),
-            "seed": self.seed,
-        }
-
-
-def evaluate(
-    model: GPTVAE,
-    tokenizer: Tokenizer,
-    rows: Sequence[Sequence[int]],
-    sources: Sequence[Sequence[int]] | None = None,
-    *,
-    samples: int,
-    seed: int = 0,
-    precision: torch.dtype = torch.float32,
-    banned: Sequence[int] = (),
-    on_progress: Callable[[int], None] = lambda texts: None,
-) -> Report:
-    """Every figure over these texts.
-
-    Args:
-        model: with a config.
-        tokenizer: of the model.
-        rows: texts as tokens with their specials, what the decoder writes; at least one.
-        sources: what the encoder reads, if not the same.
-        samples: K of the importance-weighted likelihood.
-        seed: of the latents that are drawn.
-        precision: bfloat16 computes under autocast.
-        banned: tokens that a reconstruction never holds.
-        on_progress: called with the texts measured so far, in the longest part.
-    """
-    config = model.config
-    assert config is not None
-    batches = batches_of(rows, sources, config.pad_id, 8192)
-    figures = measure(model, batches, seed=seed, precision=precision)
-    likelihood = importance_weighted(model, batches, samples, seed=seed, precision=precision, on_progress=on_progress)
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
-        written = reconstruct(model, [torch.tensor(row) for row in sources or rows], banned=banned)
-    plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in rows]
-    texts = [tokenizer.decode(ids) for ids in plain]
-    ends = sum(row[-1] == config.eos_id for row in rows)
-    return Report(
-        figures=figures,
-        likelihood=likelihood,
-        reconstruction=compare(plain, written),
-        words=sum(len(text.split()) for text in texts) + ends,
-        bytes=sum(len(text.encode("utf-8")) for text in texts) + ends,
-        samples=samples,
-        seed=seed,
-    )
+def correct_tokens(text: Sequence[int], written: Sequence[int]) -> int:
+    """How many of a text's tokens, its end counted, stand at the same place in what was written; both without BOS and
+    EOS."""
+    return sum(a == b for a, b in zip(text, written, strict=False)) + (len(text) == len(written))

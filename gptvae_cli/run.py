@@ -105,7 +105,8 @@ def _foreign(cache: Path) -> Path | None:
     return next((p for p in sorted(cache.iterdir()) if p.name != "corpus.json" and p.suffix not in ours), None)
 
 
-def _remove_run(folder: Path) -> None:
+def remove_run(folder: Path) -> None:
+    """Removes what a run left in its folder, and nothing else."""
     for name in _OURS:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -303,7 +304,7 @@ def start(
         shutil.rmtree(new_cache, ignore_errors=True)
         raise
     # Only now, with a corpus and a model in hand, does an earlier run have to go.
-    _remove_run(folder)
+    remove_run(folder)
     new_cache.rename(folder / CACHE_NAME)
     facts, tokenizer = corpus.facts, corpus.tokenizer
     notes = [

@@ -15,7 +15,7 @@ import gptvae_cli
 PACKAGE = Path(gptvae_cli.__file__).parent
 
 ROWS: list[set[str]] = [
-    {"config", "schedule", "sizing", "text", "header", "errors", "noise"},
+    {"config", "schedule", "sizing", "text", "header", "errors", "noise", "bleu", "bootstrap", "probe"},
     {"latent", "fused"},
     {"decoding"},
     {"model"},
@@ -24,6 +24,7 @@ ROWS: list[set[str]] = [
     {"evaluation"},
     {"training", "sampling", "events", "hub", "run"},
     {"api"},
+    {"report", "baseline"},
     {"cli.console"},
     {"cli.display"},
     {"cli commands"},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from itertools import islice
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, tee, zip_longest
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,17 +17,20 @@ from gptvae_cli.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gptvae_cli.evaluation import Report
+    from gptvae_cli.config import Unit
+    from gptvae_cli.header import ModelHeader
+    from gptvae_cli.report import Gathered, Piece, Report
+    from gptvae_cli.sampling import Opened
 
 EXAMPLES = """Examples:
 
   gptvae evaluate test.txt
 
-  gptvae evaluate test.txt --texts 500 --samples 500 --json | jq .iw_nll
+  gptvae evaluate test.txt --with-baseline
 
-  gptvae train corpus.txt --latents-dropout-prob 1 --out baseline
+  gptvae evaluate test.txt --labels test.labels.txt
 
-  gptvae evaluate test.txt --baseline baseline
+  gptvae evaluate test.txt --texts 0 --samples 500 --json | jq .nll_nats_per_text
 """
 
 
@@ -34,11 +38,23 @@ def evaluate(
     corpus: Annotated[
         list[str] | None, typer.Argument(help="Files or folders of text; - or nothing reads standard input.")
     ] = None,
-    texts: Annotated[int, typer.Option(min=2, metavar="N", help="The first N texts.")] = 1000,
+    texts: Annotated[int, typer.Option(min=0, metavar="N", help="The first N texts; 0 takes all.")] = 1000,
     samples: Annotated[int, typer.Option(min=1, metavar="K", help="Latents of a text for its likelihood.")] = 100,
+    with_baseline: Annotated[
+        bool,
+        typer.Option(
+            "--with-baseline",
+            help="Compare with the same decoder without a latent: trains it into RUN/baseline, for as long as the"
+            " model was trained, unless it is there.",
+        ),
+    ] = False,
     baseline: Annotated[
         str | None,
         typer.Option(metavar="PATH", help="A model to compare with, such as one trained without a latent."),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="One label a line, for each text: how well z tells them apart."),
     ] = None,
     latents_from: Annotated[
         str | None,
@@ -57,7 +73,7 @@ def evaluate(
 ) -> None:
     """Measure a model on texts that it has not seen: likelihood, use of the latent, reconstruction.
 
-    Likelihoods are in nats per text, its end counted. PPL and bits per byte are of the importance-weighted one.
+    Likelihoods are importance-weighted, in nats per text, its end counted. Intervals are 95 % over the texts.
     """
     from gptvae_cli.header import locate_model, read_header
     from gptvae_cli.text import read_texts
@@ -68,102 +84,234 @@ def evaluate(
     header = read_header(path)
     unit = unit or header.data.unit
     field = field or header.data.field
+    _check(header, unit, texts, labels=labels, latents_from=latents_from)
+    if with_baseline and baseline is not None:
+        raise ConfigError("--baseline and --with-baseline exclude each other", hint="leave one of them out")
+    lines: Iterable[str] = read_texts(corpus or [], unit=unit, field=field)
+    sources = names = None
+    if labels is not None or latents_from is not None:
+        if not corpus or "-" in corpus:
+            lines = list(lines)  # standard input can be read once, and is counted first
+        again = lines if isinstance(lines, list) else read_texts(corpus or [], unit=unit, field=field)
+        count = sum(1 for _ in again)
+        if latents_from is not None:
+            sources = _aligned(latents_from, unit, field, "texts", count)
+        if labels is not None:
+            from gptvae_cli.probe import require_scikit_learn
+
+            require_scikit_learn()
+            names = list(_aligned(labels, "line", field, "labels", count))
+    compared = None if baseline is None else locate_model(baseline)
+    with console.waiting("loading the model", quiet=quiet):
+        from gptvae_cli import report, sampling
+    if with_baseline:
+        compared = _train_baseline(path, header, device=device, dtype=dtype, threads=threads, quiet=quiet)
+
+    opened = [
+        sampling.open_model(name, device=device, dtype=dtype, threads=threads)
+        for name in (path, compared)
+        if name is not None
+    ]
+    console.note(opened[0].note, quiet=quiet)
+    with console.progress("measuring", "texts", quiet=quiet, total=texts or None) as advance:
+        gathered, remark = _measure(
+            opened, lines, sources, unit=unit, most=texts or None, samples=samples, seed=seed, advance=advance
+        )
+    if gathered[0].texts < 2:
+        raise DataError(f"found {gathered[0].texts} text, a model is evaluated on two at least")
+    console.note(remark, quiet=quiet)
+    other = gathered[1] if compared is not None else None
+    found = report.report(gathered[0], other, names, samples=samples, seed=seed)
+    about = {
+        "model": str(path),
+        "corpus": corpus or ["-"],
+        "unit": unit,
+        "latents_from": latents_from,
+        "labels": labels,
+        "baseline": None if compared is None else str(compared),
+    }
+    if as_json:
+        console.write_text(json.dumps(about | found.to_dict(), indent=2, allow_nan=False) + "\n")
+    else:
+        console.write_text("".join(f"{line}\n" for line in _table(about, found)))
+
+
+def _measure(
+    opened: Sequence[Opened],
+    lines: Iterable[str],
+    sources: Iterable[str] | None,
+    *,
+    unit: Unit,
+    most: int | None,
+    samples: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> tuple[list[Gathered], str | None]:
+    """What every model makes of the texts, which are read once, and what people should know about them."""
+    from gptvae_cli.report import Gathered, has_latent, measured
+    from gptvae_cli.sampling import Encoder
+
+    encoders = [Encoder(each.checkpoint, unit, each.dtype) for each in opened]
+    gathered = [Gathered() for _ in opened]
+    streams: list[Iterator[Piece]] = []
+    copies = zip(tee(islice(lines, most), len(opened)), tee(sources or (), len(opened)), strict=True)
+    for encoder, (text, source) in zip(encoders, copies, strict=True):
+        read = None
+        if sources is not None and has_latent(encoder.checkpoint.header):
+            read = islice(encoder.rows(source), most)
+        streams.append(
+            measured(
+                encoder.checkpoint,
+                islice(encoder.rows(text), most),
+                read,
+                samples=samples,
+                seed=seed,
+                precision=encoder.dtype,
+                banned=encoder.checkpoint.tokenizer.line_break_ids() if unit == "line" else (),
+                on_progress=advance if encoder is encoders[0] else lambda texts: None,
+            )
+        )
+    # Side by side, so that no model's share of the texts has to wait in memory for another's.
+    for pieces in zip_longest(*streams):
+        for each, piece in zip(gathered, pieces, strict=True):
+            if piece is not None:
+                each.add(piece)
+    return gathered, encoders[0].note
+
+
+def _check(header: ModelHeader, unit: Unit, texts: int, *, labels: str | None, latents_from: str | None) -> None:
+    """Raises a `ConfigError` for options that do not go together."""
+    if texts == 1:
+        raise ConfigError("texts is 1, it must be 2 at least, or 0 for all of them")
     if header.data.latents_from is not None and latents_from is None:
         raise ConfigError(
             "this model's latents come from other texts than it writes", hint="give those of the corpus: --latents-from"
         )
-    lines = list(islice(read_texts(corpus or [], unit=unit, field=field), texts))
-    sources = None
-    if latents_from is not None:
-        sources = list(islice(read_texts([latents_from], unit=unit, field=field), texts))
-        if len(sources) != len(lines):
-            raise DataError(f"{latents_from} holds {len(sources)} texts, the corpus {len(lines)}; they must be aligned")
-    compared = None if baseline is None else locate_model(baseline)
-    with console.waiting("loading the model", quiet=quiet):
-        from gptvae_cli import sampling
-        from gptvae_cli.evaluation import evaluate as evaluate_rows
+    if "-" in (labels, latents_from):
+        raise ConfigError("--labels and --latents-from need a file, standard input is for the corpus")
+    if labels is not None and unit == "window":
+        raise ConfigError("--labels are of texts, and --unit window cuts texts into windows")
 
-    def measured(path: Path, sources: list[str] | None) -> Report:
-        checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
-        console.note(remark, quiet=quiet)
-        encoder = sampling.Encoder(checkpoint, unit, precision)
-        rows = list(islice(encoder.rows(lines), texts))
-        read = None if sources is None else list(islice(encoder.rows(sources), texts))
-        if len(rows) < 2:
-            raise DataError(f"found {len(rows)} text, a model is evaluated on two at least")
-        console.note(encoder.note, quiet=quiet)
-        with console.progress("measuring", "texts", quiet=quiet, total=len(rows)) as advance:
-            return evaluate_rows(
-                checkpoint.model,
-                checkpoint.tokenizer,
-                rows,
-                read,
-                samples=samples,
-                seed=seed,
-                precision=precision,
-                banned=checkpoint.tokenizer.line_break_ids() if unit == "line" else (),
-                on_progress=advance,
-            )
 
-    report = measured(path, sources)
-    values = report.to_dict()
-    if compared is not None:
-        other = measured(compared, sources)
-        # A model that never learnt what to do with a latent is measured without one.
-        without = read_header(compared).training.get("train", {}).get("latents_dropout_prob") == 1
-        nll = other.figures.cross_entropy_without if without else other.likelihood.nll
-        values |= {"baseline_nll": nll, "efficiency": report.efficiency(nll)}
-    if as_json:
-        console.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+def _aligned(name: str, unit: Unit, field: str, things: str, count: int) -> Iterator[str]:
+    """What a file holds for every text of the corpus.
+
+    Raises:
+        DataError: where it holds more or fewer.
+    """
+    from gptvae_cli.text import read_texts
+
+    found = sum(1 for _ in read_texts([name], unit=unit, field=field))
+    if found != count:
+        raise DataError(
+            f"{name} holds {found:,} {things}, the corpus {count:,} texts; they must be aligned",
+            hint="one for every text of the corpus, in the same order; an empty line counts",
+        )
+    return read_texts([name], unit=unit, field=field)
+
+
+def _train_baseline(
+    path: Path, header: ModelHeader, *, device: str, dtype: Any, threads: int | None, quiet: bool
+) -> Path:
+    """The baseline of a model, trained unless it was before."""
+    from gptvae_cli.baseline import Baseline
+    from gptvae_cli.cli.train import watch
+    from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+
+    began = time.monotonic()
+    found = Baseline(path, header)
+    if found.finished():
+        console.note(f"the baseline is {found.folder}, trained before", quiet=quiet)
+        return found.path
+    where = resolve_device(device)
+    precision = resolve_dtype(dtype, where.device, training=True)
+    tune_cpu(threads)
+    if header.training.get("device") not in (None, where.device.type):
+        console.note(
+            f"the model was trained on {header.training['device']}, its baseline on {where.device.type}: in the same"
+            " time they do not learn as much",
+            quiet=quiet,
+        )
+    console.note(f"training a baseline without a latent, in {found.folder}", quiet=quiet)
+    with found.training(where, precision) as job:
+        watch(job, quiet=quiet, began=began)
+    return found.path
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+_NATS = "nats/text"
+
+
+def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
+    """The report for people, in 80 columns where names are short."""
+    values, intervals = report.values, report.intervals
+
+    def line(name: str, key: str, form: str = "{:.2f}", unit: str = "") -> str:
+        """A figure, its interval and its unit."""
+        value, ends = form.format(values[key]), ""
+        if key in intervals:
+            ends = "[" + ", ".join(form.format(end) for end in intervals[key]) + "]"
+        return f"  {name:<28}{value:>8}  {ends:<18}  {unit}".rstrip()
+
+    unit = about["unit"]
+    yield f"{values['texts']:,} texts ({unit}) of {', '.join(about['corpus'])}"
+    yield f"  {values['tokens']:,} tokens, {values['words']:,} words, {values['bytes']:,} bytes, ends counted"
+    yield f"{about['model']}, seed {values['seed']}"
+    yield "[in brackets: 95 % of 1,000 resamples of the texts]"
+    yield ""
+    if values["nll_samples"] is None:
+        yield "likelihood; the model has no latent, it was trained without one"
+        yield line("NLL", "nll_nats_per_text", unit=_NATS)
     else:
-        console.write_text("".join(f"{name:<26}  {value}\n" for name, value in _lines(values)))
-
-
-def _lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names and values for people."""
-    nats = "{:.2f} nats/text".format
-    yield (
-        "texts",
-        f"{values['texts']:,} of {values['tokens']:,} tokens, {values['words']:,} words, {values['bytes']:,} bytes",
+        yield f"likelihood, importance-weighted with {values['nll_samples']:,} samples a text"
+        yield line("NLL", "nll_nats_per_text", unit=_NATS)
+    yield line("perplexity per token", "perplexity_per_token")
+    yield line("perplexity per word", "perplexity_per_word", "{:.1f}")
+    yield line("bits per byte", "bits_per_byte", "{:.3f}")
+    if about["baseline"] is not None:
+        yield f"beside {about['baseline']}"
+        yield line("its NLL", "baseline_nll_nats_per_text", unit=_NATS)
+        yield line("NLL above it", "nll_above_baseline_nats_per_text", unit=_NATS)
+        if "efficiency_nats_per_nat" in values:
+            yield line("efficiency", "efficiency_nats_per_nat", unit="nats saved a nat of KL")
+    if values["nll_samples"] is None:
+        return
+    yield "bound of the NLL by one sample"
+    yield line("cross-entropy + KL", "nll_bound_nats_per_text", unit=_NATS)
+    yield line("KL", "kl_nats_per_text", unit=_NATS)
+    yield "cross-entropy"
+    yield line("with the right z", "cross_entropy_nats_per_text", unit=_NATS)
+    yield line("with another text's z", "cross_entropy_shuffled_nats_per_text", unit=_NATS)
+    yield line("with no z", "cross_entropy_without_nats_per_text", unit=_NATS)
+    seen = values["mutual_information_texts"]
+    yield f"latent of {values['dim_latent']} dimensions"
+    yield line(
+        "information", "mutual_information_nats", unit=f"nats, of at most {math.log(seen):.2f} on {seen:,} texts"
     )
-    yield (
-        "NLL, importance-weighted",
-        (
-            f"{nats(values['iw_nll'])}"
-            f" (standard error {values['iw_standard_error']:.2f}, {values['iw_samples']} samples)"
-        ),
-    )
-    yield (
-        "  the same as",
-        (
-            f"perplexity {values['perplexity_per_token']:.2f} per token, {values['perplexity_per_word']:.1f} per word;"
-            f" {values['bits_per_byte']:.3f} bits per byte"
-        ),
-    )
-    yield (
-        "NLL, bound",
-        (f"{nats(values['nll_bound'])} = cross-entropy {values['cross_entropy']:.2f} + KL {values['kl']:.2f}"),
-    )
-    if "baseline_nll" in values:
-        yield "NLL of the baseline", nats(values["baseline_nll"])
-        yield "efficiency", f"{values['efficiency']:.2f} nats saved for a nat of KL"
-    yield (
-        "information",
-        (
-            f"{nats(values['mutual_information'])}, {values['information_share']:.0%} of what could be seen"
-            f" (the KL, and at most {math.log(values['texts']):.2f} on {values['texts']:,} texts)"
-        ),
-    )
-    yield "active dimensions", f"{values['active_001']}, {values['active_02']} strongly"
-    yield (
-        "use of z",
-        (
-            f"cross-entropy {values['cross_entropy']:.2f} with the right z,"
-            f" {values['cross_entropy_shuffled']:.2f} with another text's,"
-            f" {values['cross_entropy_without']:.2f} with none"
-        ),
-    )
-    back = values["reconstruction"]
-    yield "reconstruction", f"{back['token_accuracy']:.1%} of the tokens, {back['exact']:.1%} of the texts whole"
+    yield line("its share of min(KL, that)", "information_share", "{:.0%}")
+    yield line("dimensions active", "active_001", "{:d}", f"{values['active_02']} strongly")
+    yield "greedy reconstruction from the mean"
+    yield line("tokens in place", "token_accuracy", "{:.1%}")
+    yield line("texts whole", "exact_match", "{:.1%}")
+    if values["bleu"] is not None:
+        yield line("BLEU", "bleu", "{:.1f}")
+        yield f"    {values['bleu_signature']}"
+    if "probe" in values:
+        yield from _probe_lines(about["labels"], values["probe"], intervals)
     if values["collapsed"]:
-        yield "verdict", "collapsed: the latent carries less than 1 nat"
+        yield "collapsed: the latent carries less than 1 nat"
+
+
+def _probe_lines(labels: str, probe: dict[str, Any], intervals: dict[str, tuple[float, float]]) -> Sequence[str]:
+    def line(name: str, key: str) -> str:
+        ends = intervals.get(f"probe.{key}")
+        shown = "" if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]"
+        return f"  {name:<28}{probe[key]:>8.1%}  {shown}".rstrip()
+
+    return [
+        f"labels of {labels}: {probe['labels']}, on {probe['held_out_texts']:,} of {probe['texts']:,} texts held out",
+        line("from z", "z_accuracy"),
+        line("from TF-IDF + SVD", "words_accuracy"),
+        line("the commonest label", "commonest_label_accuracy"),
+    ]

@@ -294,8 +294,14 @@ class _Plan:
         )
 
 
-def watch(job: Job, *, quiet: bool) -> None:
-    """Runs a job under the display; an interrupt ends it at a step's end, with its state saved."""
+def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
+    """Runs a job under the display; an interrupt ends it at a step's end, with its state saved.
+
+    Args:
+        job: the run.
+        quiet: shows nothing.
+        began: when the time of the run began to count, of `time.monotonic`.
+    """
     from gptvae_cli.cli.display import TrainingDisplay
 
     example = 0
@@ -305,7 +311,7 @@ def watch(job: Job, *, quiet: bool) -> None:
         _graceful() as caught,
         TrainingDisplay(console.stderr, title, width, quiet=quiet) as display,
     ):
-        for report in job.run(should_stop=lambda: bool(caught), seconds=lambda: time.monotonic() - _PROCESS_BEGAN):
+        for report in job.run(should_stop=lambda: bool(caught), seconds=lambda: time.monotonic() - began):
             display.update(report)
             if width is not None and report.figures is not None and not quiet and not report.done:
                 display.show_example(*job.reconstructions(1, start=example)[0])

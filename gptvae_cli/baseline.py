@@ -1,0 +1,117 @@
+"""A baseline for a model: the same decoder, trained without a latent on the same corpus for the same time.
+
+It is a run of its own in RUN/baseline, which reads the corpus from RUN/cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gptvae_cli import run
+from gptvae_cli.checkpoint import load_state
+from gptvae_cli.config import TrainConfig, from_dict
+from gptvae_cli.data import Corpus
+from gptvae_cli.device import Device, Precision
+from gptvae_cli.errors import CheckpointError, GPTVAEError
+from gptvae_cli.header import MODEL_NAME, STATE_NAME, ModelHeader, read_header
+from gptvae_cli.model import GPTVAE
+from gptvae_cli.text import Tokenizer
+from gptvae_cli.training import Learner
+
+FOLDER_NAME = "baseline"
+_BY_HAND = "train one, gptvae train CORPUS --latents-dropout-prob 1 --out baseline, and name it: --baseline baseline"
+
+
+class Baseline:
+    """The baseline of a model, trained or not yet.
+
+    Args:
+        model: the model's file, in its run folder.
+        header: of the model.
+
+    Raises:
+        CheckpointError: where there is no run folder with the model's corpus around it.
+    """
+
+    def __init__(self, model: Path, header: ModelHeader) -> None:
+        self.cache = model.parent / run.CACHE_NAME
+        if model.name != MODEL_NAME or not self.cache.is_dir():
+            raise CheckpointError(
+                f"a baseline learns from the corpus of the model, and {self.cache} is not there", hint=_BY_HAND
+            )
+        self.header = header
+        self.tokenizer = Tokenizer.from_json(header.tokenizer)
+        self.corpus = Corpus.open(self.cache, self.tokenizer)
+        if self.corpus.facts.digest != _digest(header):
+            raise CheckpointError(f"{self.cache} is not the corpus that {model} was trained on", hint=_BY_HAND)
+        self.folder = model.parent / FOLDER_NAME
+        self.config = _config(model.parent, header)
+
+    @property
+    def path(self) -> Path:
+        """Its model file."""
+        return self.folder / MODEL_NAME
+
+    def fits(self) -> bool:
+        """Whether what is in the folder is this baseline, be it finished or not."""
+        try:
+            found = read_header(self.path)
+            config = from_dict(TrainConfig, found.training.get("train", {}))
+        except GPTVAEError:
+            return False
+        same = (found.model, found.data, found.tokenizer) == (
+            self.header.model,
+            self.header.data,
+            self.header.tokenizer,
+        )
+        return same and config == self.config and _digest(found) == _digest(self.header)
+
+    def finished(self) -> bool:
+        """Whether it fits and was trained to its end, which its log then says."""
+        log = self.folder / run.METRICS_NAME
+        if not (self.fits() and log.exists()):
+            return False
+        return any(json.loads(line).get("done") for line in log.read_text("utf-8").splitlines())
+
+    @contextmanager
+    def training(self, device: Device, precision: Precision) -> Iterator[run.Job]:
+        """The run that trains it, or the rest of one that was interrupted, with its folder claimed.
+
+        Args:
+            device, precision: where and in what to compute.
+
+        Raises:
+            BusyError, ConfigError, GPTVAEError: as `run.claimed`.
+        """
+        goes_on = self.fits() and (self.folder / STATE_NAME).exists()
+        with run.claimed(self.folder, resume=goes_on, force=True):
+            if goes_on:
+                yield run.resume(self.folder, {}, sources=[], device=device, precision=precision)
+                return
+            run.remove_run(self.folder)
+            # A link, so that `gptvae train --resume --out RUN/baseline` finds the corpus too.
+            (self.folder / run.CACHE_NAME).symlink_to(Path("..") / run.CACHE_NAME)
+            torch.manual_seed(self.config.seed)
+            model = GPTVAE.from_config(self.header.model).to(device.device)
+            learner = Learner(model, self.config)
+            yield run.Job(self.folder, self.corpus, self.header.data, learner, precision, [])
+
+
+def _digest(header: ModelHeader) -> object:
+    return header.training.get("corpus", {}).get("digest")
+
+
+def _config(folder: Path, header: ModelHeader) -> TrainConfig:
+    """That of the model, without a latent, and with the time that the model took where that is known: the state says
+    when training ended, the model file only when its weights were the best."""
+    config = from_dict(TrainConfig, header.training.get("train", {}))
+    seconds = config.max_time or header.training.get("seconds")
+    if (folder / STATE_NAME).exists():
+        seconds = load_state(folder / STATE_NAME).metadata["counters"]["seconds"]
+    return replace(config, latents_dropout_prob=1.0, strict=False, max_time=seconds)

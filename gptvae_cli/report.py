@@ -1,0 +1,357 @@
+"""Everything `evaluate` says of a model, over any number of texts.
+
+Texts come in pieces. Of each text a few numbers are kept, and its posterior's mean; of a random sample of them the
+whole posterior and the text itself. Memory does not grow beyond that.
+
+Shapes: N texts, M texts of the sample, Z latent width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gptvae_cli import bleu, bootstrap
+from gptvae_cli.checkpoint import Checkpoint
+from gptvae_cli.data import batches_of, plan_batches
+from gptvae_cli.errors import ConfigError
+from gptvae_cli.evaluation import (
+    Keys,
+    correct_tokens,
+    importance_weighted,
+    keys_of,
+    measure_texts,
+    measure_without_latent,
+    write_greedily,
+)
+from gptvae_cli.header import ModelHeader
+from gptvae_cli.latent import COLLAPSED_NATS, active_dimensions, mutual_information
+from gptvae_cli.probe import PROTOCOL, probe
+
+Floats = npt.NDArray[np.float64]
+Columns = dict[str, Floats]
+Row = Sequence[int]
+
+SAMPLE_TEXTS = 10_000
+"""Texts, at random, over which mutual information is estimated (the estimate takes their number squared) and probes
+are trained, where there are more."""
+_PIECE_TEXTS, _PIECE_TOKENS = 4096, 2**21
+_BATCH_TOKENS = 8192
+_NGRAMS = [f"bleu_{i}" for i in range(bleu.COUNTS)]
+
+
+def has_latent(header: ModelHeader) -> bool:
+    """Whether the model was trained with its latent: a baseline was not, and its encoder is random."""
+    return bool(header.training.get("train", {}).get("latents_dropout_prob") != 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Posteriors:
+    """Of some texts, in any order: float32 [M Z], with the key and the place in the corpus of each [M]."""
+
+    keys_M: Keys
+    places_M: npt.NDArray[np.int64]
+    mean_MZ: npt.NDArray[np.float32]
+    log_var_MZ: npt.NDArray[np.float32]
+    sample_MZ: npt.NDArray[np.float32]
+    texts: list[str]
+
+    def and_these(self, other: _Posteriors) -> _Posteriors:
+        """Those of both."""
+        return _Posteriors(*(_joined(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    def least(self, most: int) -> _Posteriors:
+        """Those with the smallest keys. Keys are hashes, so this is a random sample of the texts, the same one and in
+        the same order in whatever order they come."""
+        chosen = np.argsort(self.keys_M, kind="stable")[:most]
+        return _Posteriors(*(_chosen(getattr(self, f.name), chosen) for f in fields(self)))
+
+
+def _joined(one: Any, other: Any) -> Any:
+    return one + other if isinstance(one, list) else np.concatenate([one, other])
+
+
+def _chosen(values: Any, chosen: npt.NDArray[np.int64]) -> Any:
+    return [values[i] for i in chosen] if isinstance(values, list) else values[chosen]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What was measured of some consecutive texts: columns [N], and for a model with a latent their posteriors."""
+
+    columns: Columns
+    keys_N: Keys
+    posteriors: _Posteriors | None
+
+
+def measured(
+    checkpoint: Checkpoint,
+    rows: Iterable[Row],
+    sources: Iterable[Row] | None = None,
+    *,
+    samples: int,
+    seed: int = 0,
+    precision: torch.dtype = torch.float32,
+    banned: Sequence[int] = (),
+    on_progress: Callable[[int], None] = lambda texts: None,
+) -> Iterator[Piece]:
+    """Measures texts, a piece at a time, in their order.
+
+    Args:
+        checkpoint: the model; one that was trained without a latent is measured without.
+        rows: texts as tokens with their specials, what the decoder writes.
+        sources: what the encoder reads, if not the same.
+        samples: K of the importance-weighted likelihood.
+        seed: of the latents that are drawn.
+        precision: bfloat16 computes under autocast.
+        banned: tokens that a reconstruction never holds.
+        on_progress: called with the texts measured so far.
+    """
+    model, config = checkpoint.model, checkpoint.header.model
+    done = 0
+    for piece in _pieces(zip(rows, repeat(None) if sources is None else sources, strict=False)):
+        targets = [row for row, _ in piece]
+        read = None if sources is None else [source for _, source in piece if source is not None]
+        batches = batches_of(targets, read, config.pad_id, _BATCH_TOKENS)
+        # Batches are in order of length; back[i] is where in them text i is.
+        back = np.argsort(np.concatenate(plan_batches(np.array([*map(len, targets)]), _BATCH_TOKENS, None)))
+        keys_N = np.concatenate([keys_of(batch, config.pad_id) for batch in batches])[back]
+        plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in targets]
+        texts = [checkpoint.tokenizer.decode(ids) for ids in plain]
+        ends = [row[-1] == config.eos_id for row in targets]
+        columns = {
+            "texts": np.ones(len(targets)),
+            "tokens": np.array([len(row) - 1.0 for row in targets]),
+            "words": np.array([len(text.split()) + end for text, end in zip(texts, ends, strict=True)], float),
+            "bytes": np.array([len(text.encode()) + end for text, end in zip(texts, ends, strict=True)], float),
+        }
+        if not has_latent(checkpoint.header):
+            columns["nll"] = measure_without_latent(model, batches, precision=precision).numpy()[back]
+            done += len(targets)
+            on_progress(done)
+            yield Piece(columns, keys_N, None)
+            continue
+        found = measure_texts(model, batches, seed=seed, precision=precision)
+        nll_N = importance_weighted(
+            model,
+            batches,
+            samples,
+            seed=seed,
+            precision=precision,
+            on_progress=lambda texts, before=done: on_progress(before + texts),  # type: ignore[misc]
+        )
+        mean_NZ = found.posterior.mean_BZ[back]
+        written = write_greedily(model, mean_NZ.to(model.device), banned=banned, precision=precision)
+        ngrams = [bleu.counts(a, checkpoint.tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
+        columns |= {
+            "nll": nll_N.numpy()[back],
+            "right": found.cross_entropy_N.numpy()[back],
+            "shuffled": found.cross_entropy_shuffled_N.numpy()[back],
+            "without": found.cross_entropy_without_N.numpy()[back],
+            "kl": found.kl_N.numpy()[back],
+            "places": np.array([len(row) + 1.0 for row in plain]),
+            "correct": np.array([correct_tokens(*pair) for pair in zip(plain, written, strict=True)], float),
+            "exact": np.array([a == b for a, b in zip(plain, written, strict=True)], float),
+            **dict(zip(_NGRAMS, np.array(ngrams, float).T, strict=True)),
+        }
+        posteriors = _Posteriors(
+            keys_N,
+            np.arange(done, done + len(targets)),
+            mean_NZ.numpy(),
+            found.posterior.log_var_BZ[back].numpy(),
+            found.sample_NZ[back].numpy(),
+            texts,
+        )
+        done += len(targets)
+        yield Piece(columns, keys_N, posteriors)
+
+
+def _pieces(items: Iterable[tuple[Row, Row | None]]) -> Iterator[list[tuple[Row, Row | None]]]:
+    """Cuts texts into lists that fit in memory. Two wait for the next list, for a lone text has no other beside it."""
+    piece: list[tuple[Row, Row | None]] = []
+    tokens = 0
+    for item in items:
+        piece.append(item)
+        tokens += len(item[0])
+        if len(piece) >= 4 and (len(piece) >= _PIECE_TEXTS + 2 or tokens >= _PIECE_TOKENS):
+            yield piece[:-2]
+            piece = piece[-2:]
+            tokens = sum(len(row) for row, _ in piece)
+    if piece:
+        yield piece
+
+
+@dataclass
+class Gathered:
+    """The pieces of one model together."""
+
+    columns: list[Columns] = field(default_factory=list)
+    keys: list[Keys] = field(default_factory=list)
+    means: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    sample: _Posteriors | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Adds the next piece."""
+        self.columns.append(piece.columns)
+        self.keys.append(piece.keys_N)
+        if piece.posteriors is not None:
+            self.means.append(piece.posteriors.mean_MZ)
+            together = piece.posteriors if self.sample is None else self.sample.and_these(piece.posteriors)
+            self.sample = together.least(SAMPLE_TEXTS)
+
+    @property
+    def texts(self) -> int:
+        return sum(map(len, self.keys))
+
+    def order(self) -> npt.NDArray[np.int64]:
+        """That of the keys. What is drawn from texts in this order does not depend on the order that they came in."""
+        return np.argsort(np.concatenate(self.keys), kind="stable")
+
+    def table(self, order: npt.NDArray[np.int64]) -> Columns:
+        """The columns of all texts."""
+        return {name: np.concatenate([each[name] for each in self.columns])[order] for name in self.columns[0]}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures by name, which says their unit, and the intervals of those that have one."""
+
+    values: dict[str, Any]
+    intervals: dict[str, tuple[float, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            **self.values,
+            "intervals_95": {name: list(ends) for name, ends in self.intervals.items()},
+            "intervals_resamples": bootstrap.RESAMPLES,
+            "intervals_seed": bootstrap.SEED,
+        }
+
+
+def report(
+    model: Gathered,
+    baseline: Gathered | None = None,
+    labels: Sequence[str] | None = None,
+    *,
+    samples: int,
+    seed: int,
+) -> Report:
+    """All figures of a model.
+
+    Args:
+        model: what was measured of it.
+        baseline: the same texts by a model to compare with.
+        labels: of the texts, in their order.
+        samples, seed: as in `measured`.
+
+    Raises:
+        ConfigError: where the baseline did not read the same texts: it cuts long ones elsewhere.
+        DataError, ConfigError: as `probe.probe`.
+    """
+    order = model.order()
+    table = model.table(order)
+    if baseline is not None:
+        table["baseline"] = _baseline_column(model, baseline, order, table)
+    error = float(table["nll"].std(ddof=1) / math.sqrt(model.texts))
+    values: dict[str, Any] = {name: round(table[name].sum()) for name in ("texts", "tokens", "words", "bytes")}
+    values |= {"seed": seed, **figures(bootstrap.totals(table)), "nll_standard_error_nats_per_text": error}
+    intervals = bootstrap.intervals(table, figures)
+    sample = model.sample
+    if sample is None:
+        return Report(values | {"nll_samples": None}, intervals)
+    if not table[_NGRAMS[bleu.ORDER * 2 - 1]].any():
+        # Nothing as long as four words was written: BLEU is 0 by convention, and says nothing.
+        values["bleu"] = None
+        del intervals["bleu"]
+    values |= {"nll_samples": samples, "bleu_signature": bleu.SIGNATURE, **_information(model, sample, values)}
+    if labels is not None:
+        values["probe"], intervals["probe.z_accuracy"], intervals["probe.words_accuracy"] = _probe(sample, labels, seed)
+    return Report(values, intervals)
+
+
+def _baseline_column(model: Gathered, baseline: Gathered, order: npt.NDArray[np.int64], table: Columns) -> Floats:
+    """The NLL of every text by the baseline."""
+    different = model.texts
+    if baseline.texts == model.texts:
+        others = baseline.table(order)
+        different = int((others["bytes"] != table["bytes"]).sum())
+    if different:
+        raise ConfigError(
+            f"model and baseline cut {different:,} texts at different places",
+            hint="compare models of the same tokenizer and --max-seq-len, or leave long texts out",
+        )
+    return others["nll"]
+
+
+def figures(sums: Mapping[str, float]) -> dict[str, float]:
+    """Every figure that is a function of sums over the texts: of all of them, or of a resample."""
+    texts, nll = sums["texts"], sums["nll"]
+    found = {
+        "nll_nats_per_text": nll / texts,
+        "perplexity_per_token": math.exp(min(700.0, nll / sums["tokens"])),
+        "perplexity_per_word": math.exp(min(700.0, nll / sums["words"])),
+        "bits_per_byte": nll / sums["bytes"] / math.log(2),
+    }
+    if "baseline" in sums:
+        found["baseline_nll_nats_per_text"] = sums["baseline"] / texts
+        found["nll_above_baseline_nats_per_text"] = (nll - sums["baseline"]) / texts
+    if "kl" not in sums:
+        return found
+    if "baseline" in sums:
+        found["efficiency_nats_per_nat"] = (sums["baseline"] - sums["right"]) / max(1e-9, sums["kl"])
+    return found | {
+        "nll_bound_nats_per_text": (sums["right"] + sums["kl"]) / texts,
+        "cross_entropy_nats_per_text": sums["right"] / texts,
+        "cross_entropy_shuffled_nats_per_text": sums["shuffled"] / texts,
+        "cross_entropy_without_nats_per_text": sums["without"] / texts,
+        "kl_nats_per_text": sums["kl"] / texts,
+        "token_accuracy": sums["correct"] / sums["places"],
+        "exact_match": sums["exact"] / texts,
+        "bleu": bleu.score([sums[name] for name in _NGRAMS]),
+    }
+
+
+def _information(model: Gathered, sample: _Posteriors, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the latent carries."""
+    tensors = (torch.from_numpy(each) for each in (sample.mean_MZ, sample.log_var_MZ, sample.sample_MZ))
+    information = mutual_information(*tensors)
+    mean_NZ = torch.from_numpy(np.concatenate(model.means))
+    return {
+        "mutual_information_nats": information,
+        "mutual_information_texts": len(sample.texts),
+        "information_share": information / max(1e-9, min(values["kl_nats_per_text"], math.log(len(sample.texts)))),
+        "collapsed": information < COLLAPSED_NATS,
+        "dim_latent": mean_NZ.shape[1],
+        "active_001": active_dimensions(mean_NZ, 0.01),
+        "active_02": active_dimensions(mean_NZ, 0.2),
+    }
+
+
+def _probe(
+    sample: _Posteriors, labels: Sequence[str], seed: int
+) -> tuple[dict[str, Any], tuple[float, float], tuple[float, float]]:
+    """The probes' figures, and the intervals of both accuracies over the held-out texts."""
+    found = probe(sample.mean_MZ, sample.texts, [labels[place] for place in sample.places_M], seed=seed)
+    columns = {"z": found.latent.astype(float), "words": found.words.astype(float)}
+    held_out = len(found.latent)
+    intervals = bootstrap.intervals(columns, lambda sums: {name: value / held_out for name, value in sums.items()})
+    values = {
+        "z_accuracy": float(found.latent.mean()),
+        "words_accuracy": float(found.words.mean()),
+        "words_features": f"TF-IDF of {found.unit}, SVD to the width of z",
+        "commonest_label_accuracy": float(found.commonest.mean()),
+        "labels": found.labels,
+        "texts": found.texts,
+        "held_out_texts": held_out,
+        "protocol": PROTOCOL,
+        "seed": seed,
+    }
+    return values, intervals["z"], intervals["words"]
