@@ -104,8 +104,12 @@ def probe(latents_NZ: Floats, texts: Sequence[str], labels: Sequence[str], *, se
     }
     for name, vectorizer in vectorizers.items() if any(map(str.strip, texts_train)) else ():
         counts = vectorizer.fit_transform(texts_train)
-        svd = TruncatedSVD(max(1, min(latents_NZ.shape[1], min(counts.shape) - 1)), random_state=seed)
-        fitted = _classifier(svd.fit_transform(counts), wanted_train, seed)
+        if counts.shape[1] < 2:  # the one word that there is
+            continue
+        svd = TruncatedSVD(min(latents_NZ.shape[1], *counts.shape), random_state=seed)
+        with np.errstate(all="ignore"):  # texts that are all equal have no variance to explain
+            reduced = svd.fit_transform(counts)
+        fitted = _classifier(reduced, wanted_train, seed)
         if fitted.best_score_ > best:
             words = fitted.predict(svd.transform(vectorizer.transform(texts_test))) == wanted_test
             unit, best = name, fitted.best_score_

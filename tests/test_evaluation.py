@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from hashlib import blake2b
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from gptvae_cli.evaluation import Figures, Reconstruction, compare, importance_weighted, measure, reconstruct
+from gptvae_cli.evaluation import (
+    Figures,
+    correct_tokens,
+    importance_weighted,
+    measure,
+    measure_texts,
+    measure_without_latent,
+    reconstruct,
+)
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, Weights, objective
@@ -46,6 +57,19 @@ def batches_of(rows: Sequence[list[int]], size: int, source: Sequence[list[int]]
     return batches
 
 
+def key(row: Sequence[int]) -> int:
+    """What names a text's noise: 63 bits of a hash of its tokens."""
+    return int.from_bytes(blake2b(np.array(row, dtype="<i8").tobytes(), digest_size=8).digest(), "little") >> 1
+
+
+def others_of(rows: Sequence[Sequence[int]]) -> list[int]:
+    """For each row the one before it in order of length and key, equal ones counted once."""
+    in_order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), key(rows[i])))
+    groups = [list(group) for _, group in groupby(in_order, key=lambda i: key(rows[i]))]
+    before = {i: groups[number - 1][0] for number, group in enumerate(groups) for i in group}
+    return [before[i] for i in range(len(rows))]
+
+
 @torch.no_grad()
 def nats(stock: Any, row: list[int], latent_Z: Tensor | None) -> float:
     prepended = None if latent_Z is None else stock.from_latent_to_prepend_token(latent_Z[None])
@@ -58,7 +82,7 @@ def nats(stock: Any, row: list[int], latent_Z: Tensor | None) -> float:
 def expected_figures(model: GPTVAE, rows: Sequence[list[int]], source: Sequence[list[int]], seed: int) -> Figures:
     """Every figure by its definition, in loops."""
     stock = stock_of(model)
-    noise_NZ = stream(seed, Purpose.VALIDATION).standard_normal((len(rows), WIDTH), dtype="float32")
+    noise_NZ = [stream(seed, Purpose.VALIDATION, key(read)).standard_normal(WIDTH, dtype="float32") for read in source]
     posteriors = []
     for read in source:
         mean_1Z, log_var_1Z = stock.to_latent_mean_log_variance(stock.encoder(torch.tensor([read])))
@@ -73,7 +97,7 @@ def expected_figures(model: GPTVAE, rows: Sequence[list[int]], source: Sequence[
         information += (densities[i] - aggregate) / count
     variance_Z = torch.stack([q.loc for q in posteriors]).var(dim=0, unbiased=False)
     right = [nats(stock, row, z_Z.float()) for row, z_Z in zip(rows, latents, strict=True)]
-    other = [nats(stock, row, latents[i - 1].float()) for i, row in enumerate(rows)]
+    other = [nats(stock, row, latents[i].float()) for row, i in zip(rows, others_of(source), strict=True)]
     without = [nats(stock, row, None) for row in rows]
     return Figures(
         texts=count,
@@ -198,32 +222,46 @@ def test_banned_tokens_are_not_written(learnt: tuple[GPTVAE, list[list[int]]]) -
     assert written != [row[1:-1] for row in rows]
 
 
-def test_importance_weighted_nll_agrees_with_quadrature(tiny_model: TinyModel) -> None:
-    """With one latent dimension the integral over the prior can be taken on a grid."""
-    model = tiny_model(dim_latent=1)
+def grid(dimensions: int) -> tuple[Tensor, float]:
+    """Points of a grid over the prior, and the logarithm of the volume that each stands for."""
+    line_G = torch.linspace(-5.5, 5.5, 111 if dimensions == 1 else 45)
+    points_GZ = torch.cartesian_prod(*[line_G] * dimensions).view(-1, dimensions)
+    return points_GZ, dimensions * math.log(float(line_G[1] - line_G[0]))
+
+
+@torch.no_grad()
+def quadrature(stock: Any, row: list[int], dimensions: int) -> float:
+    """-log of the integral of p(text | z) p(z) over z."""
+    points_GZ, log_volume = grid(dimensions)
+    tokens_GT = torch.tensor([row] * len(points_GZ))
+    logits_GTV = stock.decoder(tokens_GT[:, :-1], prepend_embeds=stock.from_latent_to_prepend_token(points_GZ))
+    log_probs_GT = logits_GTV[:, -(len(row) - 1) :].log_softmax(-1).gather(2, tokens_GT[:, 1:, None])[..., 0]
+    log_prior_G = Normal(0.0, 1.0).log_prob(points_GZ).sum(-1)  # type: ignore[no-untyped-call]
+    return -float((log_probs_GT.double().sum(-1) + log_prior_G).logsumexp(0)) - log_volume
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_importance_weighted_nll_agrees_with_quadrature(tiny_model: TinyModel, dimensions: int) -> None:
+    """With one or two latent dimensions the integral over the prior can be taken on a grid."""
+    model = tiny_model(dim_latent=dimensions)
     with torch.no_grad():  # a posterior that covers the true one: heavy weights would need millions of samples
         for parameter in model.to_latent_mean_log_variance.parameters():
             parameter.mul_(0.2)
     stock = stock_of(model)
     rows = rows_of(3)
-    grid_G = torch.linspace(-6, 6, 121)
-    step = float(grid_G[1] - grid_G[0])
-    log_prior_G = -0.5 * grid_G.square() - 0.5 * math.log(2 * math.pi)
-    expected = []
-    for row in rows:
-        log_likelihood_G = torch.tensor([-nats(stock, row, z[None]) for z in grid_G])
-        expected.append(-float(torch.logsumexp((log_likelihood_G + log_prior_G).double(), dim=0)) - math.log(step))
-    estimate = importance_weighted(model, batches_of(rows, 4), 4000, seed=0)
-    assert estimate.texts == len(rows)
-    assert estimate.nll == pytest.approx(sum(expected) / len(rows), abs=0.02)
+    nll_N = importance_weighted(model, batches_of(rows, 4), 4000, seed=0)
+    bound_N = importance_weighted(model, batches_of(rows, 4), 1, seed=0)
+    for row, nll, bound in zip(rows, nll_N.tolist(), bound_N.tolist(), strict=True):
+        assert nll == pytest.approx(quadrature(stock, row, dimensions), abs=0.03)
+        assert abs(bound - nll) > 0.03, "else one sample would do, and this would test nothing"
 
 
 def test_more_samples_come_closer_and_one_is_the_elbo(tiny_model: TinyModel) -> None:
     model = tiny_model()
     batches = batches_of(rows_of(), 5)
-    nlls = [importance_weighted(model, batches, samples, seed=1).nll for samples in (1, 20, 400)]
+    nlls = [float(importance_weighted(model, batches, samples, seed=1).mean()) for samples in (1, 20, 400)]
     assert nlls[0] > nlls[1] > nlls[2]
-    bounds = [importance_weighted(model, batches, 1, seed=seed).nll for seed in range(60)]
+    bounds = [float(importance_weighted(model, batches, 1, seed=seed).mean()) for seed in range(60)]
     figures = [measure(model, batches, seed=seed).nll_bound for seed in range(60)]
     assert sum(bounds) / 60 == pytest.approx(sum(figures) / 60, rel=0.02)
 
@@ -232,11 +270,46 @@ def test_importance_weighting_does_not_depend_on_how_samples_are_split(tiny_mode
     """Splitting only bounds memory; the noise is drawn in the same order."""
     model, batches = tiny_model(), batches_of(rows_of(), 5)
     together, apart = (importance_weighted(model, batches, 12, most_rows=rows) for rows in (1000, 7))
-    assert together.nll == pytest.approx(apart.nll, rel=1e-5)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
+
+
+def test_what_is_measured_of_a_text_depends_neither_on_order_nor_on_batches(tiny_model: TinyModel) -> None:
+    """Also of texts that occur twice: another text's latent is never that of an equal one."""
+    model, rows = tiny_model(), rows_of()
+    rows = sorted([*rows, rows[3], rows[3], rows[7]], key=len)
+    backwards = rows[::-1]
+
+    def found(rows: list[list[int]], size: int) -> list[Tensor]:
+        measured = measure_texts(model, batches_of(rows, size), seed=6)
+        nll_N = importance_weighted(model, batches_of(rows, size), 5, seed=6)
+        return [
+            nll_N,
+            measured.cross_entropy_N,
+            measured.cross_entropy_shuffled_N,
+            measured.cross_entropy_without_N,
+            measured.kl_N,
+            measured.sample_NZ,
+        ]
+
+    for one, other in zip(found(rows, 4), found(backwards, 7), strict=True):
+        torch.testing.assert_close(one, other.flip(0), rtol=1e-4, atol=1e-5)
+    right_N, shuffled_N = found(rows, 4)[1:3]
+    assert (right_N - shuffled_N).abs().min() > 1e-3
+
+
+def test_a_model_without_a_latent_is_measured_as_the_language_model_that_it_is(tiny_model: TinyModel) -> None:
+    model, rows = tiny_model(), rows_of()
+    found_N = measure_without_latent(model, batches_of(rows, 5))
+    stock = stock_of(model)
+    torch.testing.assert_close(
+        found_N, torch.tensor([nats(stock, row, None) for row in rows]).double(), rtol=1e-4, atol=0
+    )
 
 
 def test_a_reconstruction_is_counted_place_by_place() -> None:
-    """Of the six tokens of two texts, ends counted, three stand in their places."""
-    assert compare([[1, 2, 3], [4]], [[1, 9, 9, 9], [4]]) == Reconstruction(2, 3 / 6, 1 / 2)
-    assert compare([[]], [[]]) == Reconstruction(1, 1.0, 1.0)
-    assert compare([[1, 2]], [[]]) == Reconstruction(1, 0.0, 0.0)
+    """The end of a text is a place of its own."""
+    assert correct_tokens([1, 2, 3], [1, 9, 9, 9]) == 1
+    assert correct_tokens([1, 2, 3], [9, 2, 9]) == 2
+    assert correct_tokens([4], [4]) == 2
+    assert correct_tokens([], []) == 1
+    assert correct_tokens([1, 2], []) == 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -125,6 +126,24 @@ def test_mutual_information_of_posteriors_far_apart_is_the_log_of_their_number()
     """More cannot be seen in a set of N texts, whatever the KL says."""
     mean_NZ, log_var_NZ = 1000 * normal(300, 6), torch.full((300, 6), -4.0)
     assert mutual_information(mean_NZ, log_var_NZ, mean_NZ) == pytest.approx(math.log(300), rel=1e-9)
+
+
+@pytest.mark.parametrize(("dimensions", "deviation"), [(1, 0.5), (2, 1.0), (4, 0.8)])
+def test_mutual_information_of_a_gaussian_channel_is_its_closed_form(dimensions: int, deviation: float) -> None:
+    """With normal means of variance 1 and posteriors of variance v, I is half of ln(1 + 1 / v) in every dimension."""
+    mean_NZ = normal(6000, dimensions, seed=3)
+    log_var_NZ = torch.full_like(mean_NZ, 2 * math.log(deviation))
+    sample_NZ = mean_NZ + deviation * normal(6000, dimensions, seed=4)
+    expected = dimensions * 0.5 * math.log(1 + 1 / deviation**2)
+    assert mutual_information(mean_NZ, log_var_NZ, sample_NZ) == pytest.approx(expected, abs=0.05)
+
+
+def test_kl_is_the_entropy_and_cross_entropy_of_scipy() -> None:
+    """In one dimension, integrated: the integral of q ln(q / p)."""
+    mean, log_var = 0.7, -0.9
+    q, p = scipy.stats.norm(mean, math.exp(log_var / 2)), scipy.stats.norm()
+    expected = q.expect(lambda z: q.logpdf(z) - p.logpdf(z))
+    assert float(kl_to_standard_normal(torch.tensor(mean), torch.tensor(log_var))) == pytest.approx(expected, rel=1e-5)
 
 
 def test_mutual_information_of_float32_is_computed_in_float64() -> None:

@@ -245,6 +245,8 @@ _NATS = "nats/text"
 
 def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     """The report for people, in 80 columns where names are short."""
+    from gptvae_cli import bootstrap
+
     values, intervals = report.values, report.intervals
 
     def line(name: str, key: str, form: str = "{:.2f}", unit: str = "") -> str:
@@ -258,7 +260,7 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     yield f"{values['texts']:,} texts ({unit}) of {', '.join(about['corpus'])}"
     yield f"  {values['tokens']:,} tokens, {values['words']:,} words, {values['bytes']:,} bytes, ends counted"
     yield f"{about['model']}, seed {values['seed']}"
-    yield "[in brackets: 95 % of 1,000 resamples of the texts]"
+    yield f"in brackets {bootstrap.LEVEL:.0%} intervals, from {bootstrap.RESAMPLES:,} resamples of the texts"
     yield ""
     if values["nll_samples"] is None:
         yield "likelihood; the model has no latent, it was trained without one"
@@ -286,10 +288,8 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     yield line("with no z", "cross_entropy_without_nats_per_text", unit=_NATS)
     seen = values["mutual_information_texts"]
     yield f"latent of {values['dim_latent']} dimensions"
-    yield line(
-        "information", "mutual_information_nats", unit=f"nats, of at most {math.log(seen):.2f} on {seen:,} texts"
-    )
-    yield line("its share of min(KL, that)", "information_share", "{:.0%}")
+    yield line("information", "mutual_information_nats", unit=_NATS)
+    yield f"    at most {math.log(seen):.2f} can show on {seen:,} texts; {values['information_share']:.0%} of min(KL, that)"
     yield line("dimensions active", "active_001", "{:d}", f"{values['active_02']} strongly")
     yield "greedy reconstruction from the mean"
     yield line("tokens in place", "token_accuracy", "{:.1%}")

@@ -14,8 +14,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from gptvae_cli.checkpoint import load
+from gptvae_cli.checkpoint import load, load_state
 from gptvae_cli.cli.app import app
+from gptvae_cli.header import read_header
 from tests.cli.conftest import WIDTH, make_model
 from tests.cli.test_train import assert_fails
 
@@ -58,11 +59,12 @@ def test_texts_are_counted_with_their_ends(evaluate: Evaluate) -> None:
 
 def test_units_follow_from_one_another(evaluate: Evaluate) -> None:
     found = figures(evaluate("--json"))
-    nats = found["iw_nll"] * found["texts"]
+    nats = found["nll_nats_per_text"] * found["texts"]
     assert found["perplexity_per_token"] == pytest.approx(math.exp(nats / found["tokens"]))
     assert found["perplexity_per_word"] == pytest.approx(math.exp(nats / found["words"]))
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["bytes"])
-    assert found["nll_bound"] == pytest.approx(found["cross_entropy"] + found["kl"])
+    bound = found["cross_entropy_nats_per_text"] + found["kl_nats_per_text"]
+    assert found["nll_bound_nats_per_text"] == pytest.approx(bound)
 
 
 def test_kl_is_that_of_the_latents_that_encode_gives(evaluate: Evaluate, models: Path) -> None:
@@ -74,7 +76,7 @@ def test_kl_is_that_of_the_latents_that_encode_gives(evaluate: Evaluate, models:
     assert encoded.exit_code == 0
     mean_NZ, std_NZ = np.load("z.npy").astype(np.float64), np.load("s.npy").astype(np.float64)
     kl_N = 0.5 * (mean_NZ**2 + std_NZ**2 - 1 - 2 * np.log(std_NZ)).sum(-1)
-    assert found["kl"] == pytest.approx(kl_N.mean(), rel=1e-4)
+    assert found["kl_nats_per_text"] == pytest.approx(kl_N.mean(), rel=1e-4)
     assert found["active_001"] == (mean_NZ.var(0) > 0.01).sum() <= WIDTH
 
 
@@ -88,42 +90,235 @@ def test_no_z_is_the_decoder_alone(evaluate: Evaluate, models: Path) -> None:
         with torch.no_grad():
             log_probs_TV = decoder(row[None, :-1])[0].log_softmax(-1)
         total -= float(log_probs_TV.gather(1, row[1:, None]).sum())
-    assert found["cross_entropy_without"] == pytest.approx(total / len(TEXTS), rel=1e-4)
+    assert found["cross_entropy_without_nats_per_text"] == pytest.approx(total / len(TEXTS), rel=1e-4)
 
 
-def test_the_table_shows_the_figures_of_the_json(evaluate: Evaluate) -> None:
-    found, table = figures(evaluate("--json")), evaluate()
+def test_the_table_shows_the_figures_of_the_json_in_80_columns(evaluate: Evaluate, models: Path) -> None:
+    baseline = ("--baseline", models / "paragraph.safetensors")
+    found, table = figures(evaluate("--json", *baseline)), evaluate(*baseline)
     assert table.exit_code == 0
-    for name in ("iw_nll", "nll_bound", "kl", "mutual_information", "cross_entropy_shuffled"):
-        assert f"{found[name]:.2f}" in table.stdout, name
-    assert f"{found['bits_per_byte']:.3f} bits per byte" in table.stdout
+    for name in ("nll", "nll_bound", "kl", "cross_entropy_shuffled", "baseline_nll"):
+        assert f"{found[f'{name}_nats_per_text']:.2f}" in table.stdout, name
+        low, high = found["intervals_95"][f"{name}_nats_per_text"]
+        assert f"[{low:.2f}, {high:.2f}]" in table.stdout, name
+    assert f"{found['bits_per_byte']:.3f}" in table.stdout
+    for fact in ("7 texts (line) of texts.txt", "seed 0", "3 samples", "95% intervals", "1,000 resamples"):
+        assert fact in table.stdout
+    short = [line for line in table.stdout.splitlines() if str(models) not in line]
+    assert max(map(len, short)) <= 80
+
+
+def test_the_json_says_what_was_measured_on_what(evaluate: Evaluate, models: Path) -> None:
+    found = figures(evaluate("--json", "--seed", "5"))
+    about = {"model": str(models / "line.safetensors"), "corpus": ["texts.txt"], "unit": "line", "seed": 5}
+    assert {name: found[name] for name in about} == about
+    assert (found["nll_samples"], found["intervals_resamples"]) == (3, 1000)
+    assert set(found["intervals_95"]) <= set(found)
 
 
 def test_the_first_texts_are_taken_and_the_seed_decides_the_rest(evaluate: Evaluate) -> None:
     assert figures(evaluate("--json", "--texts", "3"))["texts"] == 3
-    assert evaluate("--json").stdout == evaluate("--json").stdout
-    assert figures(evaluate("--json", "--seed", "5"))["iw_nll"] != figures(evaluate("--json"))["iw_nll"]
+    assert figures(evaluate("--json", "--texts", "0"))["texts"] == len(TEXTS)
+    plain = evaluate("--json").stdout
+    assert evaluate("--json").stdout == plain
+    other = figures(evaluate("--json", "--seed", "5"))
+    assert other["nll_nats_per_text"] != json.loads(plain)["nll_nats_per_text"]
+
+
+def test_a_text_is_measured_alike_wherever_it_stands(evaluate: Evaluate) -> None:
+    Path("backwards.txt").write_text("".join(f"{text}\n" for text in reversed(TEXTS)), encoding="utf-8")
+    plain, backwards = (figures(evaluate("--json", corpus=name)) for name in ("texts.txt", "backwards.txt"))
+    assert plain.keys() == backwards.keys()
+    for name, value in plain.items():
+        if isinstance(value, float):
+            assert backwards[name] == pytest.approx(value, rel=1e-4), name
+    for name, ends in plain["intervals_95"].items():
+        assert backwards["intervals_95"][name] == pytest.approx(ends, rel=1e-4), name
+
+
+# Baselines ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_baseline_is_measured_on_the_same_texts(evaluate: Evaluate, models: Path, tmp_path: Path) -> None:
     """One that was trained without a latent is measured without one."""
     plain = figures(evaluate("--json"))
+    nll, right = plain["nll_nats_per_text"], plain["cross_entropy_nats_per_text"]
     same = figures(evaluate("--json", "--baseline", models / "line.safetensors"))
-    assert same["baseline_nll"] == pytest.approx(plain["iw_nll"])
-    assert same["efficiency"] == pytest.approx((plain["iw_nll"] - plain["cross_entropy"]) / plain["kl"])
+    assert same["baseline_nll_nats_per_text"] == pytest.approx(nll)
+    assert same["efficiency_nats_per_nat"] == pytest.approx((nll - right) / plain["kl_nats_per_text"])
     alone = make_model(tmp_path / "alone.safetensors", train={"latents_dropout_prob": 1.0})
     without = figures(evaluate("--json", "--baseline", alone))
-    assert without["baseline_nll"] == pytest.approx(plain["cross_entropy_without"])
+    assert without["baseline_nll_nats_per_text"] == pytest.approx(plain["cross_entropy_without_nats_per_text"])
+    low, high = without["intervals_95"]["efficiency_nats_per_nat"]
+    assert low < without["efficiency_nats_per_nat"] < high
+
+
+def test_a_model_without_a_latent_gets_no_figures_of_one(evaluate: Evaluate, tmp_path: Path) -> None:
+    """Its encoder is random, and even a random one tells texts apart."""
+    plain = figures(evaluate("--json"))
+    alone = make_model(tmp_path / "alone.safetensors", train={"latents_dropout_prob": 1.0})
+    found = figures(evaluate("--json", model=str(alone).removesuffix(".safetensors")))
+    assert found["nll_nats_per_text"] == pytest.approx(plain["cross_entropy_without_nats_per_text"])
+    assert found["nll_samples"] is None
+    assert not {"kl_nats_per_text", "mutual_information_nats", "active_001", "bleu", "collapsed"} & set(found)
+    table = evaluate(model=str(alone).removesuffix(".safetensors")).stdout
+    assert "the model has no latent" in table
+    assert f"{found['nll_nats_per_text']:.2f}" in table
+    for claim in ("information", "active", "reconstruction", "KL", "collapsed"):
+        assert claim not in table
+
+
+QUICK = ("--preset", "nano", "--threads", "1", "--dtype", "float32", "--batch-tokens", "128", "--device", "cpu")
+
+
+@pytest.fixture
+def run(evaluate: Evaluate) -> Path:
+    """A run folder of four steps, in the current folder."""
+    Path("corpus.txt").write_text("".join(f"{a}{b}\n" for a in "abcdefgh" for b in ("na", "lla", "ria", "bert")))
+    trained = CliRunner().invoke(app, ["train", "corpus.txt", "--out", "run", "--steps", "4", "--seed", "3", *QUICK])
+    assert trained.exit_code == 0, trained.stderr
+    return Path("run")
+
+
+def with_baseline(*options: object) -> Result:
+    arguments = ["evaluate", "corpus.txt", "--model", "run", "--samples", "2", "--device", "cpu", "--json"]
+    return CliRunner().invoke(app, [*arguments, "--with-baseline", *map(str, options)])
+
+
+def test_with_baseline_trains_one_like_the_model_and_keeps_it(run: Path) -> None:
+    first = with_baseline()
+    found = figures(first)
+    model, baseline = (read_header(folder / "model.safetensors") for folder in (run, run / "baseline"))
+    assert (baseline.model, baseline.data, baseline.tokenizer) == (model.model, model.data, model.tokenizer)
+    changed = {k for k, v in baseline.training["train"].items() if v != model.training["train"][k]}
+    assert changed == {"latents_dropout_prob", "max_time"}
+    assert baseline.training["steps"] == 4
+    assert baseline.training["train"]["max_time"] >= model.training["seconds"] - 0.1  # which is rounded
+    assert "training a baseline" in first.stderr
+    alone = figures(CliRunner().invoke(app, ["evaluate", "corpus.txt", "--model", "run/baseline", "--json"]))
+    assert found["baseline_nll_nats_per_text"] == pytest.approx(alone["nll_nats_per_text"])
+    assert found["baseline"] == "run/baseline/model.safetensors"
+    # The next time it is there, whatever is evaluated.
+    written = (run / "baseline/model.safetensors").stat().st_mtime_ns
+    again = with_baseline("--texts", "20")
+    assert figures(again)["texts"] == 20
+    assert "trained before" in again.stderr
+    assert (run / "baseline/model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_baseline_of_another_model_is_replaced_and_one_that_was_interrupted_goes_on(run: Path) -> None:
+    figures(with_baseline())
+    trained = CliRunner().invoke(app, ["train", "--resume", "--out", "run", "--steps", "6", "--device", "cpu"])
+    assert trained.exit_code == 0, trained.stderr
+    figures(with_baseline())
+    header = read_header(run / "baseline/model.safetensors")
+    assert (header.training["steps"], header.training["train"]["steps"]) == (6, 6)
+    # A log that does not say that it was done is that of an interrupted one. It has no steps left.
+    log = run / "baseline/metrics.jsonl"
+    log.write_text(log.read_text().replace('"done": true', '"done": false'))
+    before = load_state(run / "baseline/state.safetensors").metadata["counters"]["step"]
+    assert "training a baseline" in with_baseline().stderr
+    assert load_state(run / "baseline/state.safetensors").metadata["counters"]["step"] == before == 6
+
+
+def test_a_baseline_needs_a_run_folder_with_its_corpus(run: Path, evaluate: Evaluate) -> None:
+    assert_fails(evaluate("--with-baseline"), 3, "corpus", "cache", "--baseline baseline")
+    assert_fails(with_baseline("--baseline", "run"), 2, "--baseline", "--with-baseline")
+    facts = json.loads((run / "cache/corpus.json").read_text())
+    (run / "cache/corpus.json").write_text(json.dumps(facts | {"digest": "0" * 32}))
+    assert_fails(with_baseline(), 3, "cache", "not the corpus")
+    shutil.rmtree(run / "cache")
+    assert_fails(with_baseline(), 3, "run/cache", "is not there", "--latents-dropout-prob 1")
+    assert not (run / "baseline").exists()
+
+
+# Aligned files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(evaluate: Evaluate) -> list[str]:
+    """A corpus of 60 texts with an empty one and their labels, of which two are empty."""
+    texts = [f"{'tea' if i % 2 else 'sun'} {i}" for i in range(60)]
+    texts[7] = ""
+    labels = ["drink" if i % 2 else "sky" for i in range(60)]
+    labels[10] = labels[11] = ""
+    Path("labelled.txt").write_text("".join(f"{text}\n" for text in texts))
+    Path("labels.txt").write_text("".join(f"{label}\n" for label in labels))
+    return labels
+
+
+def test_labels_are_read_off_latents_and_off_words(evaluate: Evaluate, labelled: list[str]) -> None:
+    """Beside the probe itself on the latents that `encode` gives."""
+    result = evaluate("--json", "--labels", "labels.txt", corpus="labelled.txt")
+    found = figures(result)["probe"]
+    assert (found["labels"], found["texts"], found["held_out_texts"]) == (2, 58, 12)
+    assert "stratified 20 %" in found["protocol"]
+    assert found["words_accuracy"] > 0.9
+    low, high = figures(result)["intervals_95"]["probe.z_accuracy"]
+    assert low <= found["z_accuracy"] <= high
+    table = evaluate("--labels", "labels.txt", corpus="labelled.txt").stdout
+    assert "labels of labels.txt: 2, on 12 of 58 texts held out" in table
+    assert f"{found['z_accuracy']:.1%}" in table
+
+
+def test_labels_of_the_first_texts_stay_beside_them(evaluate: Evaluate, labelled: list[str]) -> None:
+    """Labels are counted against the whole corpus, of which the first texts are taken; stdin is no exception."""
+    some = figures(evaluate("--json", "--labels", "labels.txt", "--texts", "30", corpus="labelled.txt"))
+    assert some["probe"]["texts"] == 28
+    arguments = [
+        "evaluate",
+        "-",
+        "--samples",
+        "3",
+        "--device",
+        "cpu",
+        "--json",
+        "--texts",
+        "30",
+        "--labels",
+        "labels.txt",
+    ]
+    piped = CliRunner().invoke(app, [*arguments, "--model", some["model"]], input=Path("labelled.txt").read_bytes())
+    assert figures(piped)["probe"] == some["probe"]
+
+
+@pytest.mark.parametrize("texts", ["0", "10"])
+def test_labels_that_are_not_aligned_are_refused_with_both_counts(
+    evaluate: Evaluate, labelled: list[str], texts: str
+) -> None:
+    Path("labels.txt").write_text("\n".join(labelled[:-3]) + "\n")
+    result = evaluate("--labels", "labels.txt", "--texts", texts, corpus="labelled.txt")
+    assert_fails(result, 3, "labels.txt holds 57 labels", "the corpus 60 texts")
+
+
+def test_labels_need_scikit_learn(evaluate: Evaluate, labelled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptvae_cli.probe.find_spec", lambda name: None)
+    assert_fails(
+        evaluate("--labels", "labels.txt", corpus="labelled.txt"), 2, "scikit-learn", "pip install 'gptvae[probe]'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--texts", "1"], ["texts is 1", "2", "0"]),
+        (["--labels", "-"], ["--labels", "standard input"]),
+        (["--labels", "labels.txt", "--unit", "window"], ["--labels", "window"]),
+    ],
+    ids=["one text", "labels on stdin", "labels of windows"],
+)
+def test_options_that_cannot_be_are_refused(evaluate: Evaluate, options: list[str], words: list[str]) -> None:
+    assert_fails(evaluate(*options), 2, *words, hint=False)
 
 
 def test_latents_may_come_from_other_texts(evaluate: Evaluate) -> None:
     Path("other.txt").write_text("".join(f"{text}\n" for text in reversed(TEXTS)), encoding="utf-8")
     plain, other = figures(evaluate("--json")), figures(evaluate("--json", "--latents-from", "other.txt"))
-    assert other["kl"] == pytest.approx(plain["kl"], rel=1e-4)  # of the same texts, in another order
-    assert other["cross_entropy"] != pytest.approx(plain["cross_entropy"], rel=1e-3)
-    shutil.copy("texts.txt", "short.txt")
+    kl, right = "kl_nats_per_text", "cross_entropy_nats_per_text"
+    assert other[kl] == pytest.approx(plain[kl], rel=1e-4)  # of the same texts, in another order
+    assert other[right] != pytest.approx(plain[right], rel=1e-3)
     Path("short.txt").write_text("one\n")
-    assert_fails(evaluate("--latents-from", "short.txt"), 3, "short.txt holds 1 texts", "7", hint=False)
+    assert_fails(evaluate("--latents-from", "short.txt"), 3, "short.txt holds 1 texts", "7")
 
 
 def test_windows_are_texts_of_their_own(evaluate: Evaluate) -> None:

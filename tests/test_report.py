@@ -1,0 +1,182 @@
+"""Figures over any number of texts: pieces, their sum, and what is said of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sacrebleu.metrics.bleu import BLEU
+
+from gptvae_cli import bleu, report
+from gptvae_cli.checkpoint import Checkpoint, load
+from gptvae_cli.data import batches_of
+from gptvae_cli.errors import ConfigError
+from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
+from gptvae_cli.latent import mutual_information
+from gptvae_cli.objective import Noise, Weights, objective
+from gptvae_cli.report import Gathered, measured
+from gptvae_cli.sampling import Encoder
+from tests.cli.conftest import make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SAMPLES = 4
+TEXTS = [f"{a} {b}"[:n] for n, a in enumerate(("the quick", "naïve", "日本", "x"), 3) for b in ("fox", "a b c", "")]
+TEXTS += ["", "z" * 60, TEXTS[0], "one two three four"]
+
+Gather = Callable[..., Gathered]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A model that has learnt some of the texts."""
+    found = load(make_model(tmp_path_factory.mktemp("report") / "model.safetensors"), device=torch.device("cpu"))
+    optimizer = torch.optim.Adam(found.model.parameters(), lr=1e-2)
+    batch = batches_of(list(Encoder(found, "line").rows(TEXTS)), None, found.header.model.pad_id, 2048)[0]
+    for _ in range(40):
+        noise = Noise(torch.zeros(len(batch.tokens_BT), found.header.model.dim_latent))
+        loss = objective(found.model, None, batch, noise, Weights("elbo", 0.1, 0.0, 0.0)).total
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    found.model.eval()
+    return found
+
+
+def gather(checkpoint: Checkpoint, texts: list[str], seed: int = 2) -> Gathered:
+    found = Gathered()
+    for piece in measured(checkpoint, Encoder(checkpoint, "line").rows(texts), samples=SAMPLES, seed=seed):
+        found.add(piece)
+    return found
+
+
+def values_of(checkpoint: Checkpoint, texts: list[str], labels: list[str] | None = None) -> dict[str, Any]:
+    return report.report(gather(checkpoint, texts), None, labels, samples=SAMPLES, seed=2).to_dict()
+
+
+def assert_same(one: Any, other: Any, name: str = "") -> None:
+    """Equal but for the rounding of float32."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key], f"{name}.{key}")
+    elif isinstance(one, list | float):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5), name
+    else:
+        assert one == other, name
+
+
+def test_the_figures_are_those_of_all_texts_at_once(checkpoint: Checkpoint) -> None:
+    found = values_of(checkpoint, TEXTS)
+    rows = list(Encoder(checkpoint, "line").rows(TEXTS))
+    batches = batches_of(rows, None, checkpoint.header.model.pad_id, 512)
+    expected = measure(checkpoint.model, batches, seed=2)
+    names = ("cross_entropy", "cross_entropy_shuffled", "cross_entropy_without", "kl", "nll_bound")
+    for name in names:
+        assert found[f"{name}_nats_per_text"] == pytest.approx(getattr(expected, name), rel=1e-4), name
+    assert found["mutual_information_nats"] == pytest.approx(expected.mutual_information, rel=1e-4)
+    assert (found["active_001"], found["active_02"]) == (expected.active_001, expected.active_02)
+    assert (found["texts"], found["tokens"]) == (expected.texts, expected.tokens)
+    nll_N = importance_weighted(checkpoint.model, batches, SAMPLES, seed=2)
+    assert found["nll_nats_per_text"] == pytest.approx(float(nll_N.mean()), rel=1e-4)
+    assert found["nll_standard_error_nats_per_text"] == pytest.approx(
+        float(nll_N.std()) / math.sqrt(len(rows)), rel=1e-3
+    )
+
+
+def test_reconstructions_are_judged_as_sacrebleu_and_eyes_do(checkpoint: Checkpoint) -> None:
+    found = values_of(checkpoint, TEXTS)
+    rows = list(Encoder(checkpoint, "line").rows(TEXTS))
+    written = reconstruct(checkpoint.model, [torch.tensor(row) for row in rows])
+    texts = [checkpoint.tokenizer.decode([t for t in row if t < 256]) for row in rows]
+    again = [checkpoint.tokenizer.decode(ids) for ids in written]
+    assert found["bleu"] == pytest.approx(BLEU(tokenize="none").corpus_score(again, [texts]).score, abs=1e-6)
+    assert found["exact_match"] == np.mean([a == b for a, b in zip(texts, again, strict=True)])
+    assert 0.1 < found["token_accuracy"] < 1
+    assert 0 < found["exact_match"] < 1
+
+
+@pytest.mark.parametrize("piece_texts", [2, 5])
+def test_neither_pieces_nor_order_change_a_figure(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, piece_texts: int
+) -> None:
+    """Probes and intervals included. Only which other text's latent is taken depends on what is in memory together."""
+    labels = ["even", "odd"] * (len(TEXTS) // 2)
+    whole = values_of(checkpoint, TEXTS, labels)
+    assert_same(values_of(checkpoint, TEXTS[::-1], labels[::-1]), whole)
+    monkeypatch.setattr(report, "_PIECE_TEXTS", piece_texts)
+    monkeypatch.setattr(report, "_BATCH_TOKENS", 40)
+    apart = values_of(checkpoint, TEXTS, labels)
+    for values in (whole, apart):
+        assert values.pop("cross_entropy_shuffled_nats_per_text") > 0
+        assert len(values["intervals_95"].pop("cross_entropy_shuffled_nats_per_text")) == 2
+    assert_same(apart, whole)
+
+
+def test_information_is_that_of_a_random_sample_where_there_are_many(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "SAMPLE_TEXTS", 6)
+    monkeypatch.setattr(report, "_PIECE_TEXTS", 4)
+    found, gathered = values_of(checkpoint, TEXTS), gather(checkpoint, TEXTS)
+    sample = gathered.sample
+    assert sample is not None
+    assert found["mutual_information_texts"] == len(sample.texts) == 6
+    assert found["mutual_information_nats"] <= math.log(6)
+    # Those with the smallest keys, each beside its own posterior.
+    keys_N = np.concatenate(gathered.keys)
+    assert sorted(sample.keys_M) == sorted(keys_N)[:6]
+    assert sample.places_M.tolist() == np.argsort(keys_N, kind="stable")[:6].tolist()
+    assert sample.texts == [TEXTS[i][:23] for i in sample.places_M]
+    means_NZ = np.concatenate(gathered.means)
+    assert np.array_equal(sample.mean_MZ, means_NZ[sample.places_M])
+    tensors = [torch.from_numpy(array) for array in (sample.mean_MZ, sample.log_var_MZ, sample.sample_MZ)]
+    assert found["mutual_information_nats"] == pytest.approx(mutual_information(*tensors))
+    assert values_of(checkpoint, TEXTS[::-1])["mutual_information_nats"] == pytest.approx(
+        found["mutual_information_nats"], rel=1e-4
+    )
+
+
+def test_every_interval_is_around_its_figure(checkpoint: Checkpoint) -> None:
+    found = values_of(checkpoint, TEXTS)
+    assert len(found["intervals_95"]) >= 11
+    for name, (low, high) in found["intervals_95"].items():
+        assert low <= found[name] <= high, name
+        assert low < high, name
+
+
+def test_a_baseline_is_compared_text_by_text(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Against itself nothing is above or below, in any resample: the texts are drawn together."""
+    model = gather(checkpoint, TEXTS)
+    same = report.report(model, model, samples=SAMPLES, seed=2)
+    assert same.values["nll_above_baseline_nats_per_text"] == 0
+    assert same.intervals["nll_above_baseline_nats_per_text"] == pytest.approx((0, 0), abs=1e-9)
+    other = load(make_model(tmp_path / "other.safetensors", seed=1), device=torch.device("cpu"))
+    found = report.report(model, gather(other, TEXTS), samples=SAMPLES, seed=2).values
+    assert found["nll_above_baseline_nats_per_text"] == pytest.approx(
+        found["nll_nats_per_text"] - values_of(other, TEXTS)["nll_nats_per_text"]
+    )
+    efficiency = found["baseline_nll_nats_per_text"] - found["cross_entropy_nats_per_text"]
+    assert found["efficiency_nats_per_nat"] == pytest.approx(efficiency / found["kl_nats_per_text"])
+
+
+def test_a_baseline_that_read_something_else_is_refused(checkpoint: Checkpoint) -> None:
+    model = gather(checkpoint, TEXTS)
+    with pytest.raises(ConfigError, match="cut 1 texts at different places"):
+        report.report(model, gather(checkpoint, [t[:20] for t in TEXTS]), samples=SAMPLES, seed=2)
+    with pytest.raises(ConfigError, match=f"cut {len(TEXTS)} texts"):
+        report.report(model, gather(checkpoint, TEXTS[:-1]), samples=SAMPLES, seed=2)
+
+
+def test_bleu_of_texts_without_four_words_is_not_told(checkpoint: Checkpoint) -> None:
+    model = gather(checkpoint, TEXTS)
+    for columns in model.columns:
+        columns[f"bleu_{2 * bleu.ORDER - 1}"][:] = 0
+    found = report.report(model, samples=SAMPLES, seed=2)
+    assert found.values["bleu"] is None
+    assert "bleu" not in found.intervals
