@@ -5,7 +5,6 @@ It is a run of its own in RUN/baseline, which reads the corpus from RUN/cache.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,9 +74,7 @@ class Baseline:
     def finished(self) -> bool:
         """Whether it fits and was trained to its end, which its log then says."""
         log = self.folder / run.METRICS_NAME
-        if not (self.fits() and log.exists()):
-            return False
-        return any(json.loads(line).get("done") for line in log.read_text("utf-8").splitlines())
+        return self.fits() and log.exists() and '"done": true' in log.read_text("utf-8")
 
     @contextmanager
     def training(self, device: Device, precision: Precision) -> Iterator[run.Job]:
@@ -91,16 +88,25 @@ class Baseline:
         """
         goes_on = self.fits() and (self.folder / STATE_NAME).exists()
         with run.claimed(self.folder, resume=goes_on, force=True):
-            if goes_on:
-                yield run.resume(self.folder, {}, sources=[], device=device, precision=precision)
-                return
-            run.remove_run(self.folder)
-            # A link, so that `gptvae train --resume --out RUN/baseline` finds the corpus too.
-            (self.folder / run.CACHE_NAME).symlink_to(Path("..") / run.CACHE_NAME)
-            torch.manual_seed(self.config.seed)
-            model = GPTVAE.from_config(self.header.model).to(device.device)
-            learner = Learner(model, self.config)
-            yield run.Job(self.folder, self.corpus, self.header.data, learner, precision, [])
+            yield (self._resumed(device, precision) if goes_on else None) or self._begun(device, precision)
+
+    def _resumed(self, device: Device, precision: Precision) -> run.Job | None:
+        """What was interrupted; None where its state cannot be used, for the whole can be made again."""
+        try:
+            return run.resume(self.folder, {}, sources=[], device=device, precision=precision)
+        except CheckpointError:
+            return None
+
+    def _begun(self, device: Device, precision: Precision) -> run.Job:
+        # A link, so that `gptvae train --resume --out RUN/baseline` finds the corpus too.
+        cache = self.folder / run.CACHE_NAME
+        if cache.is_symlink():
+            cache.unlink()
+        run.remove_run(self.folder)
+        cache.symlink_to(Path("..") / run.CACHE_NAME)
+        torch.manual_seed(self.config.seed)
+        model = GPTVAE.from_config(self.header.model).to(device.device)
+        return run.Job(self.folder, self.corpus, self.header.data, Learner(model, self.config), precision, [])
 
 
 def _digest(header: ModelHeader) -> object:

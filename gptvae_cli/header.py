@@ -78,6 +78,12 @@ class ModelHeader:
     tokenizer: str
     training: dict[str, Any]
 
+    @property
+    def has_latent(self) -> bool:
+        """Whether the model has learnt what a latent is; a baseline (see `TrainConfig.without_latent`) has not."""
+        train = self.training.get("train")
+        return not (isinstance(train, dict) and train.get("latents_dropout_prob") == 1)
+
     def to_metadata(self) -> dict[str, str]:
         """The header as safetensors metadata, whose values must be strings.
 

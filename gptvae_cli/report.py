@@ -31,7 +31,6 @@ from gptvae_cli.evaluation import (
     measure_without_latent,
     write_greedily,
 )
-from gptvae_cli.header import ModelHeader
 from gptvae_cli.latent import COLLAPSED_NATS, active_dimensions, mutual_information
 from gptvae_cli.probe import PROTOCOL, probe
 
@@ -45,11 +44,6 @@ are trained, where there are more."""
 _PIECE_TEXTS, _PIECE_TOKENS = 4096, 2**21
 _BATCH_TOKENS = 8192
 _NGRAMS = [f"bleu_{i}" for i in range(bleu.COUNTS)]
-
-
-def has_latent(header: ModelHeader) -> bool:
-    """Whether the model was trained with its latent: a baseline was not, and its encoder is random."""
-    return bool(header.training.get("train", {}).get("latents_dropout_prob") != 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +126,7 @@ def measured(
             "words": np.array([len(text.split()) + end for text, end in zip(texts, ends, strict=True)], float),
             "bytes": np.array([len(text.encode()) + end for text, end in zip(texts, ends, strict=True)], float),
         }
-        if not has_latent(checkpoint.header):
+        if not checkpoint.header.has_latent:
             columns["nll"] = measure_without_latent(model, batches, precision=precision).numpy()[back]
             done += len(targets)
             on_progress(done)

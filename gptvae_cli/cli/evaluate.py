@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice, tee, zip_longest
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,20 +88,20 @@ def evaluate(
     _check(header, unit, texts, labels=labels, latents_from=latents_from)
     if with_baseline and baseline is not None:
         raise ConfigError("--baseline and --with-baseline exclude each other", hint="leave one of them out")
-    lines: Iterable[str] = read_texts(corpus or [], unit=unit, field=field)
+    read = partial(read_texts, field=field)
+    lines: Iterable[str] = read(corpus or [], unit=unit)
     sources = names = None
     if labels is not None or latents_from is not None:
         if not corpus or "-" in corpus:
             lines = list(lines)  # standard input can be read once, and is counted first
-        again = lines if isinstance(lines, list) else read_texts(corpus or [], unit=unit, field=field)
-        count = sum(1 for _ in again)
+        count = sum(1 for _ in (lines if isinstance(lines, list) else read(corpus or [], unit=unit)))
         if latents_from is not None:
-            sources = _aligned(latents_from, unit, field, "texts", count)
+            sources = _aligned(partial(read, [latents_from], unit=unit), latents_from, "texts", count)
         if labels is not None:
             from gptvae_cli.probe import require_scikit_learn
 
             require_scikit_learn()
-            names = list(_aligned(labels, "line", field, "labels", count))
+            names = list(_aligned(partial(read, [labels], unit="line"), labels, "labels", count))
     compared = None if baseline is None else locate_model(baseline)
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import report, sampling
@@ -148,7 +149,7 @@ def _measure(
     advance: Callable[[int], None],
 ) -> tuple[list[Gathered], str | None]:
     """What every model makes of the texts, which are read once, and what people should know about them."""
-    from gptvae_cli.report import Gathered, has_latent, measured
+    from gptvae_cli.report import Gathered, measured
     from gptvae_cli.sampling import Encoder
 
     encoders = [Encoder(each.checkpoint, unit, each.dtype) for each in opened]
@@ -157,7 +158,7 @@ def _measure(
     copies = zip(tee(islice(lines, most), len(opened)), tee(sources or (), len(opened)), strict=True)
     for encoder, (text, source) in zip(encoders, copies, strict=True):
         read = None
-        if sources is not None and has_latent(encoder.checkpoint.header):
+        if sources is not None and encoder.checkpoint.header.has_latent:
             read = islice(encoder.rows(source), most)
         streams.append(
             measured(
@@ -183,31 +184,31 @@ def _check(header: ModelHeader, unit: Unit, texts: int, *, labels: str | None, l
     """Raises a `ConfigError` for options that do not go together."""
     if texts == 1:
         raise ConfigError("texts is 1, it must be 2 at least, or 0 for all of them")
-    if header.data.latents_from is not None and latents_from is None:
+    if header.data.latents_from is not None and latents_from is None and header.has_latent:
         raise ConfigError(
             "this model's latents come from other texts than it writes", hint="give those of the corpus: --latents-from"
         )
     if "-" in (labels, latents_from):
         raise ConfigError("--labels and --latents-from need a file, standard input is for the corpus")
+    if labels is not None and not header.has_latent:
+        raise ConfigError("--labels are read off latents, and this model was trained without one")
     if labels is not None and unit == "window":
         raise ConfigError("--labels are of texts, and --unit window cuts texts into windows")
 
 
-def _aligned(name: str, unit: Unit, field: str, things: str, count: int) -> Iterator[str]:
+def _aligned(read: Callable[[], Iterator[str]], name: str, things: str, count: int) -> Iterator[str]:
     """What a file holds for every text of the corpus.
 
     Raises:
         DataError: where it holds more or fewer.
     """
-    from gptvae_cli.text import read_texts
-
-    found = sum(1 for _ in read_texts([name], unit=unit, field=field))
+    found = sum(1 for _ in read())
     if found != count:
         raise DataError(
             f"{name} holds {found:,} {things}, the corpus {count:,} texts; they must be aligned",
             hint="one for every text of the corpus, in the same order; an empty line counts",
         )
-    return read_texts([name], unit=unit, field=field)
+    return read()
 
 
 def _train_baseline(
@@ -257,7 +258,8 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
         return f"  {name:<28}{value:>8}  {ends:<18}  {unit}".rstrip()
 
     unit = about["unit"]
-    yield f"{values['texts']:,} texts ({unit}) of {', '.join(about['corpus'])}"
+    names = ("standard input" if name == "-" else name for name in about["corpus"])
+    yield f"{values['texts']:,} texts ({unit}) of {', '.join(names)}"
     yield f"  {values['tokens']:,} tokens, {values['words']:,} words, {values['bytes']:,} bytes, ends counted"
     yield f"{about['model']}, seed {values['seed']}"
     yield f"in brackets {bootstrap.LEVEL:.0%} intervals, from {bootstrap.RESAMPLES:,} resamples of the texts"
@@ -269,14 +271,14 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
         yield f"likelihood, importance-weighted with {values['nll_samples']:,} samples a text"
         yield line("NLL", "nll_nats_per_text", unit=_NATS)
     yield line("perplexity per token", "perplexity_per_token")
-    yield line("perplexity per word", "perplexity_per_word", "{:.1f}")
+    yield line("perplexity per word", "perplexity_per_word", "{:.4g}")
     yield line("bits per byte", "bits_per_byte", "{:.3f}")
     if about["baseline"] is not None:
         yield f"beside {about['baseline']}"
         yield line("its NLL", "baseline_nll_nats_per_text", unit=_NATS)
         yield line("NLL above it", "nll_above_baseline_nats_per_text", unit=_NATS)
         if "efficiency_nats_per_nat" in values:
-            yield line("efficiency", "efficiency_nats_per_nat", unit="nats saved a nat of KL")
+            yield line("efficiency", "efficiency_nats_per_nat", unit="nats per nat of KL")
     if values["nll_samples"] is None:
         return
     yield "bound of the NLL by one sample"
@@ -289,7 +291,8 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     seen = values["mutual_information_texts"]
     yield f"latent of {values['dim_latent']} dimensions"
     yield line("information", "mutual_information_nats", unit=_NATS)
-    yield f"    at most {math.log(seen):.2f} can show on {seen:,} texts; {values['information_share']:.0%} of min(KL, that)"
+    share = f"{values['information_share']:.0%} of min(KL, that)"
+    yield f"    at most {math.log(seen):.2f} can show on {seen:,} texts; {share}"
     yield line("dimensions active", "active_001", "{:d}", f"{values['active_02']} strongly")
     yield "greedy reconstruction from the mean"
     yield line("tokens in place", "token_accuracy", "{:.1%}")

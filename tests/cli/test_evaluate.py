@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from gptvae_cli.checkpoint import load, load_state
+from gptvae_cli.checkpoint import load
 from gptvae_cli.cli.app import app
 from gptvae_cli.header import read_header
 from tests.cli.conftest import WIDTH, make_model
@@ -166,6 +166,8 @@ def test_a_model_without_a_latent_gets_no_figures_of_one(evaluate: Evaluate, tmp
     assert f"{found['nll_nats_per_text']:.2f}" in table
     for claim in ("information", "active", "reconstruction", "KL", "collapsed"):
         assert claim not in table
+    refused = evaluate("--labels", "texts.txt", model=str(alone).removesuffix(".safetensors"))
+    assert_fails(refused, 2, "--labels", "without one", hint=False)
 
 
 QUICK = ("--preset", "nano", "--threads", "1", "--dtype", "float32", "--batch-tokens", "128", "--device", "cpu")
@@ -206,19 +208,13 @@ def test_with_baseline_trains_one_like_the_model_and_keeps_it(run: Path) -> None
     assert (run / "baseline/model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_baseline_of_another_model_is_replaced_and_one_that_was_interrupted_goes_on(run: Path) -> None:
+def test_a_baseline_of_another_model_is_replaced(run: Path) -> None:
     figures(with_baseline())
     trained = CliRunner().invoke(app, ["train", "--resume", "--out", "run", "--steps", "6", "--device", "cpu"])
     assert trained.exit_code == 0, trained.stderr
     figures(with_baseline())
     header = read_header(run / "baseline/model.safetensors")
     assert (header.training["steps"], header.training["train"]["steps"]) == (6, 6)
-    # A log that does not say that it was done is that of an interrupted one. It has no steps left.
-    log = run / "baseline/metrics.jsonl"
-    log.write_text(log.read_text().replace('"done": true', '"done": false'))
-    before = load_state(run / "baseline/state.safetensors").metadata["counters"]["step"]
-    assert "training a baseline" in with_baseline().stderr
-    assert load_state(run / "baseline/state.safetensors").metadata["counters"]["step"] == before == 6
 
 
 def test_a_baseline_needs_a_run_folder_with_its_corpus(run: Path, evaluate: Evaluate) -> None:
@@ -326,6 +322,12 @@ def test_windows_are_texts_of_their_own(evaluate: Evaluate) -> None:
     found = figures(evaluate("--json", model="window", corpus="long.txt"))
     assert found["texts"] == math.ceil(100 / 23)
     assert found["bytes"] == 100  # a window has no end
+
+
+def test_standard_input_is_a_corpus(evaluate: Evaluate, models: Path) -> None:
+    arguments = ["evaluate", "-", "--samples", "3", "--device", "cpu", "--model", str(models / "line.safetensors")]
+    piped = CliRunner().invoke(app, arguments, input=Path("texts.txt").read_bytes())
+    assert piped.stdout == evaluate().stdout.replace("of texts.txt", "of standard input")
 
 
 def test_one_text_is_not_enough(evaluate: Evaluate) -> None:

@@ -65,7 +65,7 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
     from gptvae_cli.checkpoint import load
     from gptvae_cli.data import batches_of
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
-    from gptvae_cli.evaluation import compare, importance_weighted, measure, reconstruct
+    from gptvae_cli.evaluation import correct_tokens, importance_weighted, measure, reconstruct
     from gptvae_cli.run import claimed, start
     from gptvae_cli.sampling import Encoder
     from gptvae_cli.text import read_texts
@@ -111,12 +111,18 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
             "test": asdict(figures) | {"nll_bound": figures.nll_bound},
         }
         if arm != "none":
-            likelihood = importance_weighted(saved.model, batches, samples, seed=seed, precision=precision.dtype)
-            row["iw_nll"] = asdict(likelihood) | {"samples": samples}
+            nll_N = importance_weighted(saved.model, batches, samples, seed=seed, precision=precision.dtype)
+            error = float(nll_N.std()) / math.sqrt(len(nll_N))
+            row["iw_nll"] = {"nll": float(nll_N.mean()), "standard_error": error, "samples": samples}
             some = tokens[:300]
             written = reconstruct(saved.model, [torch.tensor(row) for row in some])
             plain = [[token for token in row[1:] if token != eos_id] for row in some]
-            row["reconstruction"] = asdict(compare(plain, written))
+            pairs = list(zip(plain, written, strict=True))
+            row["reconstruction"] = {
+                "texts": len(pairs),
+                "token_accuracy": sum(correct_tokens(*pair) for pair in pairs) / sum(len(text) + 1 for text in plain),
+                "exact": sum(text == other for text, other in pairs) / len(pairs),
+            }
         row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         return row
     finally:

@@ -1,0 +1,119 @@
+"""The baseline of a run: what it is trained like, and when one that is there will do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptvae_cli import run
+from gptvae_cli.baseline import Baseline
+from gptvae_cli.checkpoint import load_state
+from gptvae_cli.config import DataConfig, TrainConfig
+from gptvae_cli.device import Device, Precision
+from gptvae_cli.errors import BusyError, CheckpointError
+from gptvae_cli.header import read_header
+
+CPU = Device(torch.device("cpu"), "asked for")
+FLOAT32 = Precision(torch.float32, "exact")
+TINY = {"dim": 32, "depth": 1, "enc_depth": 1, "heads": 2, "attn_dim_head": 16, "dim_latent": 8}
+CONFIG = TrainConfig(steps=4, max_time=None, batch_tokens=128, kl_warmup=0.0, lr=0.004, seed=5)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def never() -> bool:
+    return False
+
+
+def train(folder: Path, config: TrainConfig = CONFIG) -> Path:
+    """A model in its run folder; it took 30 seconds."""
+    corpus = folder.parent / "corpus.txt"
+    corpus.write_text("".join(f"{word} number {i}\n" for i in range(20) for word in ("cat", "a bird")))
+    with run.claimed(folder, resume=False, force=True):
+        job = run.start(
+            folder, [str(corpus)], DataConfig(), config, shape=TINY, preset="nano", device=CPU, precision=FLOAT32
+        )
+        list(job.run(should_stop=never, seconds=lambda: 30.0))
+    return folder / "model.safetensors"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return train(tmp_path / "run")
+
+
+def learn(baseline: Baseline, should_stop: Callable[[], bool] = never) -> list[int]:
+    """Trains a baseline, and returns the steps that it reported."""
+    with baseline.training(CPU, FLOAT32) as job:
+        return [report.step for report in job.run(should_stop=should_stop, seconds=lambda: 0.1)]
+
+
+def of(model: Path) -> Baseline:
+    return Baseline(model, read_header(model))
+
+
+def test_it_is_the_model_without_a_latent_for_the_time_that_the_model_took(model: Path) -> None:
+    baseline = of(model)
+    assert baseline.config == replace(CONFIG, latents_dropout_prob=1.0, max_time=30.0)
+    assert not baseline.fits()
+    assert learn(baseline)[-1] == 4
+    found = read_header(baseline.path)
+    assert baseline.path == model.parent / "baseline/model.safetensors"
+    assert not found.has_latent
+    assert found.model == read_header(model).model
+    assert baseline.finished()
+
+
+def test_one_that_was_interrupted_is_finished(model: Path) -> None:
+    """It is then the one that nobody interrupted."""
+    asked = count(1)
+    assert learn(of(model), lambda: next(asked) == 2)[-1] == 2
+    assert of(model).fits()
+    assert not of(model).finished()
+    assert learn(of(model))[-1] == 4
+    assert of(model).finished()
+    undisturbed = train(model.parent.parent / "other")
+    learn(of(undisturbed))
+    one, other = (load_state(path.parent / "baseline/state.safetensors").tensors for path in (model, undisturbed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_one_of_another_run_is_replaced_and_what_is_not_ours_stays(model: Path) -> None:
+    learn(of(model))
+    (model.parent / "baseline/notes.txt").write_text("mine")
+    train(model.parent, replace(CONFIG, steps=2))
+    assert not of(model).fits()
+    assert learn(of(model))[-1] == 2
+    assert of(model).finished()
+    assert (model.parent / "baseline/notes.txt").read_text() == "mine"
+
+
+def test_without_a_state_the_time_is_that_of_the_configuration_or_of_the_header(model: Path) -> None:
+    (model.parent / "state.safetensors").unlink()
+    assert of(model).config.max_time == 30.0
+    timed = replace(read_header(model), training=read_header(model).training)
+    timed.training["train"]["max_time"] = 40.0
+    assert Baseline(model, timed).config.max_time == 40.0
+
+
+def test_it_needs_the_corpus_of_the_model(model: Path, tmp_path: Path) -> None:
+    alone = shutil.copy(model, tmp_path / "alone.safetensors")
+    with pytest.raises(CheckpointError, match="cache is not there") as caught:
+        of(Path(alone))
+    assert "--baseline" in str(caught.value.hint)
+    facts = model.parent / "cache/corpus.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"digest": "0"}))
+    with pytest.raises(CheckpointError, match="is not the corpus"):
+        of(model)
+
+
+def test_two_do_not_train_it_at_once(model: Path) -> None:
+    with of(model).training(CPU, FLOAT32), pytest.raises(BusyError), of(model).training(CPU, FLOAT32):
+        pass
