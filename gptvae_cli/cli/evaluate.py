@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice, tee, zip_longest
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,20 +87,18 @@ def evaluate(
     _check(header, unit, texts, labels=labels, latents_from=latents_from)
     if with_baseline and baseline is not None:
         raise ConfigError("--baseline and --with-baseline exclude each other", hint="leave one of them out")
-    read = partial(read_texts, field=field)
-    lines: Iterable[str] = read(corpus or [], unit=unit)
+    stream = read_texts(corpus or [], unit=unit, field=field)
+    lines: Iterable[str] = stream
     sources = names = None
     if labels is not None or latents_from is not None:
-        if not corpus or "-" in corpus:
-            lines = list(lines)  # standard input can be read once, and is counted first
-        count = sum(1 for _ in (lines if isinstance(lines, list) else read(corpus or [], unit=unit)))
+        lines, count = _first(stream, texts)
         if latents_from is not None:
-            sources = _aligned(partial(read, [latents_from], unit=unit), latents_from, "texts", count)
+            sources = _aligned(latents_from, read_texts([latents_from], unit=unit, field=field), "texts", texts, count)
         if labels is not None:
             from gptvae_cli.probe import require_scikit_learn
 
             require_scikit_learn()
-            names = list(_aligned(partial(read, [labels], unit="line"), labels, "labels", count))
+            names = _aligned(labels, read_texts([labels], unit="line", field=field), "labels", texts, count)
     compared = None if baseline is None else locate_model(baseline)
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import report, sampling
@@ -196,19 +193,25 @@ def _check(header: ModelHeader, unit: Unit, texts: int, *, labels: str | None, l
         raise ConfigError("--labels are of texts, and --unit window cuts texts into windows")
 
 
-def _aligned(read: Callable[[], Iterator[str]], name: str, things: str, count: int) -> Iterator[str]:
-    """What a file holds for every text of the corpus.
+def _first(texts: Iterator[str], most: int) -> tuple[list[str], int]:
+    """The first texts, all for 0, and how many there are in all. They are read once: they may come from a pipe."""
+    kept = list(islice(texts, most or None))
+    return kept, len(kept) + sum(1 for _ in texts)
+
+
+def _aligned(name: str, lines: Iterator[str], things: str, most: int, count: int) -> list[str]:
+    """What a file holds for each of the first texts of the corpus.
 
     Raises:
-        DataError: where it holds more or fewer.
+        DataError: where it holds more or fewer than there are texts in the whole corpus.
     """
-    found = sum(1 for _ in read())
+    kept, found = _first(lines, most)
     if found != count:
         raise DataError(
             f"{name} holds {found:,} {things}, the corpus {count:,} texts; they must be aligned",
             hint="one for every text of the corpus, in the same order; an empty line counts",
         )
-    return read()
+    return kept
 
 
 def _train_baseline(

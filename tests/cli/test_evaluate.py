@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -276,6 +277,19 @@ def test_labels_of_the_first_texts_stay_beside_them(evaluate: Evaluate, labelled
     ]
     piped = CliRunner().invoke(app, [*arguments, "--model", some["model"]], input=Path("labelled.txt").read_bytes())
     assert figures(piped)["probe"] == some["probe"]
+
+
+def test_labels_may_come_through_a_pipe(evaluate: Evaluate, labelled: list[str]) -> None:
+    """As of `--labels <(cut -f2 table.tsv)`, which can be read once."""
+    plain = figures(evaluate("--json", "--labels", "labels.txt", corpus="labelled.txt"))
+    ours, theirs = os.pipe()
+    os.write(theirs, Path("labels.txt").read_bytes())
+    os.close(theirs)
+    try:
+        piped = figures(evaluate("--json", "--labels", f"/dev/fd/{ours}", corpus="labelled.txt"))
+    finally:
+        os.close(ours)
+    assert piped["probe"] == plain["probe"]
 
 
 @pytest.mark.parametrize("texts", ["0", "10"])
