@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptvae_cli.config import Unit
-from gptvae_cli.errors import ConfigError
+from gptvae_cli.config import Unit, did_you_mean
+from gptvae_cli.errors import FieldError
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def preset(name: str) -> Preset:
         ConfigError: for a name that there is not.
     """
     if name not in PRESETS:
-        raise ConfigError(f"preset is {name!r}, it must be auto or one of {', '.join(PRESETS)}")
+        raise FieldError("preset", name, f"auto or one of {', '.join(PRESETS)}", hint=did_you_mean(name, PRESETS))
     return PRESETS[name]
 
 

@@ -15,11 +15,9 @@ from gptvae_cli.errors import ConfigError, GPTVAEError
 _EXAMPLES = ("emma", "christopher", "yasmin")
 _RATE = "12"  # most of what there is in a name, so that names come back
 
-EXAMPLES = """Examples:
-
-  gptvae demo
-
-  gptvae demo --out names --max-time 5m
+EXAMPLES = """\
+gptvae demo
+gptvae demo --out names --max-time 5m
 """
 
 

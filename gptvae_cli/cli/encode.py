@@ -18,15 +18,11 @@ if TYPE_CHECKING:
 Write = Callable[["Floats"], object]
 """Takes one latent [Z]."""
 
-EXAMPLES = """Examples:
-
-  gptvae encode reviews.txt > z.npy
-
-  gptvae encode a.txt b.txt --out z.npy --std-out std.npy
-
-  gptvae encode - < a.txt | gptvae generate --latent -
-
-  gptvae encode reviews.jsonl --field review --format jsonl | jq .latent
+EXAMPLES = """\
+gptvae encode reviews.txt > z.npy
+gptvae encode a.txt b.txt --out z.npy --std-out std.npy
+gptvae encode - < a.txt | gptvae generate --latent -
+gptvae encode reviews.jsonl --field review --format jsonl | jq .latent
 """
 
 

@@ -18,21 +18,18 @@ if TYPE_CHECKING:
 
     from gptvae_cli.evaluation import Report
 
-EXAMPLES = """Examples:
-
-  gptvae evaluate test.txt
-
-  gptvae evaluate test.txt --texts 500 --samples 500 --json | jq .iw_nll
-
-  gptvae train corpus.txt --latents-dropout-prob 1 --out baseline
-
-  gptvae evaluate test.txt --baseline baseline
+EXAMPLES = """\
+gptvae evaluate test.txt
+gptvae evaluate test.txt --texts 500 --samples 500 --json | jq .iw_nll
+gptvae train corpus.txt --latents-dropout-prob 1 --out baseline
+gptvae evaluate test.txt --baseline baseline
 """
 
 
 def evaluate(
     corpus: Annotated[
-        list[str] | None, typer.Argument(help="Files or folders of text; - or nothing reads standard input.")
+        list[str] | None,
+        typer.Argument(metavar="CORPUS", help="Files or folders of text; - or nothing reads standard input."),
     ] = None,
     texts: Annotated[int, typer.Option(min=2, metavar="N", help="The first N texts.")] = 1000,
     samples: Annotated[int, typer.Option(min=1, metavar="K", help="Latents of a text for its likelihood.")] = 100,

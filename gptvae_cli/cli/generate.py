@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 
 _SOURCES, _TOKENS, _OUTPUT = "What to write from, one of these", "How to choose tokens", "Output"
 
-EXAMPLES = """Examples:
-
-  gptvae generate --prior 5
-
-  gptvae generate --text "the food was great" -n 3 --temperature 0.7
-
-  gptvae encode a.txt | gptvae generate --latent - --greedy
-
-  gptvae generate --ref a.txt --sample -n 10 --format jsonl | jq -r .text
+EXAMPLES = """\
+gptvae generate --prior 5
+gptvae generate --text "the food was great" -n 3 --temperature 0.7
+gptvae encode a.txt | gptvae generate --latent - --greedy
+gptvae generate --ref a.txt --sample -n 10 --format jsonl | jq -r .text
 """
 
 

@@ -14,13 +14,10 @@ from gptvae_cli.errors import ConfigError
 if TYPE_CHECKING:
     from gptvae_cli.header import ModelFile
 
-EXAMPLES = """Examples:
-
-  gptvae info
-
-  gptvae info names-run
-
-  gptvae info model.safetensors --json | jq .training.validation
+EXAMPLES = """\
+gptvae info
+gptvae info names-run
+gptvae info model.safetensors --json | jq .training.validation
 """
 
 

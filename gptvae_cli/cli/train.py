@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,82 +13,87 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptvae_cli import __version__
 from gptvae_cli.cli import console
-from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig, from_dict, read_toml, to_dict, to_toml
-from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode
+from gptvae_cli.config import (
+    STOCK_RECIPE,
+    Config,
+    DataConfig,
+    DType,
+    MachineConfig,
+    Objective,
+    PresetName,
+    RunConfig,
+    SizeConfig,
+    TrainConfig,
+    Unit,
+    from_dict,
+)
+from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode, FieldError
+from gptvae_cli.options import environment_layer, file_layer, flags_layer, keys, merged, to_toml
 
 if TYPE_CHECKING:
     from gptvae_cli.run import Job
 
 _PROCESS_BEGAN = time.monotonic()
-_SHAPE = ("dim", "depth", "enc_depth", "heads", "attn_dim_head", "dim_latent", "max_seq_len")
 _LIMITS = ("steps", "epochs", "max_time")
 _TEXTS, _SIZES, _LEARNING, _RUN = "The texts", "The model", "Learning", "The run"
 
-EXAMPLES = """Examples:
-
-  gptvae train corpus.txt
-
-  gptvae train poems/ --unit paragraph --max-time 1h --out poems-run
-
-  gptvae train commands.txt --latents-from descriptions.txt
-
-  zcat big.txt.gz | gptvae train - --tokenizer bpe --epochs 3
-
-  gptvae train --resume --max-time 20m
+EXAMPLES = """\
+gptvae train corpus.txt
+gptvae train poems/ --unit paragraph --max-time 1h --out poems-run
+gptvae train commands.txt --latents-from descriptions.txt
+zcat big.txt.gz | gptvae train - --tokenizer bpe --epochs 3
+gptvae train --resume --max-time 20m
 """
-
-
-def parse_seconds(text: str) -> float:
-    """Seconds from `90`, `90s`, `10m`, `2h`, `1h30m` or `1d`.
-
-    Raises:
-        ConfigError: for anything else.
-    """
-    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ConfigError(f"max-time is {text!r}, it must be a time such as 90s, 10m or 1h30m")
-    return sum(float(number) * units[unit] for number, unit in parts)
 
 
 def train(
     corpus: Annotated[
         list[str] | None,
-        typer.Argument(help="Files or folders of text; - or nothing reads standard input.", show_default=False),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder.  [default: ./gptvae-run]", rich_help_panel=_RUN)
-    ] = None,
-    unit: Annotated[
-        str | None,
-        typer.Option(
-            help="What one text is: line, paragraph, file or window.  [default: line]", rich_help_panel=_TEXTS
+        typer.Argument(
+            metavar="CORPUS", help="Files or folders of text; - or nothing reads standard input.", show_default=False
         ),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The run folder.  [default: ./gptvae-run]", rich_help_panel=_RUN),
+    ] = None,
+    unit: Annotated[
+        Unit | None, typer.Option(help="What one text is.  [default: line]", rich_help_panel=_TEXTS)
+    ] = None,
     field: Annotated[
-        str | None, typer.Option(help="Key of the text in .jsonl files.  [default: text]", rich_help_panel=_TEXTS)
+        str | None,
+        typer.Option(metavar="KEY", help="Key of the text in .jsonl files.  [default: text]", rich_help_panel=_TEXTS),
     ] = None,
     valid: Annotated[
         str | None,
-        typer.Option(help="Held-out texts: a file, or a share of the corpus.  [default: 0.05]", rich_help_panel=_TEXTS),
+        typer.Option(
+            metavar="FILE|SHARE",
+            help="Held-out texts: a file, or a share of the corpus.  [default: 0.05]",
+            rich_help_panel=_TEXTS,
+        ),
     ] = None,
     latents_from: Annotated[
         str | None,
-        typer.Option(help="Texts for the encoder, one for each text of the corpus.", rich_help_panel=_TEXTS),
+        typer.Option(
+            metavar="FILE", help="Texts for the encoder, one for each text of the corpus.", rich_help_panel=_TEXTS
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="auto, bytes, bpe, or a tokenizers JSON file.  [default: auto]", rich_help_panel=_TEXTS),
+        typer.Option(
+            metavar="auto|bytes|bpe|FILE",
+            help="auto, bytes, bpe, or a tokenizers JSON file.  [default: auto]",
+            rich_help_panel=_TEXTS,
+        ),
     ] = None,
     vocab_size: Annotated[
         int | None, typer.Option(help="Most tokens of a trained BPE.  [default: by the corpus]", rich_help_panel=_TEXTS)
     ] = None,
     preset: Annotated[
-        str | None,
-        typer.Option(help="Sizes: auto, nano, micro, small, medium or large.  [default: auto]", rich_help_panel=_SIZES),
+        PresetName | None,
+        typer.Option(help="All the sizes below but the latent's.  [default: auto]", rich_help_panel=_SIZES),
     ] = None,
     dim: Annotated[int | None, typer.Option(help="Width of encoder and decoder.", rich_help_panel=_SIZES)] = None,
     depth: Annotated[int | None, typer.Option(help="Layers of the decoder.", rich_help_panel=_SIZES)] = None,
@@ -104,10 +109,9 @@ def train(
         int | None, typer.Option(help="Longest text in tokens.  [default: by the corpus]", rich_help_panel=_SIZES)
     ] = None,
     objective: Annotated[
-        str | None,
+        Objective | None,
         typer.Option(
-            help="elbo (nats per token) or stock (x-transformers' units and defaults).  [default: elbo]",
-            rich_help_panel=_LEARNING,
+            help="Nats per token, or x-transformers' units and defaults.  [default: elbo]", rich_help_panel=_LEARNING
         ),
     ] = None,
     vae_kl_loss_weight: Annotated[
@@ -151,6 +155,7 @@ def train(
     max_time: Annotated[
         str | None,
         typer.Option(
+            metavar="TIME",
             help="Of the whole run, as 90s, 10m, 2h.  [default: 10m, none with --steps or --epochs]",
             rich_help_panel=_RUN,
         ),
@@ -165,7 +170,8 @@ def train(
         bool, typer.Option("--strict", help="Exit with 5 if the latent has collapsed.", rich_help_panel=_RUN)
     ] = False,
     config: Annotated[
-        Path | None, typer.Option(help="A TOML file of these options; flags go over it.", rich_help_panel=_RUN)
+        Path | None,
+        typer.Option(metavar="FILE", help="A TOML file of these options; flags go over it.", rich_help_panel=_RUN),
     ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the configuration as TOML and stop.", rich_help_panel=_RUN)
@@ -173,9 +179,17 @@ def train(
     seed: Annotated[
         int | None, typer.Option(help="Of weights, order and noise.  [default: 0]", rich_help_panel=_RUN)
     ] = None,
-    device: console.DeviceOption = "auto",
-    dtype: console.DTypeOption = "auto",
-    threads: console.ThreadsOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.  [default: auto]", rich_help_panel=_RUN),
+    ] = None,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Numbers to compute with; auto asks the hardware.  [default: auto]", rich_help_panel=_RUN),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.  [default: as torch finds best]", rich_help_panel=_RUN)
+    ] = None,
     quiet: console.QuietOption = False,
     debug: console.DebugOption = False,
 ) -> None:
@@ -183,37 +197,34 @@ def train(
 
     The model is RUN/model.safetensors, alone; its path is printed on standard output.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
-    given["strict"] = strict or None
-    if max_time is not None:
-        given["max_time"] = parse_seconds(max_time)
-    tables = read_toml(config) if config else {}
-    plan = _Plan(tables, {name: value for name, value in given.items() if value is not None})
+    plan = _Plan({**locals(), "strict": strict or None})
     if print_config:
-        typer.echo(plan.to_toml(), nl=False)
+        console.write_text(plan.to_toml())
         return
-    if not plan.corpus and not resume:
+    if not plan.run.corpus and not resume:
         console.refuse_terminal_stdin("gptvae train corpus.txt")
 
     from gptvae_cli import run
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 
-    where = resolve_device(device)
-    precision = resolve_dtype(dtype, where.device, training=True)
-    tune_cpu(threads)
-    folder = plan.out
+    with plan.naming():
+        where = resolve_device(plan.machine.device)
+        precision = resolve_dtype(plan.machine.dtype, where.device, training=True)
+    tune_cpu(plan.machine.threads)
+    folder = Path(plan.run.out)
     with run.claimed(folder, resume=resume, force=force):
         if resume:
-            job = run.resume(folder, plan.limits_for_resume(), sources=plan.corpus, device=where, precision=precision)
+            limits, sources = plan.limits_for_resume(), plan.run.corpus
+            job = run.resume(folder, limits, sources=sources, device=where, precision=precision)
         else:
-            with console.reading_progress("reading the corpus", quiet=quiet) as on_progress:
+            with plan.naming(), console.reading_progress("reading the corpus", quiet=quiet) as on_progress:
                 job = run.start(
                     folder,
-                    plan.corpus,
+                    plan.run.corpus,
                     plan.data,
                     plan.train,
-                    shape=plan.shape,
-                    preset=plan.preset,
+                    shape=plan.sizes.shape,
+                    preset=plan.sizes.preset,
                     device=where,
                     precision=precision,
                     on_progress=on_progress,
@@ -233,57 +244,63 @@ def train(
 
 
 class _Plan:
-    """What was asked for, from the configuration file and the flags over it."""
+    """What was asked for: flags over the configuration file over the environment, as one config a table.
 
-    def __init__(self, tables: dict[str, dict[str, Any]], flags: dict[str, Any]) -> None:
-        run = dict(tables.get("run", {}))
-        model = dict(tables.get("model", {}))
-        data = dict(tables.get("data", {}))
-        train = dict(tables.get("train", {}))
-        self.flags = flags
-        self.corpus: list[str] = [str(source) for source in flags.get("corpus") or run.pop("corpus", [])]
-        run.pop("corpus", None)
-        self.out = Path(flags.get("out") or run.pop("out", "gptvae-run"))
-        run.pop("out", None)
-        for table, known in ((run, ()), (model, (*_SHAPE, "preset"))):
-            if unknown := [name for name in table if name not in known]:
-                raise ConfigError(f"the configuration has no option {unknown[0]!r} there")
-        self.preset = str(flags.get("preset", model.pop("preset", "auto")))
-        model.pop("preset", None)
-        self.shape: dict[str, int] = model | {name: flags[name] for name in _SHAPE if name in flags}
-        for name, value in self.shape.items():
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigError(f"{name} is {value!r}, it must be a whole number")
-        self.data = from_dict(DataConfig, data | {n: v for n, v in flags.items() if n in to_dict(DataConfig())})
-        asked = train | {name: value for name, value in flags.items() if name in to_dict(TrainConfig())}
-        if ("steps" in asked or "epochs" in asked) and "max_time" not in asked:
-            asked["max_time"] = None
-        recipe = STOCK_RECIPE if asked.get("objective") == "stock" else {}
-        self.train = from_dict(TrainConfig, recipe | asked)
+    Raises:
+        ConfigError: for what cannot be, naming the place where it was asked for.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.flags = flags_layer(options)
+        self.has_file = options["config"] is not None
+        below = [environment_layer(os.environ)] + ([file_layer(options["config"])] if self.has_file else [])
+        self.asked = merged([*below, self.flags])
+        values = dict(self.asked.values)
+        if ("steps" in values or "epochs" in values) and "max_time" not in values:
+            values["max_time"] = None
+        if values.get("objective") == "stock":
+            values = STOCK_RECIPE | values
+        with self.naming():
+            self.run = _config(RunConfig, values)
+            self.data = _config(DataConfig, values)
+            self.sizes = _config(SizeConfig, values)
+            self.train = _config(TrainConfig, values)
+            self.machine = _config(MachineConfig, values)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Makes an error of a field say where the field was set."""
+        try:
+            yield
+        except FieldError as error:
+            label = self.asked.labels.get(error.field)
+            raise (error.named(label) if label else error) from error
 
     def limits_for_resume(self) -> dict[str, Any]:
-        """The flags that a resumed run may change: those that say when to stop."""
-        fixed = [*_SHAPE, *to_dict(DataConfig()), *to_dict(TrainConfig()), "preset", "config"]
-        if changed := [name for name in fixed if name in self.flags and name not in (*_LIMITS, "strict")]:
+        """The flags that a resumed run may change: those that say when to stop. The environment is not asked."""
+        kept = {key for kind in (DataConfig, SizeConfig, TrainConfig) for key in keys(kind)} - {*_LIMITS, "strict"}
+        changed = [label for key, label in self.flags.labels.items() if key in kept]
+        if self.has_file:
+            changed.append("--config")
+        if changed:
             raise ConfigError(
-                f"--resume keeps the run's configuration, found --{changed[0].replace('_', '-')}",
+                f"--resume keeps the run's configuration, found {changed[0]}",
                 hint="only --max-time, --steps, --epochs and --strict may change",
             )
-        limits = {name: self.flags[name] for name in _LIMITS if name in self.flags}
+        limits = {key: self.flags.values[key] for key in _LIMITS if key in self.flags.values}
         if limits:
             limits = dict.fromkeys(_LIMITS) | limits
-        return limits | ({"strict": True} if "strict" in self.flags else {})
+        return limits | ({"strict": True} if "strict" in self.flags.values else {})
 
     def to_toml(self) -> str:
         """The configuration as a file that `--config` reads."""
-        return to_toml(
-            {
-                "run": {"corpus": self.corpus or None, "out": str(self.out)},
-                "data": to_dict(self.data),
-                "model": {"preset": self.preset, **self.shape},
-                "train": to_dict(self.train),
-            }
-        )
+        tables = to_toml((self.run, self.data, self.sizes, self.train, self.machine))
+        return f"# gptvae {__version__}; paths are relative to the working directory\n\n{tables}"
+
+
+def _config(kind: type[Config], values: Mapping[str, object]) -> Config:
+    known = keys(kind)
+    return from_dict(kind, {key: value for key, value in values.items() if key in known})
 
 
 def watch(job: Job, *, quiet: bool) -> None:

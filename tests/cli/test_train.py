@@ -21,10 +21,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 from gptvae_cli.cli.app import app
-from gptvae_cli.cli.train import parse_seconds
 from gptvae_cli.config import STOCK_RECIPE, TrainConfig, to_dict
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.header import read_header
+from gptvae_cli.options import parse_seconds
 
 NAMES = [first + last for first in ("an", "be", "cla", "do", "ele", "fi") for last in ("na", "lla", "ra", "ria", "ly")]
 QUICK = ("--preset", "nano", "--threads", "1", "--device", "cpu", "--dtype", "float32", "--batch-tokens", "128")
