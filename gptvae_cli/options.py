@@ -52,6 +52,20 @@ UNSET = {
 """What it means that an option is not set."""
 
 
+def default_in_words(key: str) -> str:
+    """The default of an option as help and README say it; nothing for what is off."""
+    (default,) = (to_dict(kind())[key] for kind in TABLES.values() if key in keys(kind))
+    match default:
+        case None | []:
+            return UNSET.get(key, "not set")
+        case float() if key == "max_time":
+            return f"{default / 60:g}m, none with --steps or --epochs"
+        case float():
+            return f"{default:g}"
+        case _:
+            return str(default)
+
+
 @dataclass(frozen=True)
 class Layer:
     """Options of one place: flags, a configuration file or the environment.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -100,29 +101,34 @@ def _show_error(problem: Exception) -> int:
 
 
 def _show_usage_error(problem: typer.TyperException, arguments: list[str]) -> int:
-    """In the look of the other errors; Typer's own messages are sentences in a box."""
-    context, parameter = getattr(problem, "ctx", None), getattr(problem, "param", None)
-    hint: str | None = f"{context.command_path if context else 'gptvae'} --help"
-    message = problem.message if hasattr(problem, "possibilities") else problem.format_message()
-    message, _, guess = message.partition(" Did you mean ")
-    if possible := getattr(problem, "possibilities", None) or guess.replace("'", "").removesuffix("?").split(", "):
-        hint = "did you mean " + " or ".join(sorted(filter(None, possible))) + "?" if any(possible) else hint
+    """In the look of the other errors: Typer's own messages are sentences in a box."""
+    # The formatted message would repeat the possibilities.
+    said = problem.message if hasattr(problem, "possibilities") else problem.format_message()
+    message, _, guess = f"{said[:1].lower()}{said[1:]}".partition(" Did you mean ")
+    possible = getattr(problem, "possibilities", None) or re.findall(r"'([^']+)'", guess)
+    parameter = getattr(problem, "param", None)
     found, name = _value_of(parameter, arguments)
-    choices = parameter.type_descriptor.choices if parameter is not None and found is not None else None
-    if choices:
-        message = f"{name} is {found!r}, it must be one of {', '.join(choices)}"
-        hint = did_you_mean(str(found), choices) or hint
-    elif found is not None:
-        what = problem.message.removeprefix("Value error, ").removesuffix(".")
-        message = f"{name}: {what}" + ("" if found in what else f", found {found}")
-    else:
-        message = f"{message[:1].lower()}{message[1:]}"
-    console.error(" ".join(message.split()).removesuffix("."), hint)
+    hint = f"did you mean {' or '.join(sorted(possible))}?" if possible else None
+    if parameter is not None and found is not None:
+        choices = parameter.type_descriptor.choices
+        allowed = f"one of {', '.join(choices)}" if choices else _allowed(problem.message)
+        message = f"{name} is {found!r}, it must be {allowed}"
+        hint = did_you_mean(found, choices) if choices else None
+    context = getattr(problem, "ctx", None)
+    command = context.command_path if context else " ".join(["gptvae", *arguments[:1]])
+    console.error(
+        " ".join(f"{message[:1].lower()}{message[1:]}".split()).removesuffix("."), hint or f"{command} --help"
+    )
     return problem.exit_code
 
 
+def _allowed(message: str) -> str:
+    """What an option takes, out of pydantic's `Input should be a valid integer, unable to ...`, or of our own words."""
+    return message.removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to")[0]
+
+
 def _value_of(parameter: Any, arguments: list[str]) -> tuple[str | None, str]:
-    """What was given for an option, and where: Typer says what it expected, but not what it found."""
+    """What was given for an option, and under which name: Typer says what it expected, but not what it found."""
     for option in getattr(parameter, "opts", ()):
         for argument, following in zip_longest(arguments, arguments[1:]):
             if argument == option:

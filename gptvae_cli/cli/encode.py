@@ -32,7 +32,7 @@ def encode(
         typer.Argument(metavar="FILE", help="Files or folders of text; - or nothing reads standard input."),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Where the latents go.  [default: standard output]")
+        str | None, typer.Option(metavar="FILE", help="Where the latents go. [default: standard output]")
     ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="A random draw of each posterior instead of its mean.")

@@ -48,7 +48,16 @@ def evaluate(
     device: console.DeviceOption = "auto",
     dtype: console.DTypeOption = "auto",
     threads: console.ThreadsOption = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the latents that are drawn.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            envvar="GPTVAE_SEED",
+            help="Of the latents that are drawn.",
+            rich_help_panel=console.COMMON,
+        ),
+    ] = 0,
     quiet: console.QuietOption = False,
     debug: console.DebugOption = False,
 ) -> None:

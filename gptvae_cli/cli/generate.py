@@ -41,7 +41,7 @@ def generate(
     ] = None,
     prior: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="N random latents.  [default: 1]", rich_help_panel=_SOURCES),
+        typer.Option(min=1, metavar="N", help="N random latents. [default: 1]", rich_help_panel=_SOURCES),
     ] = None,
     sample: Annotated[
         bool,
@@ -55,7 +55,7 @@ def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What every text begins with.")] = "",
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Longest continuation.  [default: as long as the model reads]", rich_help_panel=_TOKENS),
+        typer.Option(help="Longest continuation. [default: as long as the model reads]", rich_help_panel=_TOKENS),
     ] = None,
     temperature: Annotated[
         float, typer.Option(help="Below 1 is safer, above 1 is wilder.", rich_help_panel=_TOKENS)

@@ -6,11 +6,12 @@ Typer keeps the classes of contexts and parameters private, so they are `Any` he
 from __future__ import annotations
 
 import inspect
+import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 from typer.core import TyperCommand
 
@@ -29,54 +30,53 @@ class Command(TyperCommand):
 def show(ctx: Any, commands: Sequence[Any] = ()) -> None:
     """Prints the help of the context's command on standard output: what it does, its options, and examples."""
     command, console = ctx.command, Console(highlight=False)
-    console.print(Text.assemble(("Usage: ", "bold"), " ".join(_usage(ctx))), end="\n\n")
-    console.print(Padding(Text(_paragraphs(command.help)), (0, 0, 1, 2)))
+    usage = " ".join((ctx.command_path, *command.collect_usage_pieces(ctx)))
+    console.print(Text.assemble(("Usage: ", "bold"), usage), soft_wrap=True)
+    for paragraph in inspect.cleandoc(command.help).split("\n\n"):
+        console.print(Text("\n" + _wrapped(paragraph, console.width, "  ")), soft_wrap=True)
     if commands:
         _section(console, "Commands", ((item.name, item.help.partition("\n\n")[0]) for item in commands))
     panels: dict[str, list[Any]] = {}
-    for option in command.get_params(ctx):
-        default = "Arguments" if option.param_type_name == "argument" else "Options"
-        panels.setdefault(option.rich_help_panel or default, []).append(option)
-    # What is special to a command comes first, what all commands share last.
-    for name in sorted(panels, key=lambda name: (name != "Arguments", name == "Options")):
-        _section(console, name, ((_names(option), _described(option)) for option in panels[name]))
-    console.print(Text("Examples", style="bold"))
+    for parameter in command.get_params(ctx):
+        panel = "Arguments" if parameter.param_type_name == "argument" else parameter.rich_help_panel or "Options"
+        if parameter.name == "help":  # the last one: it joins what is there
+            panel = next(reversed(panels))
+        panels.setdefault(panel, []).append(parameter)
+    for panel, parameters in panels.items():
+        _section(console, panel, ((_names(parameter), _described(parameter)) for parameter in parameters))
+    console.print(Text("\nExamples", style="bold"))
     for example in command.epilog.splitlines():
-        console.print(Text(f"  {example}"), soft_wrap=True)  # a line that can be pasted
-
-
-def _usage(ctx: Any) -> list[str]:
-    return [ctx.command_path, *ctx.command.collect_usage_pieces(ctx)]
-
-
-def _paragraphs(text: str) -> str:
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
+        console.print(Text(f"  {example}"), soft_wrap=True)  # on one line, so that it can be pasted
 
 
 def _section(console: Console, name: str, rows: Iterable[tuple[str, str]]) -> None:
-    console.print(Text(name, style="bold"))
+    console.print(Text(f"\n{name}", style="bold"))
     narrow = console.width < _NARROW
-    left = 6 if narrow else _LEFT + 4
+    indent = " " * (6 if narrow else _LEFT + 4)
     for names, text in rows:
         label = Text(f"  {names}", style="cyan")
-        lines = list(Text(_paragraphs(text)).wrap(console, max(16, console.width - left - 1)))
+        body = _wrapped(text, console.width, indent)
         if narrow or len(names) > _LEFT:
-            console.print(label, soft_wrap=True)
+            body = "\n" + body
         else:
-            label.pad_right(left - len(label))
-            console.print(Text.assemble(label, lines.pop(0)), soft_wrap=True)
-        for line in lines:
-            console.print(Text(" " * left) + line, soft_wrap=True)
-    console.print()
+            body = body[len(label) :]
+        console.print(label + body, soft_wrap=True)
+
+
+def _wrapped(text: str, width: int, indent: str) -> str:
+    # A default is kept in one piece, unless it is a long one.
+    whole = re.sub(r"\[default: [^] ]*\]", lambda match: match[0].replace(" ", "\xa0"), " ".join(text.split()))
+    lines = textwrap.wrap(whole, max(width, 30), initial_indent=indent, subsequent_indent=indent)
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def _names(parameter: Any) -> str:
-    kind = parameter.type_descriptor
     if parameter.param_type_name == "argument":
         return f"{parameter.metavar}{'...' if parameter.nargs != 1 else ''}"
     names = ", ".join(sorted(parameter.opts, key=len))
     if parameter.is_flag:
         return names
+    kind = parameter.type_descriptor
     value = parameter.metavar or ("|".join(kind.choices) if kind.is_choice else _VALUES.get(kind.annotation, "TEXT"))
     return f"{names} {value}"
 
@@ -85,4 +85,4 @@ def _described(parameter: Any) -> str:
     default = parameter.default
     if parameter.param_type_name == "argument" or default in (None, "", False):
         return str(parameter.help)
-    return f"{parameter.help}  [default: {default}]"
+    return f"{parameter.help} [default: {default}]"

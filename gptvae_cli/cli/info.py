@@ -25,7 +25,7 @@ def info(
     file: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="A run folder or a .safetensors file.  [default: $GPTVAE_MODEL, else ./gptvae-run]"
+            metavar="MODEL", help="A run folder or a .safetensors file. [default: $GPTVAE_MODEL, else ./gptvae-run]"
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,

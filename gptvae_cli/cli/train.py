@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,7 +30,7 @@ from gptvae_cli.config import (
     from_dict,
 )
 from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode, FieldError
-from gptvae_cli.options import environment_layer, file_layer, flags_layer, keys, merged, to_toml
+from gptvae_cli.options import default_in_words, environment_layer, file_layer, flags_layer, keys, merged, to_toml
 
 if TYPE_CHECKING:
     from gptvae_cli.run import Job
@@ -48,154 +48,122 @@ gptvae train --resume --max-time 20m
 """
 
 
+def _option(key: str, help: str, panel: str, metavar: str | None = None, words: Sequence[str] = ()) -> Any:
+    """An option that a configuration file may hold, too. Its default is None, which lets the file speak.
+
+    Args:
+        key: in the file.
+        help, panel, metavar: for its line in the help.
+        words: values to complete beside the names of files.
+    """
+    return typer.Option(
+        help=f"{help} [default: {default_in_words(key)}]",
+        metavar=metavar,
+        rich_help_panel=panel,
+        autocompletion=(lambda: list(words)) if words else None,
+    )
+
+
+def _flag(name: str, help: str) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=_RUN)
+
+
 def train(
     corpus: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="CORPUS", help="Files or folders of text; - or nothing reads standard input.", show_default=False
-        ),
+        list[str] | None, typer.Argument(metavar="CORPUS", help="Files or folders of text; - or nothing reads stdin.")
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="The run folder.  [default: ./gptvae-run]", rich_help_panel=_RUN),
+    out: Annotated[str | None, _option("out", "The run folder.", _RUN, "FOLDER")] = None,
+    max_time: Annotated[str | None, _option("max_time", "Of the whole process, as 90s, 10m, 2h.", _RUN, "TIME")] = None,
+    steps: Annotated[int | None, _option("steps", "Optimizer steps.", _RUN)] = None,
+    epochs: Annotated[float | None, _option("epochs", "Passes over the corpus.", _RUN)] = None,
+    resume: Annotated[bool, _flag("--resume", "Go on with the run in --out.")] = False,
+    force: Annotated[bool, _flag("--force", "Replace the run in --out, once the new corpus has been read.")] = False,
+    strict: Annotated[bool, _flag("--strict", "Exit with 5 if the latent has collapsed.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A TOML file of these options.", rich_help_panel=_RUN)
     ] = None,
-    unit: Annotated[
-        Unit | None, typer.Option(help="What one text is.  [default: line]", rich_help_panel=_TEXTS)
-    ] = None,
-    field: Annotated[
-        str | None,
-        typer.Option(metavar="KEY", help="Key of the text in .jsonl files.  [default: text]", rich_help_panel=_TEXTS),
-    ] = None,
+    print_config: Annotated[bool, _flag("--print-config", "Print such a file, and stop.")] = False,
+    unit: Annotated[Unit | None, _option("unit", "What one text is.", _TEXTS)] = None,
+    field: Annotated[str | None, _option("field", "Key of the text in .jsonl files.", _TEXTS, "KEY")] = None,
     valid: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|SHARE",
-            help="Held-out texts: a file, or a share of the corpus.  [default: 0.05]",
-            rich_help_panel=_TEXTS,
-        ),
+        str | None, _option("valid", "Held-out texts: a file, or a share of the corpus.", _TEXTS, "FILE|SHARE")
     ] = None,
     latents_from: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE", help="Texts for the encoder, one for each text of the corpus.", rich_help_panel=_TEXTS
-        ),
+        _option("latents_from", "Texts for the encoder, one for each text of the corpus.", _TEXTS, "FILE"),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(
-            metavar="auto|bytes|bpe|FILE",
-            help="auto, bytes, bpe, or a tokenizers JSON file.  [default: auto]",
-            rich_help_panel=_TEXTS,
+        _option(
+            "tokenizer",
+            "bpe is trained on the corpus; a file is of tokenizers.",
+            _TEXTS,
+            "auto|bytes|bpe|FILE",
+            ("auto", "bytes", "bpe"),
         ),
     ] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Most tokens of a trained BPE.  [default: by the corpus]", rich_help_panel=_TEXTS)
-    ] = None,
-    preset: Annotated[
-        PresetName | None,
-        typer.Option(help="All the sizes below but the latent's.  [default: auto]", rich_help_panel=_SIZES),
-    ] = None,
-    dim: Annotated[int | None, typer.Option(help="Width of encoder and decoder.", rich_help_panel=_SIZES)] = None,
-    depth: Annotated[int | None, typer.Option(help="Layers of the decoder.", rich_help_panel=_SIZES)] = None,
-    enc_depth: Annotated[int | None, typer.Option(help="Layers of the encoder.", rich_help_panel=_SIZES)] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads.", rich_help_panel=_SIZES)] = None,
-    attn_dim_head: Annotated[
-        int | None, typer.Option(help="Width of a head.  [default: 64]", rich_help_panel=_SIZES)
-    ] = None,
-    dim_latent: Annotated[
-        int | None, typer.Option(help="Width of the latent.  [default: 32]", rich_help_panel=_SIZES)
-    ] = None,
-    max_seq_len: Annotated[
-        int | None, typer.Option(help="Longest text in tokens.  [default: by the corpus]", rich_help_panel=_SIZES)
-    ] = None,
+    vocab_size: Annotated[int | None, _option("vocab_size", "Most tokens of a trained BPE.", _TEXTS)] = None,
+    preset: Annotated[PresetName | None, _option("preset", "Width, depths and heads under one name.", _SIZES)] = None,
+    dim: Annotated[int | None, _option("dim", "Width of encoder and decoder.", _SIZES)] = None,
+    depth: Annotated[int | None, _option("depth", "Layers of the decoder.", _SIZES)] = None,
+    enc_depth: Annotated[int | None, _option("enc_depth", "Layers of the encoder.", _SIZES)] = None,
+    heads: Annotated[int | None, _option("heads", "Attention heads.", _SIZES)] = None,
+    attn_dim_head: Annotated[int | None, _option("attn_dim_head", "Width of a head.", _SIZES)] = None,
+    dim_latent: Annotated[int | None, _option("dim_latent", "Width of the latent.", _SIZES)] = None,
+    max_seq_len: Annotated[int | None, _option("max_seq_len", "Longest text in tokens.", _SIZES)] = None,
     objective: Annotated[
         Objective | None,
-        typer.Option(
-            help="Nats per token, or x-transformers' units and defaults.  [default: elbo]", rich_help_panel=_LEARNING
-        ),
+        _option("objective", "Nats per token, or x-transformers' units and defaults.", _LEARNING),
     ] = None,
     vae_kl_loss_weight: Annotated[
-        float | None, typer.Option(help="Beta, the weight of the KL.  [default: 1]", rich_help_panel=_LEARNING)
+        float | None, _option("vae_kl_loss_weight", "Beta, the weight of the KL.", _LEARNING)
     ] = None,
     kl_warmup: Annotated[
-        float | None,
-        typer.Option(help="Share of the run over which beta rises from 0.", rich_help_panel=_LEARNING),
-    ] = None,
-    vae_kl_div_floor: Annotated[
-        float | None, typer.Option(help="Free bits: nats a dimension.", rich_help_panel=_LEARNING)
+        float | None, _option("kl_warmup", "Share of the run over which beta rises from 0.", _LEARNING)
     ] = None,
     target_rate: Annotated[
-        float | None,
-        typer.Option(help="Free bits: nats a text, all dimensions together.", rich_help_panel=_LEARNING),
+        float | None, _option("target_rate", "Free bits: nats a text, all dimensions together.", _LEARNING)
+    ] = None,
+    vae_kl_div_floor: Annotated[
+        float | None, _option("vae_kl_div_floor", "Free bits: nats a dimension.", _LEARNING)
     ] = None,
     latents_dropout_prob: Annotated[
-        float | None, typer.Option(help="Share of the rows that train without z.", rich_help_panel=_LEARNING)
+        float | None, _option("latents_dropout_prob", "Share of the rows that train without z.", _LEARNING)
     ] = None,
     bag_of_words: Annotated[
-        float | None,
-        typer.Option(help="Weight of the loss that predicts the words from z alone.", rich_help_panel=_LEARNING),
+        float | None, _option("bag_of_words", "Weight of the loss that predicts the words from z alone.", _LEARNING)
     ] = None,
     word_dropout: Annotated[
-        float | None,
-        typer.Option(help="Share of the decoder's input hidden at first.", rich_help_panel=_LEARNING),
+        float | None, _option("word_dropout", "Share of the decoder's input hidden at first.", _LEARNING)
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step.", rich_help_panel=_LEARNING)] = None,
+    batch_tokens: Annotated[int | None, _option("batch_tokens", "Tokens of a step.", _LEARNING)] = None,
     accumulate: Annotated[
-        int | None, typer.Option(help="Parts that a step is cut into, to save memory.", rich_help_panel=_LEARNING)
+        int | None, _option("accumulate", "Parts that a step is cut into, to save memory.", _LEARNING)
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_LEARNING)] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of matrices.", rich_help_panel=_LEARNING)] = None,
-    warmup: Annotated[
-        float | None, typer.Option(help="Share of the run in which the rate rises.", rich_help_panel=_LEARNING)
-    ] = None,
+    lr: Annotated[float | None, _option("lr", "Peak learning rate.", _LEARNING)] = None,
+    warmup: Annotated[float | None, _option("warmup", "Share of the run in which the rate rises.", _LEARNING)] = None,
     decay: Annotated[
-        float | None, typer.Option(help="Share of the run, at its end, in which it falls.", rich_help_panel=_LEARNING)
+        float | None, _option("decay", "Share of the run, at its end, in which it falls.", _LEARNING)
     ] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest gradient norm.", rich_help_panel=_LEARNING)] = None,
-    max_time: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME",
-            help="Of the whole run, as 90s, 10m, 2h.  [default: 10m, none with --steps or --epochs]",
-            rich_help_panel=_RUN,
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_RUN)] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the corpus.", rich_help_panel=_RUN)] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=_RUN)
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.", rich_help_panel=_RUN)] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 5 if the latent has collapsed.", rich_help_panel=_RUN)
-    ] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A TOML file of these options; flags go over it.", rich_help_panel=_RUN),
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the configuration as TOML and stop.", rich_help_panel=_RUN)
-    ] = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Of weights, order and noise.  [default: 0]", rich_help_panel=_RUN)
-    ] = None,
+    weight_decay: Annotated[float | None, _option("weight_decay", "Of matrices.", _LEARNING)] = None,
+    clip: Annotated[float | None, _option("clip", "Largest gradient norm.", _LEARNING)] = None,
+    seed: Annotated[int | None, _option("seed", "Of weights, order and noise.", console.COMMON)] = None,
     device: Annotated[
-        str | None,
-        typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.  [default: auto]", rich_help_panel=_RUN),
+        str | None, _option("device", "auto, cpu, cuda or cuda:1.", console.COMMON, "DEVICE", console.DEVICES)
     ] = None,
     dtype: Annotated[
-        DType | None,
-        typer.Option(help="Numbers to compute with; auto asks the hardware.  [default: auto]", rich_help_panel=_RUN),
+        DType | None, _option("dtype", "Numbers to compute with; auto asks the hardware.", console.COMMON)
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.  [default: as torch finds best]", rich_help_panel=_RUN)
-    ] = None,
+    threads: Annotated[int | None, _option("threads", "CPU threads.", console.COMMON)] = None,
     quiet: console.QuietOption = False,
     debug: console.DebugOption = False,
 ) -> None:
     """Train a model on texts, and say what its latent carries.
 
     The model is RUN/model.safetensors, alone; its path is printed on standard output.
+
+    Options with a default can also stand in a TOML file or in the environment, as GPTVAE_DIM for --dim. Flags go over
+    the file, the file over the environment.
     """
     plan = _Plan({**locals(), "strict": strict or None})
     if print_config:
