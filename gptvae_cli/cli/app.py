@@ -129,8 +129,9 @@ def _allowed(message: str) -> str:
 
 def _value_of(parameter: Any, arguments: list[str]) -> tuple[str | None, str]:
     """What was given for an option, and under which name: Typer says what it expected, but not what it found."""
-    for option in getattr(parameter, "opts", ()):
-        for argument, following in zip_longest(arguments, arguments[1:]):
+    # Of an option that is given twice, the last one counts.
+    for argument, following in reversed(list(zip_longest(arguments, arguments[1:]))):
+        for option in getattr(parameter, "opts", ()):
             if argument == option:
                 return following, option
             if argument.startswith(f"{option}="):

@@ -43,7 +43,7 @@ def show(ctx: Any, commands: Sequence[Any] = ()) -> None:
             panel = next(reversed(panels))
         panels.setdefault(panel, []).append(parameter)
     for panel, parameters in panels.items():
-        _section(console, panel, ((_names(parameter), _described(parameter)) for parameter in parameters))
+        _section(console, panel, ((_names(parameter), described(parameter)) for parameter in parameters))
     console.print(Text("\nExamples", style="bold"))
     for example in command.epilog.splitlines():
         console.print(Text(f"  {example}"), soft_wrap=True)  # on one line, so that it can be pasted
@@ -81,8 +81,9 @@ def _names(parameter: Any) -> str:
     return f"{names} {value}"
 
 
-def _described(parameter: Any) -> str:
+def described(parameter: Any) -> str:
+    """What an option does, and its default, for those whose help does not tell it."""
     default = parameter.default
     if parameter.param_type_name == "argument" or default in (None, "", False):
         return str(parameter.help)
-    return f"{parameter.help} [default: {default}]"
+    return f"{parameter.help} [default: {f'{default:g}' if isinstance(default, float) else default}]"

@@ -475,10 +475,12 @@ def test_a_command_that_is_stopped_leaves_no_unfinished_file(here: Path, number:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "--seed", "-5"], ["--seed", "greater than or equal to 0", "found -5"]),
-        (["generate", "--prior=x"], ["--prior", "integer", "found x"]),
-        (["encode", "--dtype", "f8"], ["--dtype", "'f8' is not one of 'auto'"]),
-        (["interpolate", "--steps", "1"], ["--steps", "greater than or equal to 2", "found 1"]),
+        (["generate", "--seed", "-5"], ["--seed is '-5'", "it must be greater than or equal to 0"]),
+        (["generate", "--prior=x"], ["--prior is 'x'", "it must be a valid integer"]),
+        (["encode", "--dtype", "f8"], ["--dtype is 'f8'", "one of auto, float32, bfloat16"]),
+        (["encode", "--dtype", "float23"], ["hint: did you mean float32?"]),
+        (["generate", "--device", "tpu"], ["--device is 'tpu'", "auto, cpu, cuda or cuda:n"]),
+        (["interpolate", "--steps", "1"], ["--steps is '1'", "greater than or equal to 2"]),
         (["generate", "-n"], ["-n", "requires an argument"]),
     ],
     ids=lambda value: value[1] if value[0] in ("generate", "encode", "interpolate") else "",

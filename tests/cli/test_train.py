@@ -22,9 +22,7 @@ from typer.testing import CliRunner, Result
 
 from gptvae_cli.cli.app import app
 from gptvae_cli.config import STOCK_RECIPE, TrainConfig, to_dict
-from gptvae_cli.errors import ConfigError
 from gptvae_cli.header import read_header
-from gptvae_cli.options import parse_seconds
 
 NAMES = [first + last for first in ("an", "be", "cla", "do", "ele", "fi") for last in ("na", "lla", "ra", "ria", "ly")]
 QUICK = ("--preset", "nano", "--threads", "1", "--device", "cpu", "--dtype", "float32", "--batch-tokens", "128")
@@ -397,20 +395,6 @@ def test_the_stock_objective_brings_its_recipe_unless_told_otherwise() -> None:
     assert {name: stock[name] for name in STOCK_RECIPE} == STOCK_RECIPE
     mixed = print_config("x.txt", "--objective", "stock", "--bag-of-words", "0.5")["train"]
     assert (mixed["bag_of_words"], mixed["latents_dropout_prob"]) == (0.5, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90", 90), ("90s", 90), ("1.5m", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400), ("1d", 86400), ("0.5", 0.5)],
-)
-def test_a_time_may_be_written_in_several_ways(text: str, seconds: float) -> None:
-    assert parse_seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "m", "10 m", "10x", "-5", "1h 30m", "1m30", "1e3", "inf", "1..5m", "٣m "])
-def test_what_is_not_a_time_is_told_how_to_write_one(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"max-time is .* it must be a time such as 90s, 10m or 1h30m"):
-        parse_seconds(text)
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
