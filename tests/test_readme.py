@@ -21,7 +21,7 @@ from gptvae_cli.cli.app import app
 from gptvae_cli.cli.help import described
 from gptvae_cli.errors import ExitCode
 from gptvae_cli.options import TABLES, keys
-from tests.cli.conftest import WIDTH
+from tests.cli.conftest import WIDTH, make_model
 
 ROOT = Path(gptvae_cli.__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -138,7 +138,7 @@ def examples() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def files(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which there is all that the examples name."""
     folder = tmp_path_factory.mktemp("examples")
     names = [first + last for first in ("an", "be", "cla", "do") for last in ("na", "lla", "ra", "ria", "ly")]
@@ -154,10 +154,10 @@ def files(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "big.txt.gz").write_bytes(gzip.compress(text.encode()))
     (folder / "poems").mkdir()
     (folder / "poems" / "one.txt").write_text("\n\n".join(names))
+    model = make_model(folder / "model.safetensors", validation={"texts": 30})
     for run in ("gptvae-run", "names-run", "baseline"):
         (folder / run).mkdir()
-        shutil.copy(models / "line.safetensors", folder / run / "model.safetensors")
-    shutil.copy(models / "line.safetensors", folder / "model.safetensors")
+        shutil.copy(model, folder / run)
     return folder
 
 
