@@ -116,9 +116,7 @@ def _show_usage_error(problem: typer.TyperException, arguments: list[str]) -> in
         hint = did_you_mean(found, choices) if choices else None
     context = getattr(problem, "ctx", None)
     command = context.command_path if context else " ".join(["gptvae", *arguments[:1]])
-    console.error(
-        " ".join(f"{message[:1].lower()}{message[1:]}".split()).removesuffix("."), hint or f"{command} --help"
-    )
+    console.error(" ".join(message.split()).removesuffix("."), hint or f"{command} --help")
     return problem.exit_code
 
 
