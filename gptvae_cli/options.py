@@ -205,7 +205,11 @@ def merged(layers: Sequence[Layer]) -> Layer:
 
 
 def to_toml(configs: Iterable[Options]) -> str:
-    """Configs as the tables of a file that `file_layer` reads; what is not set stands in comments."""
+    """Configs as the tables of a file that `file_layer` reads; what is not set stands in comments.
+
+    Raises:
+        ConfigError: for the name of a file that is not Unicode.
+    """
     names = {kind: name for name, kind in TABLES.items()}
     lines: list[str] = []
     for config in configs:
@@ -219,4 +223,7 @@ def to_toml(configs: Iterable[Options]) -> str:
 
 def _toml_value(value: object) -> str:
     # JSON is TOML here but for two things: escaped surrogate pairs (so nothing is escaped), and a bare DEL.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ConfigError(f"{value!r} is not UTF-8, which is all that TOML can hold", hint="rename the file")
+    return text

@@ -85,6 +85,10 @@ def test_what_is_not_set_stands_in_comments_that_say_what_it_means() -> None:
     assert "max_time" not in tomllib.loads(text)["train"]
 
 
+def test_a_name_that_is_not_unicode_is_refused() -> None:
+    assert "not UTF-8" in refused(lambda: to_toml([RunConfig(corpus=["na\udcefve.txt"])]))[0]
+
+
 def test_a_time_and_a_share_may_be_written_as_people_write_them(write: Callable[[str], Path]) -> None:
     values = file_layer(write('[data]\nvalid = 0.1\n[train]\nmax_time = "1h30m"\n')).values
     assert values == {"valid": "0.1", "max_time": 5400.0}
