@@ -6,32 +6,40 @@ a field and a keyword never have to be mapped onto each other.
 
 from __future__ import annotations
 
-import json
+import re
 import sys
-import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from gptvae_cli.errors import ConfigError
+from gptvae_cli.errors import ConfigError, FieldError
 
 Unit = Literal["line", "paragraph", "file", "window"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-TABLES = ("run", "data", "model", "train")
+PresetName = Literal["auto", "nano", "micro", "small", "medium", "large"]
 Objective = Literal["elbo", "stock"]
 Log = Literal["tensorboard"]
 DType = Literal["auto", "float32", "bfloat16"]
 PathKind = Literal["slerp", "lerp"]
+DEVICE = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
+"""The names of devices; the group is the number of a GPU."""
 
 
 def _require(condition: bool, field: str, value: object, allowed: str) -> None:
     if not condition:
-        raise ConfigError(f"{field.replace('_', '-')} is {value!r}, it must be {allowed}")
+        raise FieldError(field, value, allowed)
 
 
 def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, field, value, "one of " + ", ".join(allowed))
+    if value not in allowed:
+        raise FieldError(field, value, "one of " + ", ".join(allowed), hint=did_you_mean(str(value), allowed))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """A hint for a word that is not known but looks like one that is."""
+    matches = get_close_matches(word, known, n=2)
+    return f"did you mean {' or '.join(matches)}?" if matches else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +71,8 @@ class ModelConfig:
     eos_id: int
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "enc_depth", "dim_latent", "heads"):
-            _require(1 <= getattr(self, name) <= 65536, name, getattr(self, name), "between 1 and 65536")
+        _check_sizes(self)
         _require(4 <= self.num_tokens <= 2**22, "num_tokens", self.num_tokens, "between 4 and 4194304")
-        _require(3 <= self.max_seq_len <= 2**20, "max_seq_len", self.max_seq_len, "between 3 and 1048576")
-        _require(
-            8 <= self.attn_dim_head <= 1024 and self.attn_dim_head % 4 == 0,
-            "attn_dim_head",
-            self.attn_dim_head,
-            "a multiple of 4 between 8 and 1024",
-        )
         # x-transformers gives a single head no output product that could bring it back to the width of the model.
         _require(
             self.heads > 1 or self.attn_dim_head == self.dim,
@@ -87,6 +87,82 @@ class ModelConfig:
             specials,
             f"three different tokens below {self.num_tokens}",
         )
+
+
+def _check_sizes(sizes: ModelConfig | SizeConfig) -> None:
+    """What holds of every size by itself, where it is set."""
+    for name in ("dim", "depth", "enc_depth", "dim_latent", "heads"):
+        value = getattr(sizes, name)
+        _require(value is None or 1 <= value <= 65536, name, value, "between 1 and 65536")
+    length, width = sizes.max_seq_len, sizes.attn_dim_head
+    _require(length is None or 3 <= length <= 2**20, "max_seq_len", length, "between 3 and 1048576")
+    _require(
+        width is None or (8 <= width <= 1024 and width % 4 == 0),
+        "attn_dim_head",
+        width,
+        "a multiple of 4 between 8 and 1024",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeConfig:
+    """The sizes that were asked for; None is left to the preset, the corpus or the default of `ModelConfig`.
+
+    Args:
+        preset: a name from `sizing.PRESETS`, or `auto`.
+        dim, depth, enc_depth, heads, attn_dim_head, dim_latent, max_seq_len: as in `ModelConfig`.
+    """
+
+    preset: PresetName = "auto"
+    dim: int | None = None
+    depth: int | None = None
+    enc_depth: int | None = None
+    heads: int | None = None
+    attn_dim_head: int | None = None
+    dim_latent: int | None = None
+    max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("preset", self.preset, get_args(PresetName))
+        _check_sizes(self)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The fields of `ModelConfig` that are set."""
+        return {name: value for name, value in asdict(self).items() if name != "preset" and value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a run reads and where it goes.
+
+    Args:
+        corpus: files and folders, `-` for standard input; nothing is standard input, too.
+        out: the run folder.
+    """
+
+    corpus: list[str] = field(default_factory=list)
+    out: str = "gptvae-run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """What a run computes with, see `device.py`.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `cuda:n`.
+        dtype: `auto` asks the hardware.
+        threads: of the CPU; None is torch's own choice.
+    """
+
+    device: str = "auto"
+    dtype: DType = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(DEVICE.fullmatch(self.device) is not None, "device", self.device, "auto, cpu, cuda or cuda:n")
+        _one_of("dtype", self.dtype, get_args(DType))
+        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,10 +338,11 @@ class SampleConfig:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
 
 
-Config = TypeVar("Config", ModelConfig, DataConfig, TrainConfig, SampleConfig)
+AnyConfig = ModelConfig | DataConfig | TrainConfig | SampleConfig | RunConfig | SizeConfig | MachineConfig
+Config = TypeVar("Config", bound=AnyConfig)
 
 
-def to_dict(config: ModelConfig | DataConfig | TrainConfig | SampleConfig) -> dict[str, Any]:
+def to_dict(config: AnyConfig) -> dict[str, Any]:
     """The fields as JSON values."""
     return asdict(config)
 
@@ -281,7 +358,7 @@ def from_dict(kind: type[Config], values: Mapping[str, object]) -> Config:
     if unknown := sorted(set(values) - set(known)):
         raise ConfigError(f"{kind.__name__} has no field {unknown[0]!r}", hint="known fields: " + ", ".join(known))
     for name, value in values.items():
-        _require(_fits(value, hints[name]), name, value, f"of type {_type_name(hints[name])}")
+        _require(fits(value, hints[name]), name, value, type_name(hints[name]))
     try:
         return kind(**values)  # type: ignore[arg-type]
     except TypeError as error:
@@ -289,11 +366,14 @@ def from_dict(kind: type[Config], values: Mapping[str, object]) -> Config:
         raise ConfigError(f"{kind.__name__} needs a value for {', '.join(missing)}") from error
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
+    """Whether a value has the type of a field; a choice only has to be text."""
     if get_origin(hint) is Literal:
         return isinstance(value, str)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(fits(item, get_args(hint)[0]) for item in value)
     if get_args(hint):
-        return any(_fits(value, option) for option in get_args(hint))
+        return any(fits(value, option) for option in get_args(hint))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -301,45 +381,15 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _type_name(hint: Any) -> str:
-    options = get_args(hint)
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+
+
+def type_name(hint: Any) -> str:
+    """The type of a field in words."""
     if get_origin(hint) is Literal:
         return "text"
-    names = [_type_name(option) for option in options] if options else [getattr(hint, "__name__", str(hint))]
-    return " or ".join("nothing" if name == "NoneType" else name for name in names)
-
-
-def read_toml(path: Path) -> dict[str, dict[str, Any]]:
-    """A configuration file: tables named `run`, `data`, `model` and `train`, see `to_toml`.
-
-    Raises:
-        ConfigError: for a file that is missing, not TOML, or has a table of another name.
-    """
-    try:
-        tables = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"the configuration {path} is not TOML: {error}") from error
-    for name, table in tables.items():
-        if name not in TABLES or not isinstance(table, dict):
-            raise ConfigError(
-                f"the configuration {path} has {name!r} at its top, known tables are {', '.join(TABLES)}",
-                hint="gptvae train --print-config shows the form",
-            )
-    return tables
-
-
-def to_toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
-    """Tables of strings, numbers, booleans and lists of strings as TOML; values of None are left out."""
-    lines: list[str] = []
-    for name, table in tables.items():
-        lines += [f"[{name}]"]
-        lines += [f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None]
-        lines += [""]
-    return "\n".join(lines)
-
-
-def _toml_value(value: object) -> str:
-    # JSON is TOML here but for two things: escaped surrogate pairs (so nothing is escaped), and a bare DEL.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if get_origin(hint) is list:
+        return "a list of texts"
+    if options := get_args(hint):
+        return " or ".join(map(type_name, options))
+    return _TYPE_NAMES[hint]

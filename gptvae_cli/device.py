@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gptvae_cli.config import DType
-from gptvae_cli.errors import ConfigError, DeviceError
+from gptvae_cli.config import DEVICE, DType
+from gptvae_cli.errors import DeviceError, FieldError
 
 # What a CPU needs to multiply bfloat16 matrices: torch's private test, and the flag in /proc/cpuinfo for a torch
 # that has renamed it.
@@ -47,11 +46,11 @@ def resolve_device(name: str) -> Device:
     """
     if name == "cpu":
         return Device(torch.device("cpu"), "asked for")
-    match = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", name)
-    if name != "auto" and match is None:
-        raise ConfigError(f"device is {name!r}, it must be auto, cpu, cuda or cuda:n")
-    count, problem = _cuda_gpus()
+    match = DEVICE.fullmatch(name)
     if match is None:
+        raise FieldError("device", name, "auto, cpu, cuda or cuda:n")
+    count, problem = _cuda_gpus()
+    if name == "auto":
         if problem is not None:
             return Device(torch.device("cpu"), problem)
         return Device(torch.device("cuda", 0), f"found {torch.cuda.get_device_name(0)}")
@@ -75,7 +74,7 @@ def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Preci
     if name == "float32":
         return Precision(torch.float32, "asked for")
     if name not in ("auto", "bfloat16"):
-        raise ConfigError(f"dtype is {name!r}, it must be auto, float32 or bfloat16")
+        raise FieldError("dtype", name, "auto, float32 or bfloat16")
     unit = _bfloat16_unit(device)
     processor = "GPU" if device.type == "cuda" else "CPU"
     if name == "bfloat16":
@@ -104,7 +103,7 @@ def tune_cpu(threads: int | None) -> int:
     """
     if threads is not None:
         if threads < 1:
-            raise ConfigError(f"threads is {threads}, it must be at least 1")
+            raise FieldError("threads", threads, "at least 1")
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # of glibc; other C libraries have other habits

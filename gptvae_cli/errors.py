@@ -3,6 +3,7 @@
     GPTVAEError                1  run-time failure: unwritable folder, full disk
     |-- DeviceError            1  a device that this machine does not have
     |-- ConfigError            2  a field, option or combination that cannot be
+    |   `-- FieldError         2  one field with a value that it cannot have
     |-- DataError              3  a corpus or a latent that is missing, unreadable or malformed
     |-- CheckpointError        3  a model or state file that is missing, foreign or broken
     |-- DivergedError          4  a loss that is no longer a number
@@ -56,6 +57,28 @@ class ConfigError(GPTVAEError):
     """An option, a field of a configuration or a combination of them is not allowed."""
 
     exit_code = ExitCode.USAGE
+
+
+class FieldError(ConfigError):
+    """One field of a configuration has a value that it cannot have.
+
+    Args:
+        field: its name in Python.
+        value: what was found.
+        allowed: what it must be.
+        label: what the place where it was set calls it; by default its name as a flag has it.
+        hint: what to do about it.
+    """
+
+    def __init__(
+        self, field: str, value: object, allowed: str, *, label: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(f"{label or field.replace('_', '-')} is {value!r}, it must be {allowed}", hint=hint)
+        self.field, self.value, self.allowed = field, value, allowed
+
+    def named(self, label: str) -> FieldError:
+        """The same error, naming the field as the place where it was set does."""
+        return FieldError(self.field, self.value, self.allowed, label=label, hint=self.hint)
 
 
 class DataError(GPTVAEError):

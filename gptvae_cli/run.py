@@ -230,6 +230,7 @@ class Job:
             "learning_rate": self.learner.lr,
             "device": self.learner.model.device.type,
             "precision": _dtype_name(self.precision),
+            "threads": torch.get_num_threads(),
             "corpus": asdict(self.corpus.facts),
             "steps": counters.step,
             "epochs": round(counters.tokens / max(1, len(self.corpus.train.tokens) + len(self.corpus.train)), 2),

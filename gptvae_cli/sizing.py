@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptvae_cli.config import Unit
-from gptvae_cli.errors import ConfigError
+from gptvae_cli.config import ModelConfig, Unit, did_you_mean
+from gptvae_cli.errors import FieldError
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,14 @@ def preset(name: str) -> Preset:
         ConfigError: for a name that there is not.
     """
     if name not in PRESETS:
-        raise ConfigError(f"preset is {name!r}, it must be auto or one of {', '.join(PRESETS)}")
+        raise FieldError("preset", name, f"auto or one of {', '.join(PRESETS)}", hint=did_you_mean(name, PRESETS))
     return PRESETS[name]
+
+
+def preset_of(config: ModelConfig) -> str | None:
+    """The name of the preset that has the sizes of a model, or None."""
+    sizes = Preset(dim=config.dim, depth=config.depth, enc_depth=config.enc_depth, heads=config.heads)
+    return next((name for name, values in PRESETS.items() if values == sizes), None)
 
 
 def choose_max_seq_len(long_length: int, unit: Unit) -> int:

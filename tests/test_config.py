@@ -1,13 +1,10 @@
-"""Configurations: what every field allows, in words, and the way to JSON and TOML and back."""
+"""Configurations: what every field allows, in words, and the way to JSON and back."""
 
 from __future__ import annotations
 
 import json
-import tomllib
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -15,15 +12,19 @@ from gptvae_cli.config import (
     STOCK_RECIPE,
     Config,
     DataConfig,
+    MachineConfig,
     ModelConfig,
+    PresetName,
+    RunConfig,
     SampleConfig,
+    SizeConfig,
     TrainConfig,
+    did_you_mean,
     from_dict,
-    read_toml,
     to_dict,
-    to_toml,
 )
-from gptvae_cli.errors import ConfigError, ExitCode
+from gptvae_cli.errors import ConfigError, ExitCode, FieldError
+from gptvae_cli.sizing import PRESETS
 
 INF, NAN = float("inf"), float("nan")
 MODEL: dict[str, Any] = {
@@ -105,6 +106,18 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
     (TrainConfig, {"latents_dropout_prob": 1.1}, f"latents-dropout-prob is 1.1, it must be {SHARE}"),
     (TrainConfig, {"word_dropout": -0.1}, f"word-dropout is -0.1, it must be {BELOW_ONE}"),
     (TrainConfig, {"seed": -1}, "seed is -1, it must be between 0 and 2^63 - 1"),
+    (SizeConfig, {"preset": "tiny"}, "preset is 'tiny', it must be one of auto, nano, micro, small, medium, large"),
+    (SizeConfig, {"dim": 0}, f"dim is 0, it must be {BETWEEN}"),
+    (SizeConfig, {"depth": 65537}, f"depth is 65537, it must be {BETWEEN}"),
+    (SizeConfig, {"enc_depth": 0}, f"enc-depth is 0, it must be {BETWEEN}"),
+    (SizeConfig, {"heads": -1}, f"heads is -1, it must be {BETWEEN}"),
+    (SizeConfig, {"dim_latent": 0}, f"dim-latent is 0, it must be {BETWEEN}"),
+    (SizeConfig, {"attn_dim_head": 10}, "attn-dim-head is 10, it must be a multiple of 4 between 8 and 1024"),
+    (SizeConfig, {"max_seq_len": 2}, "max-seq-len is 2, it must be between 3 and 1048576"),
+    (MachineConfig, {"device": "tpu"}, "device is 'tpu', it must be auto, cpu, cuda or cuda:n"),
+    (MachineConfig, {"device": "cuda:12345"}, "device is 'cuda:12345', it must be auto, cpu, cuda or cuda:n"),
+    (MachineConfig, {"dtype": "f8"}, "dtype is 'f8', it must be one of auto, float32, bfloat16"),
+    (MachineConfig, {"threads": 0}, "threads is 0, it must be at least 1"),
     (SampleConfig, {"temperature": 0.0}, "temperature is 0.0, it must be above 0 (or use --greedy)"),
     (SampleConfig, {"temperature": 5e-324}, "temperature is 5e-324, it must be above 0 (or use --greedy)"),
     (SampleConfig, {"temperature": NAN}, "temperature is nan, it must be above 0 (or use --greedy)"),
@@ -136,7 +149,7 @@ def test_every_field_has_a_row_in_the_table_above_or_takes_any_text() -> None:
     checked |= {(ModelConfig, "bos_id")}  # with the other two special tokens
     unchecked = {
         (kind.__name__, field.name)
-        for kind in (ModelConfig, DataConfig, TrainConfig, SampleConfig)
+        for kind in (ModelConfig, DataConfig, TrainConfig, SampleConfig, RunConfig, SizeConfig, MachineConfig)
         for field in fields(kind)
         if (kind, field.name) not in checked
     }
@@ -145,6 +158,8 @@ def test_every_field_has_a_row_in_the_table_above_or_takes_any_text() -> None:
         ("DataConfig", "tokenizer"),
         ("TrainConfig", "strict"),
         ("SampleConfig", "greedy"),
+        ("RunConfig", "corpus"),
+        ("RunConfig", "out"),
     }
 
 
@@ -157,6 +172,9 @@ def test_every_field_has_a_row_in_the_table_above_or_takes_any_text() -> None:
         (DataConfig, {"latents_from": "a.txt", "unit": "file"}),
         (TrainConfig, {"steps": 1, "max_time": None, "warmup": 0.0, "decay": 1.0, "seed": 2**63 - 1}),
         (TrainConfig, {"vae_kl_loss_weight": 0.0, "word_dropout": 0.99, "batch_tokens": 16}),
+        (SizeConfig, {"preset": "large", "dim": 65536, "max_seq_len": 3, "attn_dim_head": 8}),
+        (MachineConfig, {"device": "cuda:3", "dtype": "bfloat16", "threads": 1}),
+        (RunConfig, {"corpus": ["a.txt", "-"], "out": "run"}),
         (SampleConfig, {"temperature": 1e-300, "top_k": 1, "top_p": 1.0, "min_p": 1.0, "max_tokens": 1}),
     ],
 )
@@ -215,20 +233,23 @@ def test_missing_fields_are_named_and_those_with_a_default_are_not() -> None:
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
-        (ModelConfig, {"dim": "64"}, "dim is '64', it must be of type int"),
-        (ModelConfig, {"dim": 64.0}, "dim is 64.0, it must be of type int"),
-        (ModelConfig, {"dim": True}, "dim is True, it must be of type int"),
-        (ModelConfig, {"dim": None}, "dim is None, it must be of type int"),
-        (DataConfig, {"unit": 1}, "unit is 1, it must be of type text"),
-        (DataConfig, {"field": None}, "field is None, it must be of type str"),
-        (DataConfig, {"valid": 0.05}, "valid is 0.05, it must be of type str"),
-        (DataConfig, {"vocab_size": "many"}, "vocab-size is 'many', it must be of type int or nothing"),
-        (DataConfig, {"latents_from": ["a"]}, "latents-from is ['a'], it must be of type str or nothing"),
-        (TrainConfig, {"clip": "1"}, "clip is '1', it must be of type float"),
-        (TrainConfig, {"clip": True}, "clip is True, it must be of type float"),
-        (TrainConfig, {"epochs": {}}, "epochs is {}, it must be of type float or nothing"),
-        (TrainConfig, {"strict": 1}, "strict is 1, it must be of type bool"),
-        (TrainConfig, {"objective": []}, "objective is [], it must be of type text"),
+        (ModelConfig, {"dim": "64"}, "dim is '64', it must be a whole number"),
+        (ModelConfig, {"dim": 64.0}, "dim is 64.0, it must be a whole number"),
+        (ModelConfig, {"dim": True}, "dim is True, it must be a whole number"),
+        (ModelConfig, {"dim": None}, "dim is None, it must be a whole number"),
+        (DataConfig, {"unit": 1}, "unit is 1, it must be text"),
+        (DataConfig, {"field": None}, "field is None, it must be text"),
+        (DataConfig, {"valid": 0.05}, "valid is 0.05, it must be text"),
+        (DataConfig, {"vocab_size": "many"}, "vocab-size is 'many', it must be a whole number or nothing"),
+        (DataConfig, {"latents_from": ["a"]}, "latents-from is ['a'], it must be text or nothing"),
+        (TrainConfig, {"clip": "1"}, "clip is '1', it must be a number"),
+        (TrainConfig, {"clip": True}, "clip is True, it must be a number"),
+        (TrainConfig, {"epochs": {}}, "epochs is {}, it must be a number or nothing"),
+        (TrainConfig, {"strict": 1}, "strict is 1, it must be true or false"),
+        (TrainConfig, {"objective": []}, "objective is [], it must be text"),
+        (RunConfig, {"corpus": "a.txt"}, "corpus is 'a.txt', it must be a list of texts"),
+        (RunConfig, {"corpus": ["a.txt", 1]}, "corpus is ['a.txt', 1], it must be a list of texts"),
+        (SizeConfig, {"dim": "64"}, "dim is '64', it must be a whole number or nothing"),
     ],
 )
 def test_a_value_of_another_type_is_named_with_the_type(
@@ -249,50 +270,25 @@ def test_the_stock_recipe_is_made_of_fields() -> None:
     assert to_dict(from_dict(TrainConfig, {"objective": "stock", **STOCK_RECIPE})).items() >= STOCK_RECIPE.items()
 
 
-# TOML -----------------------------------------------------------------------------------------------------------------
-
-TRICKY = 'quote " backslash \\ tab \t é 中 😀 \u2028 del \x7f esc \x1b nul \x00 </script>'
-
-
-def test_a_config_survives_toml(tmp_path: Path) -> None:
-    tables: dict[str, dict[str, Any]] = {
-        "run": {"corpus": ["a.txt", TRICKY], "strict": True, "empty": []},
-        "data": to_dict(DataConfig(field=TRICKY)),
-        "train": to_dict(TrainConfig(lr=1e-5, steps=10**12, weight_decay=1e-300)),
-    }
-    path = tmp_path / "config.toml"
-    path.write_text(to_toml(tables), "utf-8")
-    found = read_toml(path)
-    assert found["run"] == tables["run"]
-    assert from_dict(DataConfig, found["data"]) == DataConfig(field=TRICKY)
-    assert from_dict(TrainConfig, found["train"]) == from_dict(TrainConfig, tables["train"])
+def test_presets_are_those_that_there_are() -> None:
+    assert get_args(PresetName) == ("auto", *PRESETS)
 
 
-def test_values_of_none_are_left_out_of_toml() -> None:
-    assert tomllib.loads(to_toml({"train": {"lr": None, "steps": 5}})) == {"train": {"steps": 5}}
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
+def test_sizes_that_are_set_are_a_shape() -> None:
+    assert SizeConfig(preset="small", dim=96, heads=3).shape == {"dim": 96, "heads": 3}
+    assert SizeConfig().shape == {}
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda path: path, "cannot read the configuration .*: No such file"),
-        (lambda path: path.parent, "cannot read the configuration .*: Is a directory"),
-        (lambda path: write(path, b"[train\n"), "is not TOML: "),
-        (lambda path: write(path, b'[data]\nfield = "\xff"'), "is not TOML: "),
-        (lambda path: write(path, b"[trian]\nsteps = 5"), "has 'trian' at its top, known tables are run, data"),
-        (lambda path: write(path, b"steps = 5"), "has 'steps' at its top"),
-        (lambda path: write(path, b"train = 5"), "has 'train' at its top"),
-    ],
-    ids=["missing", "folder", "broken", "not-utf-8", "unknown-table", "no-table", "not-a-table"],
+    ("word", "hint"),
+    [("warmpu", "did you mean warmup?"), ("line", "did you mean line or lime?"), ("xyz", None), ("", None)],
 )
-def test_a_configuration_file_that_cannot_be_used_says_why(
-    tmp_path: Path, make: Callable[[Path], Path], words: str
-) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
-        read_toml(make(tmp_path / "config.toml"))
-    one_line(caught.value)
+def test_a_word_that_looks_like_a_known_one_is_a_hint(word: str, hint: str | None) -> None:
+    assert did_you_mean(word, ["warmup", "lime", "line"]) == hint
+
+
+def test_an_error_of_a_field_can_be_told_by_another_name() -> None:
+    error = FieldError("kl_warmup", 2, "between 0 and 1", hint="less")
+    assert error.message == "kl-warmup is 2, it must be between 0 and 1"
+    named = error.named("a.toml, [train] kl_warmup")
+    assert (named.message, named.hint) == ("a.toml, [train] kl_warmup is 2, it must be between 0 and 1", "less")

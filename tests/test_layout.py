@@ -15,7 +15,7 @@ import gptvae_cli
 PACKAGE = Path(gptvae_cli.__file__).parent
 
 ROWS: list[set[str]] = [
-    {"config", "schedule", "sizing", "text", "header", "errors", "noise", "bleu", "bootstrap", "probe"},
+    {"config", "options", "schedule", "sizing", "text", "header", "errors", "noise", "bleu", "bootstrap", "probe"},
     {"latent", "fused"},
     {"decoding"},
     {"model"},
@@ -26,13 +26,13 @@ ROWS: list[set[str]] = [
     {"api"},
     {"report", "baseline"},
     {"cli.console"},
-    {"cli.display"},
+    {"cli.display", "cli.help"},
     {"cli commands"},
     {"cli.app"},
 ]
 """From the bottom to the top. `run` and `training` may know each other's names, but nothing may go in circles."""
 
-LIGHT = ("config", "schedule", "sizing", "text", "header", "errors")
+LIGHT = ("config", "options", "schedule", "sizing", "text", "header", "errors")
 HEAVY = {"torch", "numpy", "x_transformers", "einops", "safetensors", "tokenizers"}
 
 
@@ -89,7 +89,7 @@ def libraries(module: str, *, at_start_only: bool = False) -> set[str]:
 
 
 def row_of(module: str) -> int:
-    if module.startswith("cli.") and module not in ("cli.console", "cli.display", "cli.app"):
+    if module.startswith("cli.") and module not in ("cli.console", "cli.display", "cli.help", "cli.app"):
         module = "cli commands"
     return next((number for number, row in enumerate(ROWS) if module in row), -1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -15,22 +16,17 @@ import typer
 from typer.core import TyperGroup
 
 from gptvae_cli import __version__
-from gptvae_cli.cli import console, demo, encode, evaluate, generate, info, interpolate, train
-from gptvae_cli.errors import ExitCode, GPTVAEError
+from gptvae_cli.cli import console, demo, encode, evaluate, generate, help, info, interpolate, train
+from gptvae_cli.config import did_you_mean
+from gptvae_cli.errors import ConfigError, ExitCode, GPTVAEError
 
-EXAMPLES = """Examples:
-
-  gptvae demo
-
-  gptvae train corpus.txt
-
-  gptvae encode ref.txt > z.npy
-
-  gptvae generate --latent z.npy
-
-  gptvae interpolate a.txt b.txt
-
-  gptvae encode - < a.txt | gptvae generate --latent -
+EXAMPLES = """\
+gptvae demo
+gptvae train corpus.txt
+gptvae encode ref.txt > z.npy
+gptvae generate --latent z.npy
+gptvae interpolate a.txt b.txt
+gptvae encode - < a.txt | gptvae generate --latent -
 """
 
 
@@ -56,6 +52,13 @@ class _Commands(TyperGroup):
             code = _show_error(problem)
         sys.exit(code or ExitCode.DONE)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        help.show(ctx, list(self.commands.values()))
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`gptvae help train` is `gptvae train --help`."""
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
+
     def invoke(self, ctx: Any) -> Any:
         """Runs a command, and renders the errors that it meets. (`ctx` is of a class that Typer keeps private.)"""
         try:
@@ -67,6 +70,8 @@ class _Commands(TyperGroup):
                 console.stderr.out(console.sanitize("".join(traceback.format_exception(problem))), end="")
             if isinstance(problem, console.NothingToReadError):
                 self._show_help(ctx)
+            if isinstance(problem, ConfigError) and problem.hint is None:
+                problem.hint = f"gptvae {ctx.invoked_subcommand} --help"
             raise typer.Exit(_show_error(problem)) from problem
 
     def _show_help(self, ctx: typer.Context) -> None:
@@ -96,29 +101,41 @@ def _show_error(problem: Exception) -> int:
 
 
 def _show_usage_error(problem: typer.TyperException, arguments: list[str]) -> int:
-    """In the look of the other errors; Typer's own messages are sentences in a box."""
-    message = problem.message if hasattr(problem, "possibilities") else problem.format_message()
-    message = message.replace("Value error, ", "")
-    found = _value_of(getattr(problem, "param", None), arguments)
-    if found is not None and found not in message:
-        message += f", found {found}"
+    """In the look of the other errors: Typer's own messages are sentences in a box."""
+    # The formatted message would repeat the possibilities.
+    said = problem.message if hasattr(problem, "possibilities") else problem.format_message()
+    message, _, guess = f"{said[:1].lower()}{said[1:]}".partition(" Did you mean ")
+    possible = getattr(problem, "possibilities", None) or re.findall(r"'([^']+)'", guess)
+    parameter = getattr(problem, "param", None)
+    found, name = _value_of(parameter, arguments)
+    hint = f"did you mean {' or '.join(sorted(possible))}?" if possible else None
+    if parameter is not None and found is not None:
+        choices = parameter.type_descriptor.choices
+        allowed = f"one of {', '.join(choices)}" if choices else _allowed(problem.message)
+        message = f"{name} is {found!r}, it must be {allowed}"
+        hint = did_you_mean(found, choices) if choices else None
     context = getattr(problem, "ctx", None)
-    hint = f"{context.command_path if context else 'gptvae'} --help"
-    if possible := getattr(problem, "possibilities", None):
-        hint = "did you mean " + " or ".join(sorted(possible)) + "?"
-    console.error(" ".join(f"{message[:1].lower()}{message[1:]}".split()).removesuffix("."), hint)
+    command = context.command_path if context else " ".join(["gptvae", *arguments[:1]])
+    console.error(" ".join(message.split()).removesuffix("."), hint or f"{command} --help")
     return problem.exit_code
 
 
-def _value_of(parameter: Any, arguments: list[str]) -> str | None:
-    """What was given for an option: Typer says what it expected, but not what it found."""
-    for option in getattr(parameter, "opts", ()):
-        for argument, following in zip_longest(arguments, arguments[1:]):
+def _allowed(message: str) -> str:
+    """What an option takes, out of pydantic's `Input should be a valid integer, unable to ...`, or of our own words."""
+    return message.removeprefix("Value error, ").removeprefix("Input should be ").partition(", unable to")[0]
+
+
+def _value_of(parameter: Any, arguments: list[str]) -> tuple[str | None, str]:
+    """What was given for an option, and under which name: Typer says what it expected, but not what it found."""
+    # Of an option that is given twice, the last one counts.
+    for argument, following in reversed(list(zip_longest(arguments, arguments[1:]))):
+        for option in getattr(parameter, "opts", ()):
             if argument == option:
-                return following
+                return following, option
             if argument.startswith(f"{option}="):
-                return argument.partition("=")[2]
-    return None
+                return argument.partition("=")[2], option
+    variable = str(getattr(parameter, "envvar", None))
+    return os.environ.get(variable), variable
 
 
 def _discard_stdout() -> None:
@@ -131,18 +148,17 @@ app = typer.Typer(
     name="gptvae",
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="markdown",  # in which "[default: 10m]" is no tag
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
     epilog=EXAMPLES,
 )
-app.command(epilog=demo.EXAMPLES)(demo.demo)
-app.command(epilog=train.EXAMPLES)(train.train)
-app.command(epilog=encode.EXAMPLES)(encode.encode)
-app.command(epilog=generate.EXAMPLES)(generate.generate)
-app.command(epilog=interpolate.EXAMPLES)(interpolate.interpolate)
-app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.command(epilog=info.EXAMPLES)(info.info)
+app.command(cls=help.Command, epilog=demo.EXAMPLES)(demo.demo)
+app.command(cls=help.Command, epilog=train.EXAMPLES)(train.train)
+app.command(cls=help.Command, epilog=encode.EXAMPLES)(encode.encode)
+app.command(cls=help.Command, epilog=generate.EXAMPLES)(generate.generate)
+app.command(cls=help.Command, epilog=interpolate.EXAMPLES)(interpolate.interpolate)
+app.command(cls=help.Command, epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(cls=help.Command, epilog=info.EXAMPLES)(info.info)
 
 
 def _show_version(value: bool) -> None:

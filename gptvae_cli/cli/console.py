@@ -23,12 +23,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gptvae_cli.config import DType, Unit
+from gptvae_cli.config import DEVICE, DType, Unit
 from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
 
 # Options --------------------------------------------------------------------------------------------------------------
 
-_COMMON = "Model and machine"
+COMMON = "Model and machine"
 DEBUG_KEY = "gptvae.debug"
 """Where `ctx.meta` says whether an error shows its traceback."""
 
@@ -38,41 +38,69 @@ def _remember_debug(ctx: typer.Context, value: bool) -> bool:
     return value
 
 
+DEVICES = ["auto", "cpu", "cuda"]
+
+
+def _check_device(value: str) -> str:
+    # Here, and not where the device is looked for, so that a wrong variable is told by its name.
+    if DEVICE.fullmatch(value) is None:
+        raise typer.BadParameter("auto, cpu, cuda or cuda:n")
+    return value
+
+
 ModelOption = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="A run folder or a .safetensors file.  [default: $GPTVAE_MODEL, else ./gptvae-run]",
-        rich_help_panel=_COMMON,
+        help="A run folder or a .safetensors file. [default: $GPTVAE_MODEL, else ./gptvae-run]",
+        rich_help_panel=COMMON,
     ),
 ]
 DeviceOption = Annotated[
-    str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda or cuda:1.", rich_help_panel=_COMMON)
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        envvar="GPTVAE_DEVICE",
+        callback=_check_device,
+        autocompletion=lambda: DEVICES,
+        help="auto, cpu, cuda or cuda:1.",
+        rich_help_panel=COMMON,
+    ),
 ]
 DTypeOption = Annotated[
-    DType, typer.Option(help="Numbers to compute with; auto asks the hardware.", rich_help_panel=_COMMON)
+    DType,
+    typer.Option(
+        envvar="GPTVAE_DTYPE", help="Numbers to compute with; auto asks the hardware.", rich_help_panel=COMMON
+    ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads.  [default: as torch finds best]", rich_help_panel=_COMMON)
+    int | None,
+    typer.Option(
+        min=1,
+        envvar="GPTVAE_THREADS",
+        help="CPU threads. [default: as torch finds best]",
+        rich_help_panel=COMMON,
+    ),
 ]
 SeedOption = Annotated[
     int | None,
     typer.Option(
         min=0,
         max=2**63 - 1,
-        help="Of everything random.  [default: one is picked and printed]",
-        rich_help_panel=_COMMON,
+        envvar="GPTVAE_SEED",
+        help="Of everything random. [default: one is picked and printed]",
+        rich_help_panel=COMMON,
     ),
 ]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no progress.", rich_help_panel=_COMMON)]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no progress.", rich_help_panel=COMMON)]
 DebugOption = Annotated[
     bool,
-    typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug, rich_help_panel=_COMMON),
+    typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug, rich_help_panel=COMMON),
 ]
-UnitOption = Annotated[Unit | None, typer.Option(help="What one text is.  [default: as the model was trained]")]
+UnitOption = Annotated[Unit | None, typer.Option(help="What one text is. [default: as the model was trained]")]
 FieldOption = Annotated[
     str | None,
-    typer.Option(metavar="KEY", help="Of the text in .jsonl files.  [default: as the model was trained]"),
+    typer.Option(metavar="KEY", help="Of the text in .jsonl files. [default: as the model was trained]"),
 ]
 TextFormat = Literal["text", "jsonl"]
 TextFormatOption = Annotated[TextFormat, typer.Option(help="Plain texts, or one JSON object a line.")]
@@ -89,7 +117,9 @@ def pick_seed(seed: int | None, *, quiet: bool) -> int:
 
 # People ---------------------------------------------------------------------------------------------------------------
 
-stderr = Console(stderr=True, highlight=False)
+# FORCE_COLOR may colour a file, but nothing is to move there; on a dumb terminal, Rich sees to that itself.
+_movable = None if sys.stderr is not None and sys.stderr.isatty() else False
+stderr = Console(stderr=True, highlight=False, force_interactive=_movable)
 _PLAIN_SECONDS = 30.0
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tab and newline, DEL, C1
@@ -141,7 +171,7 @@ def error(message: str, hint: str | None) -> None:
 @contextmanager
 def waiting(label: str, *, quiet: bool) -> Iterator[None]:
     """Shows on a terminal that something is under way."""
-    if quiet or not stderr.is_terminal:
+    if quiet or not stderr.is_interactive:
         yield
         return
     with stderr.status(label):
@@ -166,7 +196,7 @@ def progress(
     """
     if quiet or (beside_data and sys.stdout.isatty()):
         yield lambda done: None
-    elif stderr.is_terminal:
+    elif stderr.is_interactive:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         counted = TextColumn("{task.completed:,} " + things)

@@ -15,11 +15,9 @@ from gptvae_cli.errors import ConfigError, GPTVAEError
 _EXAMPLES = ("emma", "christopher", "yasmin")
 _RATE = "12"  # most of what there is in a name, so that names come back
 
-EXAMPLES = """Examples:
-
-  gptvae demo
-
-  gptvae demo --out names --max-time 5m
+EXAMPLES = """\
+gptvae demo
+gptvae demo --out names --max-time 5m
 """
 
 
@@ -52,24 +50,25 @@ def demo(
     _say("Train: an encoder that turns a name into 32 numbers, and a decoder that turns them back", quiet=quiet)
     _show("train", names, "--out", run, "--max-time", max_time, "--target-rate", _RATE, quiet=quiet)
     train.train(
-        [str(names)], out=run, max_time=max_time, target_rate=float(_RATE), force=force, device=device, quiet=quiet
+        [str(names)], out=str(run), max_time=max_time, target_rate=float(_RATE), force=force, device=device, quiet=quiet
     )
 
+    # From here on nothing has to be said that training has not said: where this computes, say.
     _say(f"Encode: {', '.join(_EXAMPLES)}, each to one row of a NumPy array", quiet=quiet)
     _show("encode", three, "--model", run, "--out", latents, quiet=quiet)
-    encode.encode([str(three)], out=str(latents), model=model, device=device, quiet=quiet)
+    encode.encode([str(three)], out=str(latents), model=model, device=device, quiet=True)
 
     _say("Generate: three names from each of these rows", quiet=quiet)
     _show("generate", "--latent", latents, "-n", "3", "--model", run, "--seed", "1", quiet=quiet)
-    generate.generate(latent=str(latents), copies=3, model=model, seed=1, device=device, quiet=quiet)
+    generate.generate(latent=str(latents), copies=3, model=model, seed=1, device=device, quiet=True)
 
     _say(f"Interpolate: the names between {first} and {last}", quiet=quiet)
     _show("interpolate", "--from", first, "--to", last, "--model", run, quiet=quiet)
-    interpolate.interpolate(start=first, end=last, model=model, device=device, quiet=quiet)
+    interpolate.interpolate(start=first, end=last, model=model, device=device, quiet=True)
 
     _say("Generate: ten names from random latents, which nobody may bear", quiet=quiet)
     _show("generate", "--prior", "10", "--model", run, "--seed", "1", quiet=quiet)
-    generate.generate(prior=10, model=model, seed=1, device=device, quiet=quiet)
+    generate.generate(prior=10, model=model, seed=1, device=device, quiet=True)
 
     _say("Your turn", quiet=quiet)
     console.note(f"gptvae generate --text YOURNAME -n 5 --model {shlex.quote(model)}", quiet=quiet)

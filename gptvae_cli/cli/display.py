@@ -44,7 +44,7 @@ class TrainingDisplay:
         self.losses: list[float] = []
         self.last_line = time.monotonic()
         self.live: Live | None = None
-        if console.is_terminal and not quiet:
+        if console.is_interactive and not quiet:
             self.live = Live(self._panel(), console=console, refresh_per_second=4, redirect_stdout=False)
 
     def __enter__(self) -> TrainingDisplay:

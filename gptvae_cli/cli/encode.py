@@ -18,15 +18,11 @@ if TYPE_CHECKING:
 Write = Callable[["Floats"], object]
 """Takes one latent [Z]."""
 
-EXAMPLES = """Examples:
-
-  gptvae encode reviews.txt > z.npy
-
-  gptvae encode a.txt b.txt --out z.npy --std-out std.npy
-
-  gptvae encode - < a.txt | gptvae generate --latent -
-
-  gptvae encode reviews.jsonl --field review --format jsonl | jq .latent
+EXAMPLES = """\
+gptvae encode reviews.txt > z.npy
+gptvae encode a.txt b.txt --out z.npy --std-out std.npy
+gptvae encode - < a.txt | gptvae generate --latent -
+gptvae encode reviews.jsonl --field review --format jsonl | jq .latent
 """
 
 
@@ -36,7 +32,7 @@ def encode(
         typer.Argument(metavar="FILE", help="Files or folders of text; - or nothing reads standard input."),
     ] = None,
     out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Where the latents go.  [default: standard output]")
+        str | None, typer.Option(metavar="FILE", help="Where the latents go. [default: standard output]")
     ] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="A random draw of each posterior instead of its mean.")

@@ -22,21 +22,18 @@ if TYPE_CHECKING:
     from gptvae_cli.report import Gathered, Piece, Report
     from gptvae_cli.sampling import Opened
 
-EXAMPLES = """Examples:
-
-  gptvae evaluate test.txt
-
-  gptvae evaluate test.txt --with-baseline
-
-  gptvae evaluate test.txt --labels test.labels.txt
-
-  gptvae evaluate test.txt --texts 0 --samples 500 --json | jq .nll_nats_per_text
+EXAMPLES = """\
+gptvae evaluate test.txt
+gptvae evaluate test.txt --with-baseline
+gptvae evaluate test.txt --labels test.labels.txt
+gptvae evaluate test.txt --texts 0 --samples 500 --json | jq .nll_nats_per_text
 """
 
 
 def evaluate(
     corpus: Annotated[
-        list[str] | None, typer.Argument(help="Files or folders of text; - or nothing reads standard input.")
+        list[str] | None,
+        typer.Argument(metavar="CORPUS", help="Files or folders of text; - or nothing reads standard input."),
     ] = None,
     texts: Annotated[int, typer.Option(min=0, metavar="N", help="The first N texts; 0 takes all.")] = 1000,
     samples: Annotated[int, typer.Option(min=1, metavar="K", help="Latents of a text for its likelihood.")] = 100,
@@ -67,7 +64,16 @@ def evaluate(
     device: console.DeviceOption = "auto",
     dtype: console.DTypeOption = "auto",
     threads: console.ThreadsOption = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the latents that are drawn.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=2**63 - 1,
+            envvar="GPTVAE_SEED",
+            help="Of the latents that are drawn.",
+            rich_help_panel=console.COMMON,
+        ),
+    ] = 0,
     quiet: console.QuietOption = False,
     debug: console.DebugOption = False,
 ) -> None:

@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 
 _SOURCES, _TOKENS, _OUTPUT = "What to write from, one of these", "How to choose tokens", "Output"
 
-EXAMPLES = """Examples:
-
-  gptvae generate --prior 5
-
-  gptvae generate --text "the food was great" -n 3 --temperature 0.7
-
-  gptvae encode a.txt | gptvae generate --latent - --greedy
-
-  gptvae generate --ref a.txt --sample -n 10 --format jsonl | jq -r .text
+EXAMPLES = """\
+gptvae generate --prior 5
+gptvae generate --text "the food was great" -n 3 --temperature 0.7
+gptvae encode a.txt | gptvae generate --latent - --greedy
+gptvae generate --ref a.txt --sample -n 10 --format jsonl | jq -r .text
 """
 
 
@@ -45,7 +41,7 @@ def generate(
     ] = None,
     prior: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="N random latents.  [default: 1]", rich_help_panel=_SOURCES),
+        typer.Option(min=1, metavar="N", help="N random latents. [default: 1]", rich_help_panel=_SOURCES),
     ] = None,
     sample: Annotated[
         bool,
@@ -59,7 +55,7 @@ def generate(
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What every text begins with.")] = "",
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Longest continuation.  [default: as long as the model reads]", rich_help_panel=_TOKENS),
+        typer.Option(help="Longest continuation. [default: as long as the model reads]", rich_help_panel=_TOKENS),
     ] = None,
     temperature: Annotated[
         float, typer.Option(help="Below 1 is safer, above 1 is wilder.", rich_help_panel=_TOKENS)

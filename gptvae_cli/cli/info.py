@@ -10,17 +10,15 @@ import typer
 
 from gptvae_cli.cli import console
 from gptvae_cli.errors import ConfigError
+from gptvae_cli.options import UNSET
 
 if TYPE_CHECKING:
     from gptvae_cli.header import ModelFile
 
-EXAMPLES = """Examples:
-
-  gptvae info
-
-  gptvae info names-run
-
-  gptvae info model.safetensors --json | jq .training.validation
+EXAMPLES = """\
+gptvae info
+gptvae info names-run
+gptvae info model.safetensors --json | jq .training.validation
 """
 
 
@@ -28,7 +26,7 @@ def info(
     file: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="A run folder or a .safetensors file.  [default: $GPTVAE_MODEL, else ./gptvae-run]"
+            metavar="MODEL", help="A run folder or a .safetensors file. [default: $GPTVAE_MODEL, else ./gptvae-run]"
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
@@ -52,6 +50,7 @@ def info(
 
 def _summary(path: str, file: ModelFile) -> dict[str, Any]:
     from gptvae_cli.config import to_dict
+    from gptvae_cli.sizing import preset_of
 
     header = file.header
     summary = {
@@ -59,6 +58,7 @@ def _summary(path: str, file: ModelFile) -> dict[str, Any]:
         "file_bytes": file.size_bytes,
         "format_version": header.format_version,
         "parameters": sum(tensor.numel for tensor in file.tensors.values()),
+        "preset": preset_of(header.model),
         "model": to_dict(header.model),
         "tokenizer": {"kind": _tokenizer_kind(header.tokenizer), "num_tokens": header.model.num_tokens},
         "data": to_dict(header.data),
@@ -87,13 +87,11 @@ def _lines(values: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, s
             yield label, ""
             yield from _lines(value, indent + "  ")
         else:
-            yield label, console.one_line(_shown(value))
+            yield label, console.one_line(UNSET.get(name, "-") if value is None else _shown(value))
 
 
 def _shown(value: object) -> str:
     match value:
-        case None:
-            return "-"
         case str():
             return value
         case bool():

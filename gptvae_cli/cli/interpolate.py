@@ -21,15 +21,11 @@ if TYPE_CHECKING:
 
 _POINTS, _OUTPUT = "Where the path leads, one of these", "Output"
 
-EXAMPLES = """Examples:
-
-  gptvae interpolate a.txt b.txt
-
-  gptvae interpolate --from "the food was great" --to "never again" --steps 9
-
-  gptvae interpolate a.npy b.npy c.npy --path lerp --latents-out path.npy
-
-  gptvae encode reviews.txt | gptvae interpolate --latent - --format jsonl
+EXAMPLES = """\
+gptvae interpolate a.txt b.txt
+gptvae interpolate --from "the food was great" --to "never again" --steps 9
+gptvae interpolate a.npy b.npy c.npy --path lerp --latents-out path.npy
+gptvae encode reviews.txt | gptvae interpolate --latent - --format jsonl
 """
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,215 +13,188 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gptvae_cli import __version__
 from gptvae_cli.cli import console
-from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig, from_dict, read_toml, to_dict, to_toml
-from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode
+from gptvae_cli.config import (
+    STOCK_RECIPE,
+    Config,
+    DataConfig,
+    DType,
+    Log,
+    MachineConfig,
+    Objective,
+    PresetName,
+    RunConfig,
+    SizeConfig,
+    TrainConfig,
+    Unit,
+    from_dict,
+)
+from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode, FieldError
+from gptvae_cli.options import default_in_words, environment_layer, file_layer, flags_layer, keys, merged, to_toml
 
 if TYPE_CHECKING:
     from gptvae_cli.run import Job
 
 _PROCESS_BEGAN = time.monotonic()
-_SHAPE = ("dim", "depth", "enc_depth", "heads", "attn_dim_head", "dim_latent", "max_seq_len")
 _LIMITS = ("steps", "epochs", "max_time")
 _TEXTS, _SIZES, _LEARNING, _RUN = "The texts", "The model", "Learning", "The run"
 
-EXAMPLES = """Examples:
-
-  gptvae train corpus.txt
-
-  gptvae train poems/ --unit paragraph --max-time 1h --out poems-run
-
-  gptvae train commands.txt --latents-from descriptions.txt
-
-  zcat big.txt.gz | gptvae train - --tokenizer bpe --epochs 3
-
-  gptvae train --resume --max-time 20m
+EXAMPLES = """\
+gptvae train corpus.txt
+gptvae train poems/ --unit paragraph --max-time 1h --out poems-run
+gptvae train commands.txt --latents-from descriptions.txt
+zcat big.txt.gz | gptvae train - --tokenizer bpe --epochs 3
+gptvae train --resume --max-time 20m
 """
 
 
-def parse_seconds(text: str) -> float:
-    """Seconds from `90`, `90s`, `10m`, `2h`, `1h30m` or `1d`.
+def _option(key: str, help: str, panel: str, metavar: str | None = None, words: Sequence[str] = ()) -> Any:
+    """An option that a configuration file may hold, too. Its default is None, which lets the file speak.
 
-    Raises:
-        ConfigError: for anything else.
+    Args:
+        key: in the file.
+        help, panel, metavar: for its line in the help.
+        words: values to complete beside the names of files.
     """
-    units = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0}
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ConfigError(f"max-time is {text!r}, it must be a time such as 90s, 10m or 1h30m")
-    return sum(float(number) * units[unit] for number, unit in parts)
+    return typer.Option(
+        help=f"{help} [default: {default_in_words(key)}]",
+        metavar=metavar,
+        rich_help_panel=panel,
+        autocompletion=(lambda: list(words)) if words else None,
+    )
+
+
+def _flag(name: str, help: str) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=_RUN)
 
 
 def train(
     corpus: Annotated[
-        list[str] | None,
-        typer.Argument(help="Files or folders of text; - or nothing reads standard input.", show_default=False),
+        list[str] | None, typer.Argument(metavar="CORPUS", help="Files or folders of text; - or nothing reads stdin.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run folder.  [default: ./gptvae-run]", rich_help_panel=_RUN)
+    out: Annotated[str | None, _option("out", "The run folder.", _RUN, "FOLDER")] = None,
+    max_time: Annotated[str | None, _option("max_time", "Of the whole process, as 90s, 10m, 2h.", _RUN, "TIME")] = None,
+    steps: Annotated[int | None, _option("steps", "Optimizer steps.", _RUN)] = None,
+    epochs: Annotated[float | None, _option("epochs", "Passes over the corpus.", _RUN)] = None,
+    resume: Annotated[bool, _flag("--resume", "Go on with the run in --out.")] = False,
+    force: Annotated[bool, _flag("--force", "Replace the run in --out, once the new corpus has been read.")] = False,
+    log: Annotated[Log | None, _option("log", "Also write RUN/tensorboard, for TensorBoard.", _RUN)] = None,
+    strict: Annotated[bool, _flag("--strict", "Exit with 5 if the latent has collapsed.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A TOML file of these options.", rich_help_panel=_RUN)
     ] = None,
-    unit: Annotated[
-        str | None,
-        typer.Option(
-            help="What one text is: line, paragraph, file or window.  [default: line]", rich_help_panel=_TEXTS
-        ),
-    ] = None,
-    field: Annotated[
-        str | None, typer.Option(help="Key of the text in .jsonl files.  [default: text]", rich_help_panel=_TEXTS)
-    ] = None,
+    print_config: Annotated[bool, _flag("--print-config", "Print such a file, and stop.")] = False,
+    unit: Annotated[Unit | None, _option("unit", "What one text is.", _TEXTS)] = None,
+    field: Annotated[str | None, _option("field", "Key of the text in .jsonl files.", _TEXTS, "KEY")] = None,
     valid: Annotated[
-        str | None,
-        typer.Option(help="Held-out texts: a file, or a share of the corpus.  [default: 0.05]", rich_help_panel=_TEXTS),
+        str | None, _option("valid", "Held-out texts: a file, or a share of the corpus.", _TEXTS, "FILE|SHARE")
     ] = None,
     latents_from: Annotated[
         str | None,
-        typer.Option(help="Texts for the encoder, one for each text of the corpus.", rich_help_panel=_TEXTS),
+        _option("latents_from", "Texts for the encoder, one for each text of the corpus.", _TEXTS, "FILE"),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="auto, bytes, bpe, or a tokenizers JSON file.  [default: auto]", rich_help_panel=_TEXTS),
-    ] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Most tokens of a trained BPE.  [default: by the corpus]", rich_help_panel=_TEXTS)
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="Sizes: auto, nano, micro, small, medium or large.  [default: auto]", rich_help_panel=_SIZES),
-    ] = None,
-    dim: Annotated[int | None, typer.Option(help="Width of encoder and decoder.", rich_help_panel=_SIZES)] = None,
-    depth: Annotated[int | None, typer.Option(help="Layers of the decoder.", rich_help_panel=_SIZES)] = None,
-    enc_depth: Annotated[int | None, typer.Option(help="Layers of the encoder.", rich_help_panel=_SIZES)] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads.", rich_help_panel=_SIZES)] = None,
-    attn_dim_head: Annotated[
-        int | None, typer.Option(help="Width of a head.  [default: 64]", rich_help_panel=_SIZES)
-    ] = None,
-    dim_latent: Annotated[
-        int | None, typer.Option(help="Width of the latent.  [default: 32]", rich_help_panel=_SIZES)
-    ] = None,
-    max_seq_len: Annotated[
-        int | None, typer.Option(help="Longest text in tokens.  [default: by the corpus]", rich_help_panel=_SIZES)
-    ] = None,
-    objective: Annotated[
-        str | None,
-        typer.Option(
-            help="elbo (nats per token) or stock (x-transformers' units and defaults).  [default: elbo]",
-            rich_help_panel=_LEARNING,
+        _option(
+            "tokenizer",
+            "bpe is trained on the corpus; a file is of tokenizers.",
+            _TEXTS,
+            "auto|bytes|bpe|FILE",
+            ("auto", "bytes", "bpe"),
         ),
+    ] = None,
+    vocab_size: Annotated[int | None, _option("vocab_size", "Most tokens of a trained BPE.", _TEXTS)] = None,
+    preset: Annotated[PresetName | None, _option("preset", "Width, depths and heads under one name.", _SIZES)] = None,
+    dim: Annotated[int | None, _option("dim", "Width of encoder and decoder.", _SIZES)] = None,
+    depth: Annotated[int | None, _option("depth", "Layers of the decoder.", _SIZES)] = None,
+    enc_depth: Annotated[int | None, _option("enc_depth", "Layers of the encoder.", _SIZES)] = None,
+    heads: Annotated[int | None, _option("heads", "Attention heads.", _SIZES)] = None,
+    attn_dim_head: Annotated[int | None, _option("attn_dim_head", "Width of a head.", _SIZES)] = None,
+    dim_latent: Annotated[int | None, _option("dim_latent", "Width of the latent.", _SIZES)] = None,
+    max_seq_len: Annotated[int | None, _option("max_seq_len", "Longest text in tokens.", _SIZES)] = None,
+    objective: Annotated[
+        Objective | None,
+        _option("objective", "Nats per token, or x-transformers' units and defaults.", _LEARNING),
     ] = None,
     vae_kl_loss_weight: Annotated[
-        float | None, typer.Option(help="Beta, the weight of the KL.  [default: 1]", rich_help_panel=_LEARNING)
+        float | None, _option("vae_kl_loss_weight", "Beta, the weight of the KL.", _LEARNING)
     ] = None,
     kl_warmup: Annotated[
-        float | None,
-        typer.Option(help="Share of the run over which beta rises from 0.", rich_help_panel=_LEARNING),
-    ] = None,
-    vae_kl_div_floor: Annotated[
-        float | None, typer.Option(help="Free bits: nats a dimension.", rich_help_panel=_LEARNING)
+        float | None, _option("kl_warmup", "Share of the run over which beta rises from 0.", _LEARNING)
     ] = None,
     target_rate: Annotated[
-        float | None,
-        typer.Option(help="Free bits: nats a text, all dimensions together.", rich_help_panel=_LEARNING),
+        float | None, _option("target_rate", "Free bits: nats a text, all dimensions together.", _LEARNING)
+    ] = None,
+    vae_kl_div_floor: Annotated[
+        float | None, _option("vae_kl_div_floor", "Free bits: nats a dimension.", _LEARNING)
     ] = None,
     latents_dropout_prob: Annotated[
-        float | None, typer.Option(help="Share of the rows that train without z.", rich_help_panel=_LEARNING)
+        float | None, _option("latents_dropout_prob", "Share of the rows that train without z.", _LEARNING)
     ] = None,
     bag_of_words: Annotated[
-        float | None,
-        typer.Option(help="Weight of the loss that predicts the words from z alone.", rich_help_panel=_LEARNING),
+        float | None, _option("bag_of_words", "Weight of the loss that predicts the words from z alone.", _LEARNING)
     ] = None,
     word_dropout: Annotated[
-        float | None,
-        typer.Option(help="Share of the decoder's input hidden at first.", rich_help_panel=_LEARNING),
+        float | None, _option("word_dropout", "Share of the decoder's input hidden at first.", _LEARNING)
     ] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a step.", rich_help_panel=_LEARNING)] = None,
+    batch_tokens: Annotated[int | None, _option("batch_tokens", "Tokens of a step.", _LEARNING)] = None,
     accumulate: Annotated[
-        int | None, typer.Option(help="Parts that a step is cut into, to save memory.", rich_help_panel=_LEARNING)
+        int | None, _option("accumulate", "Parts that a step is cut into, to save memory.", _LEARNING)
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=_LEARNING)] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of matrices.", rich_help_panel=_LEARNING)] = None,
-    warmup: Annotated[
-        float | None, typer.Option(help="Share of the run in which the rate rises.", rich_help_panel=_LEARNING)
-    ] = None,
+    lr: Annotated[float | None, _option("lr", "Peak learning rate.", _LEARNING)] = None,
+    warmup: Annotated[float | None, _option("warmup", "Share of the run in which the rate rises.", _LEARNING)] = None,
     decay: Annotated[
-        float | None, typer.Option(help="Share of the run, at its end, in which it falls.", rich_help_panel=_LEARNING)
+        float | None, _option("decay", "Share of the run, at its end, in which it falls.", _LEARNING)
     ] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest gradient norm.", rich_help_panel=_LEARNING)] = None,
-    max_time: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the whole run, as 90s, 10m, 2h.  [default: 10m, none with --steps or --epochs]",
-            rich_help_panel=_RUN,
-        ),
+    weight_decay: Annotated[float | None, _option("weight_decay", "Of matrices.", _LEARNING)] = None,
+    clip: Annotated[float | None, _option("clip", "Largest gradient norm.", _LEARNING)] = None,
+    seed: Annotated[int | None, _option("seed", "Of weights, order and noise.", console.COMMON)] = None,
+    device: Annotated[
+        str | None, _option("device", "auto, cpu, cuda or cuda:1.", console.COMMON, "DEVICE", console.DEVICES)
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", rich_help_panel=_RUN)] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the corpus.", rich_help_panel=_RUN)] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=_RUN)
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the run in --out.", rich_help_panel=_RUN)] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 5 if the latent has collapsed.", rich_help_panel=_RUN)
-    ] = False,
-    log: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND",
-            help="tensorboard: also write RUN/tensorboard; needs pip install tensorboard.",
-            rich_help_panel=_RUN,
-        ),
+    dtype: Annotated[
+        DType | None, _option("dtype", "Numbers to compute with; auto asks the hardware.", console.COMMON)
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="A TOML file of these options; flags go over it.", rich_help_panel=_RUN)
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the configuration as TOML and stop.", rich_help_panel=_RUN)
-    ] = False,
-    seed: Annotated[
-        int | None, typer.Option(help="Of weights, order and noise.  [default: 0]", rich_help_panel=_RUN)
-    ] = None,
-    device: console.DeviceOption = "auto",
-    dtype: console.DTypeOption = "auto",
-    threads: console.ThreadsOption = None,
+    threads: Annotated[int | None, _option("threads", "CPU threads.", console.COMMON)] = None,
     quiet: console.QuietOption = False,
     debug: console.DebugOption = False,
 ) -> None:
     """Train a model on texts, and say what its latent carries.
 
     The model is RUN/model.safetensors, alone; its path is printed on standard output.
+
+    Options with a default can also stand in a TOML file or in the environment, as GPTVAE_DIM for --dim. Flags go over
+    the file, the file over the environment.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
-    given["strict"] = strict or None
-    if max_time is not None:
-        given["max_time"] = parse_seconds(max_time)
-    tables = read_toml(config) if config else {}
-    plan = _Plan(tables, {name: value for name, value in given.items() if value is not None})
+    plan = _Plan({**locals(), "strict": strict or None})
     if print_config:
-        typer.echo(plan.to_toml(), nl=False)
+        console.write_text(plan.to_toml())
         return
-    if not plan.corpus and not resume:
+    if not plan.run.corpus and not resume:
         console.refuse_terminal_stdin("gptvae train corpus.txt")
 
     from gptvae_cli import run
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 
-    where = resolve_device(device)
-    precision = resolve_dtype(dtype, where.device, training=True)
-    tune_cpu(threads)
-    folder = plan.out
+    with plan.naming():
+        where = resolve_device(plan.machine.device)
+        precision = resolve_dtype(plan.machine.dtype, where.device, training=True)
+    tune_cpu(plan.machine.threads)
+    folder = Path(plan.run.out)
     with run.claimed(folder, resume=resume, force=force):
         if resume:
-            job = run.resume(folder, plan.limits_for_resume(), sources=plan.corpus, device=where, precision=precision)
+            limits, sources = plan.limits_for_resume(), plan.run.corpus
+            job = run.resume(folder, limits, sources=sources, device=where, precision=precision)
         else:
-            with console.reading_progress("reading the corpus", quiet=quiet) as on_progress:
+            with plan.naming(), console.reading_progress("reading the corpus", quiet=quiet) as on_progress:
                 job = run.start(
                     folder,
-                    plan.corpus,
+                    plan.run.corpus,
                     plan.data,
                     plan.train,
-                    shape=plan.shape,
-                    preset=plan.preset,
+                    shape=plan.sizes.shape,
+                    preset=plan.sizes.preset,
                     device=where,
                     precision=precision,
                     on_progress=on_progress,
@@ -241,57 +214,63 @@ def train(
 
 
 class _Plan:
-    """What was asked for, from the configuration file and the flags over it."""
+    """What was asked for: flags over the configuration file over the environment, as one config a table.
 
-    def __init__(self, tables: dict[str, dict[str, Any]], flags: dict[str, Any]) -> None:
-        run = dict(tables.get("run", {}))
-        model = dict(tables.get("model", {}))
-        data = dict(tables.get("data", {}))
-        train = dict(tables.get("train", {}))
-        self.flags = flags
-        self.corpus: list[str] = [str(source) for source in flags.get("corpus") or run.pop("corpus", [])]
-        run.pop("corpus", None)
-        self.out = Path(flags.get("out") or run.pop("out", "gptvae-run"))
-        run.pop("out", None)
-        for table, known in ((run, ()), (model, (*_SHAPE, "preset"))):
-            if unknown := [name for name in table if name not in known]:
-                raise ConfigError(f"the configuration has no option {unknown[0]!r} there")
-        self.preset = str(flags.get("preset", model.pop("preset", "auto")))
-        model.pop("preset", None)
-        self.shape: dict[str, int] = model | {name: flags[name] for name in _SHAPE if name in flags}
-        for name, value in self.shape.items():
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigError(f"{name} is {value!r}, it must be a whole number")
-        self.data = from_dict(DataConfig, data | {n: v for n, v in flags.items() if n in to_dict(DataConfig())})
-        asked = train | {name: value for name, value in flags.items() if name in to_dict(TrainConfig())}
-        if ("steps" in asked or "epochs" in asked) and "max_time" not in asked:
-            asked["max_time"] = None
-        recipe = STOCK_RECIPE if asked.get("objective") == "stock" else {}
-        self.train = from_dict(TrainConfig, recipe | asked)
+    Raises:
+        ConfigError: for what cannot be, naming the place where it was asked for.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.flags = flags_layer(options)
+        self.has_file = options["config"] is not None
+        below = [environment_layer(os.environ)] + ([file_layer(options["config"])] if self.has_file else [])
+        self.asked = merged([*below, self.flags])
+        values = dict(self.asked.values)
+        if ("steps" in values or "epochs" in values) and "max_time" not in values:
+            values["max_time"] = None
+        if values.get("objective") == "stock":
+            values = STOCK_RECIPE | values
+        with self.naming():
+            self.run = _config(RunConfig, values)
+            self.data = _config(DataConfig, values)
+            self.sizes = _config(SizeConfig, values)
+            self.train = _config(TrainConfig, values)
+            self.machine = _config(MachineConfig, values)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Makes an error of a field say where the field was set."""
+        try:
+            yield
+        except FieldError as error:
+            label = self.asked.labels.get(error.field)
+            raise (error.named(label) if label else error) from error
 
     def limits_for_resume(self) -> dict[str, Any]:
-        """The flags that a resumed run may change: those that say when to stop."""
-        fixed = [*_SHAPE, *to_dict(DataConfig()), *to_dict(TrainConfig()), "preset", "config"]
-        if changed := [name for name in fixed if name in self.flags and name not in (*_LIMITS, "strict")]:
+        """The flags that a resumed run may change: those that say when to stop. The environment is not asked."""
+        kept = {key for kind in (DataConfig, SizeConfig, TrainConfig) for key in keys(kind)} - {*_LIMITS, "strict"}
+        changed = [label for key, label in self.flags.labels.items() if key in kept]
+        if self.has_file:
+            changed.append("--config")
+        if changed:
             raise ConfigError(
-                f"--resume keeps the run's configuration, found --{changed[0].replace('_', '-')}",
+                f"--resume keeps the run's configuration, found {changed[0]}",
                 hint="only --max-time, --steps, --epochs and --strict may change",
             )
-        limits = {name: self.flags[name] for name in _LIMITS if name in self.flags}
+        limits = {key: self.flags.values[key] for key in _LIMITS if key in self.flags.values}
         if limits:
             limits = dict.fromkeys(_LIMITS) | limits
-        return limits | ({"strict": True} if "strict" in self.flags else {})
+        return limits | ({"strict": True} if "strict" in self.flags.values else {})
 
     def to_toml(self) -> str:
         """The configuration as a file that `--config` reads."""
-        return to_toml(
-            {
-                "run": {"corpus": self.corpus or None, "out": str(self.out)},
-                "data": to_dict(self.data),
-                "model": {"preset": self.preset, **self.shape},
-                "train": to_dict(self.train),
-            }
-        )
+        tables = to_toml((self.run, self.data, self.sizes, self.train, self.machine))
+        return f"# gptvae {__version__}; paths are relative to the working directory\n\n{tables}"
+
+
+def _config(kind: type[Config], values: Mapping[str, object]) -> Config:
+    known = keys(kind)
+    return from_dict(kind, {key: value for key, value in values.items() if key in known})
 
 
 def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:

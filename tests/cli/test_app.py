@@ -117,6 +117,91 @@ def test_the_version_is_that_of_the_package() -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"gptvae {__version__}\n", "")
 
 
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_is_a_command_too(command: str | None) -> None:
+    names = [command] if command else []
+    assert run("help", *names).stdout == run(*names, "--help").stdout != ""
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_help_fits_the_terminal_and_names_are_whole(command: str | None, width: int) -> None:
+    """But for what is to be pasted: a name with its values, and an example, stay on one line."""
+    arguments = [command] if command else []
+    result = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": str(width)})
+    text, _, examples = result.stdout.partition("\nExamples\n")
+    for line in text.splitlines():
+        assert len(line) <= width or re.match(r"  (-\w, )?--[a-z-]+( \S+)?$|Usage: ", line), line
+        assert "…" not in line
+        assert line == line.rstrip()
+    group = typer.main.get_command(app)
+    for option in (group.commands[command] if command else group).params:  # type: ignore[attr-defined]
+        assert f"{'Usage' if option.param_type_name == 'argument' else option.opts[-1]}" in text
+    assert all(line.startswith("  ") and "gptvae" in line for line in examples.rstrip().splitlines())
+
+
+# Completion -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def completed(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """What bash offers at the end of a line, as `gptvae --install-completion` teaches it."""
+    program = here / "bin" / "gptvae"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {GPTVAE} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    def offer(line: str) -> list[str]:
+        words = line.split(" ")
+        script = (
+            'eval "$(gptvae --show-completion)"\n'
+            'complete -p gptvae | grep -q -- "-o default" || exit 9\n'  # readline's files, where nothing is offered
+            f"COMP_WORDS=({' '.join(map(shlex.quote, words))}) COMP_CWORD={len(words) - 1}\n"
+            "$(complete -p gptvae | sed 's/.*-F \\([^ ]*\\) .*/\\1/') gptvae\n"
+            'printf "%s\\n" "${COMPREPLY[@]}"\n'
+        )
+        process = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+        assert (process.returncode, process.stderr) == (0, "")
+        return process.stdout.split()
+
+    return offer
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("gptvae ", COMMANDS),
+        ("gptvae e", ["encode", "evaluate"]),
+        ("gptvae generate --to", ["--top-k", "--top-p"]),
+        ("gptvae train --preset m", ["micro", "medium"]),
+        ("gptvae train --tokenizer b", ["bytes", "bpe"]),
+        ("gptvae train --tokenizer a.t", []),
+        ("gptvae encode --device c", ["cpu", "cuda"]),
+        ("gptvae encode ", []),
+        ("gptvae encode --model ", []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bash_completes_commands_options_and_values_and_leaves_files_to_readline(
+    completed: Callable[[str], list[str]], line: str, offered: list[str]
+) -> None:
+    assert completed(line) == offered
+
+
+@pytest.mark.parametrize(
+    ("shell_name", "expected"),
+    [("zsh", '_arguments \'*: :(("--preset":"Width, depths and heads under one name.'), ("fish", "--preset\tWidth,")],
+)
+def test_zsh_and_fish_are_told_what_an_option_does(
+    monkeypatch: pytest.MonkeyPatch, shell_name: str, expected: str
+) -> None:
+    monkeypatch.setenv("_GPTVAE_COMPLETE", f"complete_{shell_name}")
+    monkeypatch.setenv("_TYPER_COMPLETE_ARGS", "gptvae train --pres")
+    monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    assert CliRunner().invoke(app, [], prog_name="gptvae").stdout.startswith(expected)
+
+
 # Wrong usage ----------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +264,43 @@ def test_what_nobody_foresaw_is_no_traceback_either(
     assert "many lines" not in result.stderr
     for word in words:
         assert word in result.stderr
+
+
+# The environment ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "command", "words"),
+    [
+        ("GPTVAE_SEED", "-1", "generate", "is '-1', it must be greater than or equal to 0"),
+        ("GPTVAE_SEED", "x", "evaluate", "is 'x', it must be a valid integer"),
+        ("GPTVAE_THREADS", "0", "encode", "is '0', it must be greater than or equal to 1"),
+        ("GPTVAE_DTYPE", "float23", "interpolate", "is 'float23', it must be one of auto, float32, bfloat16"),
+        ("GPTVAE_DEVICE", "tpu", "demo", "is 'tpu', it must be auto, cpu, cuda or cuda:n"),
+        ("GPTVAE_DEVICE", "tpu", "train", "is 'tpu', it must be auto, cpu, cuda or cuda:n"),
+        ("GPTVAE_THREADS", "0", "train", "is 0, it must be at least 1"),
+        ("GPTVAE_DIM", "two", "train", "is 'two', it must be a whole number"),
+        ("GPTVAE_KL_WARMUP", "2", "train", "is 2.0, it must be between 0 and 1"),
+        ("GPTVAE_PRESET", "mirco", "train", "is 'mirco', it must be one of auto, nano, micro"),
+    ],
+)
+def test_a_wrong_variable_is_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, command: str, words: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    result = run(command)
+    assert_fails(result, 2, f"error: {variable} {words}")
+    assert run(command, "--help").exit_code == 0
+
+
+def test_an_option_goes_over_its_variable(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run("generate", "--seed", "3").stdout
+    monkeypatch.setenv("GPTVAE_SEED", "3")
+    by_variable = run("generate")
+    assert (by_variable.stdout, by_variable.stderr) == (expected, ""), "no seed was picked, so none is told"
+    assert run("generate", "--seed", "4").stdout != expected
+    monkeypatch.setenv("GPTVAE_SEED", "x")
+    assert run("generate", "--seed", "3").stdout == expected
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -349,6 +471,8 @@ def test_a_gpu_that_is_not_there_is_a_failure(here: Path, arguments: list[str]) 
         (["--help"], 0),
         (["--version"], 0),
         (["train", "--help"], 0),
+        (["help", "train"], 0),
+        (["train", "a.txt", "--print-config"], 0),
         (["info"], 0),
         (["generate", "--bogus"], 2),
         (["interpolate", "a.txt"], 2),
@@ -372,6 +496,19 @@ def test_what_needs_no_model_does_not_wait_for_torch(here: Path, arguments: list
     assert "gptvae_cli.cli.app" in imported
     heavy = HEAVY & imported
     assert not heavy
+
+
+def test_completion_does_not_wait_for_torch(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"_GPTVAE_COMPLETE": "complete_bash", "COMP_WORDS": "gptvae train --pre", "COMP_CWORD": "2"}
+    program = (
+        "import sys; from gptvae_cli.cli.app import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert process.stdout == "--preset\n"
+    assert "gptvae_cli.cli.train" in process.stderr.split()
+    assert not HEAVY & set(process.stderr.split())
 
 
 def test_a_bad_latent_file_is_told_before_torch_is_loaded(here: Path) -> None:
@@ -475,10 +612,12 @@ def test_a_command_that_is_stopped_leaves_no_unfinished_file(here: Path, number:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "--seed", "-5"], ["--seed", "greater than or equal to 0", "found -5"]),
-        (["generate", "--prior=x"], ["--prior", "integer", "found x"]),
-        (["encode", "--dtype", "f8"], ["--dtype", "'f8' is not one of 'auto'"]),
-        (["interpolate", "--steps", "1"], ["--steps", "greater than or equal to 2", "found 1"]),
+        (["generate", "--seed", "-5"], ["--seed is '-5'", "it must be greater than or equal to 0"]),
+        (["generate", "--prior=x"], ["--prior is 'x'", "it must be a valid integer"]),
+        (["encode", "--dtype", "f8"], ["--dtype is 'f8'", "one of auto, float32, bfloat16"]),
+        (["encode", "--unit", "lines"], ["hint: did you mean line?"]),
+        (["generate", "--device", "tpu"], ["--device is 'tpu'", "auto, cpu, cuda or cuda:n"]),
+        (["interpolate", "--steps", "1"], ["--steps is '1'", "greater than or equal to 2"]),
         (["generate", "-n"], ["-n", "requires an argument"]),
     ],
     ids=lambda value: value[1] if value[0] in ("generate", "encode", "interpolate") else "",
@@ -535,6 +674,34 @@ def test_nobody_has_to_type_a_corpus_or_a_binary(here: Path, arguments: list[str
     assert f"gptvae {arguments[0]} [OPTIONS]" in told
     assert "Examples" in told
     assert "gptvae: error: nothing to read: standard input is a terminal" in told
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [
+        ({}, False),
+        ({"FORCE_COLOR": "1"}, True),
+        ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+        ({"FORCE_COLOR": "1", "TERM": "dumb"}, False),
+    ],
+    ids=["pipe", "forced", "no-color", "dumb"],
+)
+def test_colours_are_as_the_environment_wants_them(here: Path, environment: dict[str, str], coloured: bool) -> None:
+    """In help and errors; and nothing moves where nobody watches, whatever is forced."""
+    base = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
+    for arguments in (["--help"], ["info", "nowhere"], ["encode", "a.txt", "--out", "new.npy"]):
+        process = subprocess.run(
+            [sys.executable, "-m", "gptvae_cli", *arguments],
+            env={**base, "TERM": "xterm-256color", **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        shown = process.stdout + process.stderr
+        moves = re.findall(r"\x1b\[[^m]*[A-Za-ln-z]|\r", shown)
+        assert not moves
+        if arguments[0] != "encode":
+            assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", shown)) == coloured
 
 
 def test_texts_do_not_control_the_terminal_and_are_exact_in_a_pipe(here: Path) -> None:

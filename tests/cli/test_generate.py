@@ -158,7 +158,7 @@ def test_the_prior_differs_by_its_latents_even_when_greedy(generate: Generate) -
         (["-0", "--format", "jsonl"], ["-0 and --format jsonl exclude each other"]),
         (["--prompt", "a\nb"], ["prompt", "line break", "--unit paragraph"]),
         (["--prior", "0"], ["--prior"]),
-        (["-n", "0"], ["--copies"]),
+        (["-n", "0"], ["-n is '0'"]),
         (["--max-tokens", "0"], ["max", "tokens", "0"]),
         (["--temperature", "0"], ["temperature", "0", "--greedy"]),
         (["--temperature", "nan"], ["temperature", "nan"]),

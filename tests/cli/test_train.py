@@ -21,9 +21,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from gptvae_cli.cli.app import app
-from gptvae_cli.cli.train import parse_seconds
 from gptvae_cli.config import STOCK_RECIPE, TrainConfig, to_dict
-from gptvae_cli.errors import ConfigError
 from gptvae_cli.header import read_header
 
 NAMES = [first + last for first in ("an", "be", "cla", "do", "ele", "fi") for last in ("na", "lla", "ra", "ria", "ly")]
@@ -332,15 +330,15 @@ def print_config(*options: object) -> dict[str, Any]:
 def test_a_printed_configuration_reproduces_the_run(train: Train, names: Path, out: Path, tmp_path: Path) -> None:
     """Printed again from its file it is the same, and two runs of it are equal to the bit."""
     flags = [names, "--preset", "nano", "--dim-latent", "5", "--steps", "4", "--seed", "3", "--word-dropout", "0.1"]
+    flags += ["--threads", "1", "--device", "cpu", "--dtype", "float32"]
     text = CliRunner().invoke(app, ["train", *map(str, flags), "--out", str(out), "--print-config"]).stdout
     assert not out.exists(), "printing is all that was asked for"
     config = tmp_path / "run.toml"
     config.write_text(text)
     assert CliRunner().invoke(app, ["train", "--config", str(config), "--print-config"]).stdout == text
-    machine = ["--threads", "1", "--device", "cpu", "--dtype", "float32"]
     models = []
     for arguments in ([*map(str, flags), "--out", str(out)], ["--config", str(config), "--force"]):
-        result = CliRunner().invoke(app, ["train", *arguments, *machine])
+        result = CliRunner().invoke(app, ["train", *arguments])
         assert result.exit_code == 0, result.stderr
         header = read_header(out / "model.safetensors")
         assert (header.model.dim_latent, header.training["train"]["seed"]) == (5, 3)
@@ -370,6 +368,42 @@ def test_flags_go_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> No
     assert (over["train"]["lr"], over["train"]["seed"], over["train"]["max_time"]) == (0.1, 9, 120)
 
 
+def test_the_file_goes_over_the_environment_and_that_over_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"DIM": "32", "LR": "0.5", "CLIP": "2", "OUT": "there", "MAX_TIME": "2m", "STRICT": "1"}.items():
+        monkeypatch.setenv(f"GPTVAE_{name}", value)
+    (tmp_path / "c.toml").write_text("[model]\ndim = 64\n[train]\nlr = 0.25\nstrict = false\n")
+    found = print_config("a.txt", "--config", tmp_path / "c.toml", "--lr", "0.125")
+    assert (found["model"]["dim"], found["train"]["lr"], found["train"]["clip"]) == (64, 0.125, 2)
+    assert (found["run"]["out"], found["train"]["max_time"], found["train"]["strict"]) == ("there", 120, False)
+    assert found["train"]["decay"] == TrainConfig().decay
+
+
+def test_a_size_that_cannot_be_is_named_by_its_place(
+    train: Train, names: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that shows only once the model is built."""
+    (tmp_path / "c.toml").write_text("[model]\nheads = 1\nattn_dim_head = 32\n")
+    assert_fails(train(names, "--config", "c.toml"), 2, "c.toml, [model] attn_dim_head is 32, it must be dim (64)")
+    monkeypatch.setenv("GPTVAE_HEADS", "1")
+    monkeypatch.setenv("GPTVAE_ATTN_DIM_HEAD", "32")
+    assert_fails(train(names), 2, "GPTVAE_ATTN_DIM_HEAD is 32")
+
+
+def test_a_resumed_run_takes_the_machine_but_no_limit_from_the_environment(
+    train: Train, names: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(names)
+    for name, value in {"STEPS": "1", "DIM": "32", "DTYPE": "float32", "DEVICE": "cpu", "OUT": str(out)}.items():
+        monkeypatch.setenv(f"GPTVAE_{name}", value)
+    result = CliRunner().invoke(app, ["train", "--resume", "--steps", "6"])
+    assert result.exit_code == 0, result.stderr
+    assert steps_of(out) == 6
+    training = read_header(out / "model.safetensors").training
+    assert (training["device"], training["precision"], training["threads"]) == ("cpu", "float32", 1)
+
+
 def test_every_field_of_the_training_has_a_flag() -> None:
     values: dict[str, Any] = to_dict(TrainConfig(steps=3, epochs=2.0, lr=0.25, strict=True, log="tensorboard"))
     values |= {"objective": "stock", "max_time": 77.0}
@@ -397,20 +431,6 @@ def test_the_stock_objective_brings_its_recipe_unless_told_otherwise() -> None:
     assert {name: stock[name] for name in STOCK_RECIPE} == STOCK_RECIPE
     mixed = print_config("x.txt", "--objective", "stock", "--bag-of-words", "0.5")["train"]
     assert (mixed["bag_of_words"], mixed["latents_dropout_prob"]) == (0.5, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("90", 90), ("90s", 90), ("1.5m", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400), ("1d", 86400), ("0.5", 0.5)],
-)
-def test_a_time_may_be_written_in_several_ways(text: str, seconds: float) -> None:
-    assert parse_seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "m", "10 m", "10x", "-5", "1h 30m", "1m30", "1e3", "inf", "1..5m", "٣m "])
-def test_what_is_not_a_time_is_told_how_to_write_one(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"max-time is .* it must be a time such as 90s, 10m or 1h30m"):
-        parse_seconds(text)
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
