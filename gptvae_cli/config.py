@@ -18,6 +18,9 @@ from gptvae_cli.errors import ConfigError
 
 Unit = Literal["line", "paragraph", "file", "window"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
+Errors = Literal["strict", "replace"]
+LONGEST_SEQUENCE = 2**20
+"""What a model's `max_seq_len` may be at most."""
 TABLES = ("run", "data", "model", "train")
 Objective = Literal["elbo", "stock"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -65,7 +68,12 @@ class ModelConfig:
         for name in ("dim", "depth", "enc_depth", "dim_latent", "heads"):
             _require(1 <= getattr(self, name) <= 65536, name, getattr(self, name), "between 1 and 65536")
         _require(4 <= self.num_tokens <= 2**22, "num_tokens", self.num_tokens, "between 4 and 4194304")
-        _require(3 <= self.max_seq_len <= 2**20, "max_seq_len", self.max_seq_len, "between 3 and 1048576")
+        _require(
+            3 <= self.max_seq_len <= LONGEST_SEQUENCE,
+            "max_seq_len",
+            self.max_seq_len,
+            f"between 3 and {LONGEST_SEQUENCE}",
+        )
         _require(
             8 <= self.attn_dim_head <= 1024 and self.attn_dim_head % 4 == 0,
             "attn_dim_head",
@@ -94,7 +102,8 @@ class DataConfig:
 
     Args:
         unit: `line`, `paragraph` (blank-line separated), `file`, or `window` (random crops of a running text).
-        field: the key that holds the text in `.jsonl` corpora.
+        field: the key, or the column, that holds the text in `.jsonl` and `.parquet` corpora.
+        errors: what bytes that are not UTF-8 are: `strict` an error, `replace` U+FFFD.
         valid: a file of held-out texts, or the share of the texts to hold out.
         latents_from: a file of texts for the encoder, aligned with the corpus (the seed's `seq_for_latents`).
         tokenizer: `auto`, `bytes`, `bpe` or the path of a `tokenizers` JSON file.
@@ -103,6 +112,7 @@ class DataConfig:
 
     unit: Unit = "line"
     field: str = "text"
+    errors: Errors = "strict"
     valid: str = "0.05"
     latents_from: str | None = None
     tokenizer: str = "auto"
@@ -110,6 +120,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("unit", self.unit, UNITS)
+        _one_of("errors", self.errors, get_args(Errors))
         if self.vocab_size is not None:
             _require(256 <= self.vocab_size <= 2**20, "vocab_size", self.vocab_size, "between 256 and 1048576")
         share = self.valid_share

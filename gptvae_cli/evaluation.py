@@ -20,7 +20,7 @@ from gptvae_cli.latent import COLLAPSED_NATS, active_dimensions, mutual_informat
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
-from gptvae_cli.text import Tokenizer
+from gptvae_cli.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import gptvae_cli
 PACKAGE = Path(gptvae_cli.__file__).parent
 
 ROWS: list[set[str]] = [
-    {"config", "schedule", "sizing", "text", "header", "errors", "noise"},
+    {"config", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"},
     {"latent", "fused"},
     {"decoding"},
     {"model"},
@@ -30,8 +30,8 @@ ROWS: list[set[str]] = [
 ]
 """From the bottom to the top. `run` and `training` may know each other's names, but nothing may go in circles."""
 
-LIGHT = ("config", "schedule", "sizing", "text", "header", "errors")
-HEAVY = {"torch", "numpy", "x_transformers", "einops", "safetensors", "tokenizers"}
+LIGHT = ("config", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors")
+HEAVY = {"torch", "numpy", "x_transformers", "einops", "safetensors", "tokenizers", "pyarrow", "zstandard"}
 
 
 class Import(NamedTuple):

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gptvae_cli.config import DType, Unit
+from gptvae_cli.config import DType, Errors, Unit
 from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
 
 # Options --------------------------------------------------------------------------------------------------------------
@@ -72,7 +72,11 @@ DebugOption = Annotated[
 UnitOption = Annotated[Unit | None, typer.Option(help="What one text is.  [default: as the model was trained]")]
 FieldOption = Annotated[
     str | None,
-    typer.Option(metavar="KEY", help="Of the text in .jsonl files.  [default: as the model was trained]"),
+    typer.Option(metavar="KEY", help="Of the text in .jsonl and .parquet files.  [default: as the model was trained]"),
+]
+ErrorsOption = Annotated[
+    Errors | None,
+    typer.Option(help="Bytes that are not UTF-8 are an error, or U+FFFD.  [default: as the model was trained]"),
 ]
 TextFormat = Literal["text", "jsonl"]
 TextFormatOption = Annotated[TextFormat, typer.Option(help="Plain texts, or one JSON object a line.")]

@@ -32,7 +32,7 @@ EXAMPLES = """Examples:
 
 def evaluate(
     corpus: Annotated[
-        list[str] | None, typer.Argument(help="Files or folders of text; - or nothing reads standard input.")
+        list[str] | None, typer.Argument(help="Files, folders or patterns of text; - or nothing reads standard input.")
     ] = None,
     texts: Annotated[int, typer.Option(min=2, metavar="N", help="The first N texts.")] = 1000,
     samples: Annotated[int, typer.Option(min=1, metavar="K", help="Latents of a text for its likelihood.")] = 100,
@@ -47,6 +47,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
     unit: console.UnitOption = None,
     field: console.FieldOption = None,
+    errors: console.ErrorsOption = None,
     model: console.ModelOption = None,
     device: console.DeviceOption = "auto",
     dtype: console.DTypeOption = "auto",
@@ -60,7 +61,7 @@ def evaluate(
     Likelihoods are in nats per text, its end counted. PPL and bits per byte are of the importance-weighted one.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import read_texts
+    from gptvae_cli.text import Repairs, read_texts
 
     if not corpus or "-" in corpus:
         console.refuse_terminal_stdin("gptvae evaluate test.txt")
@@ -72,12 +73,17 @@ def evaluate(
         raise ConfigError(
             "this model's latents come from other texts than it writes", hint="give those of the corpus: --latents-from"
         )
-    lines = list(islice(read_texts(corpus or [], unit=unit, field=field), texts))
+    errors = errors or header.data.errors
+    repairs = Repairs()
+    found = read_texts(corpus or [], unit=unit, field=field, errors=errors, repairs=repairs)
+    lines = list(islice(found, texts))
     sources = None
     if latents_from is not None:
-        sources = list(islice(read_texts([latents_from], unit=unit, field=field), texts))
+        found = read_texts([latents_from], unit=unit, field=field, errors=errors, repairs=repairs)
+        sources = list(islice(found, texts))
         if len(sources) != len(lines):
             raise DataError(f"{latents_from} holds {len(sources)} texts, the corpus {len(lines)}; they must be aligned")
+    console.note(repairs.note, quiet=quiet)
     compared = None if baseline is None else locate_model(baseline)
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import sampling

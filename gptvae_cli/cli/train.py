@@ -31,6 +31,8 @@ EXAMPLES = """Examples:
 
   gptvae train poems/ --unit paragraph --max-time 1h --out poems-run
 
+  gptvae train 'logs/**/*.log.zst' --errors replace
+
   gptvae train commands.txt --latents-from descriptions.txt
 
   zcat big.txt.gz | gptvae train - --tokenizer bpe --epochs 3
@@ -57,7 +59,9 @@ def parse_seconds(text: str) -> float:
 def train(
     corpus: Annotated[
         list[str] | None,
-        typer.Argument(help="Files or folders of text; - or nothing reads standard input.", show_default=False),
+        typer.Argument(
+            help="Files, folders or patterns of text; - or nothing reads standard input.", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder.  [default: ./gptvae-run]", rich_help_panel=_RUN)
@@ -69,7 +73,15 @@ def train(
         ),
     ] = None,
     field: Annotated[
-        str | None, typer.Option(help="Key of the text in .jsonl files.  [default: text]", rich_help_panel=_TEXTS)
+        str | None,
+        typer.Option(help="Key of the text in .jsonl and .parquet files.  [default: text]", rich_help_panel=_TEXTS),
+    ] = None,
+    errors: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes that are not UTF-8: strict, an error, or replace, U+FFFD.  [default: strict]",
+            rich_help_panel=_TEXTS,
+        ),
     ] = None,
     valid: Annotated[
         str | None,

@@ -19,7 +19,7 @@ def make_model(path: Path, *, unit: str = "line", seed: int = 0, **training: Any
     from gptvae_cli.config import DataConfig, ModelConfig, from_dict
     from gptvae_cli.header import FORMAT_VERSION, ModelHeader
     from gptvae_cli.model import GPTVAE
-    from gptvae_cli.text import Tokenizer
+    from gptvae_cli.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.bytes()
     config = ModelConfig(
