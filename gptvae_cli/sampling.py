@@ -110,7 +110,10 @@ class Encoder:
         The first ones come after the first text, so that a slow pipe shows its results; pools then grow.
         """
         for pool in _growing_pools(self.rows(texts)):
-            yield from self._posteriors(pool)
+            # Equal rows are computed once: a file may hold millions of empty lines.
+            distinct = list(dict.fromkeys(map(tuple, pool)))
+            encodings = dict(zip(distinct, self._posteriors(distinct), strict=True))
+            yield from (encodings[tuple(row)] for row in pool)
 
     def rows(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """What the model reads of texts: their tokens with BOS and EOS, or those of their windows."""

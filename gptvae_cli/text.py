@@ -21,6 +21,8 @@ from gptvae_cli.sources import STDIN, ending, expand, is_jsonl, opened, reading_
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+"""Arrow's types that may hold text; files of some programs do not say that their bytes are strings."""
 _PARQUET_ROWS, _PARQUET_BUFFER = 256, 2**20
 """How many rows, and how many bytes of a column, are taken from a Parquet file at a time."""
 
@@ -252,25 +254,26 @@ def _rows(file: str, form: _Form) -> Iterator[str]:
     try:
         # Not pre-buffered, or a whole row group would be in memory.
         with parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table:
-            columns = table.schema_arrow.names
-            if form.field not in columns:
+            names = table.schema_arrow.names
+            if form.field not in names:
                 raise DataError(
-                    f"{file} has no column {form.field!r}", hint=f"--field names it; this file has {_some(columns)}"
+                    f"{file} has no column {form.field!r}", hint=f"--field names it; this file has {_some(names)}"
                 )
-            kind = table.schema_arrow.types[columns.index(form.field)]
+            kind = table.schema_arrow.types[names.index(form.field)]
             kind = kind.value_type if types.is_dictionary(kind) else kind
-            if not any(test(kind) for test in (types.is_string, types.is_large_string, types.is_binary)):
+            if str(kind) not in _STRINGS:
                 raise DataError(f"{file}: the column {form.field!r} is of {kind}, expected strings")
             batches = table.iter_batches(_PARQUET_ROWS, columns=[form.field], use_threads=False)
             # As bytes, because Arrow believes a file that says it holds UTF-8.
-            values = (
-                value for batch in batches for value in batch.column(0).cast(kind).cast("large_binary").to_pylist()
-            )
+            columns = (batch.column(0).cast(kind).cast("large_binary") for batch in batches)
+            values = chain.from_iterable(column.to_pylist() for column in columns)
             for number, value in enumerate(values, 1):
                 place = f"{file}, row {number}"
                 if value is None:
                     raise DataError(f"{place}: the column {form.field!r} is null, expected a string")
                 yield _valid(value.decode("utf-8", "surrogateescape"), place, None, form)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:  # of the system, not of Arrow
+            raise
         message = " ".join(str(error).split())[:200]
         raise DataError(f"{file} is not Parquet, or cut or damaged: {message}") from error

@@ -5,16 +5,17 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from gptvae_cli.config import UNITS, Unit
 from gptvae_cli.errors import DataError
-from gptvae_cli.text import read_texts
+from gptvae_cli.text import Repairs, read_texts
 
 
 def read(data: bytes, unit: Unit = "line") -> list[str]:
@@ -178,6 +179,74 @@ def test_bytes_that_are_not_utf8_are_named(unit: Unit, data: bytes, line: int, b
     assert (caught.value.hint and "iconv -f latin1" in caught.value.hint) or line == 1
 
 
+def split(text: str) -> list[str]:
+    """The lines of a text, by another way than the reader's."""
+    lines = re.split("\r\n|\r|\n", text.removeprefix("\ufeff"))
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def spoilt() -> Iterator[bytes]:
+    """A text with bytes that are not UTF-8 at every place: within characters, line ends and the mark, at the edges
+    of the file and, with a long line in front, of the buffer."""
+    text = "\ufeffé\r\n中\r😀\0\n\ufffdz".encode()
+    for bad in (b"\xff", b"\x80", b"\xc3", b"\xe4\xb8", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf5"):
+        for place in range(len(text) + 1):
+            yield text[:place] + bad + text[place:]
+    for length in range(8180, 8196):
+        yield b"a" * length + "é\r\n中".encode() + b"\xf0\x9f\x98"
+
+
+def test_bytes_that_are_not_utf8_are_where_pythons_decoder_finds_them() -> None:
+    for data in spoilt():
+        with pytest.raises(UnicodeDecodeError) as reference:
+            data.decode("utf-8")
+        before = data[: reference.value.start]
+        lines = re.split(rb"\r\n|\r|\n", before)
+        for unit in UNITS:
+            with pytest.raises(DataError) as caught:
+                read(data, unit)
+            assert caught.value.message == (
+                f"stdin, line {len(lines)}: byte 0x{data[len(before)]:02x} is not UTF-8"
+                f" (byte {len(lines[-1]) + 1} of the line)"
+            )
+
+
+def test_replacing_gives_what_pythons_decoder_gives_and_counts_it() -> None:
+    for data in spoilt():
+        text, repairs = data.decode("utf-8", "replace"), Repairs()
+        texts = read_texts([], unit="line", errors="replace", repairs=repairs, stdin=io.BytesIO(data))
+        assert list(texts) == split(text)
+        assert repairs.count == text.count("\ufffd") - data.count("\ufffd".encode()) > 0
+        whole = Repairs()
+        texts = read_texts([], unit="file", errors="replace", repairs=whole, stdin=io.BytesIO(data))
+        assert list(texts) == ["\n".join(split(text))]
+        assert whole == repairs
+
+
+def test_repairs_are_told_only_where_there_were_some() -> None:
+    assert Repairs().note is None
+    assert Repairs(1).note == "1 place is not UTF-8 and became U+FFFD"
+    assert Repairs(1000).note == "1,000 places are not UTF-8 and became U+FFFD"
+
+
+def test_the_second_of_two_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\nb\xc3")
+    (tmp_path / "b.txt").write_bytes(b"\xa9\n")
+    (tmp_path / "c.txt").write_bytes(b"c\n")
+    b, c = (str(tmp_path / name) for name in ("b.txt", "c.txt"))
+    with pytest.raises(DataError, match=r"b\.txt, line 1: byte 0xa9"):
+        list(read_texts([c, b], unit="line"))
+    texts = read_texts([str(tmp_path)], unit="line", errors="replace")
+    assert list(texts) == ["a", "b\ufffd", "\ufffd", "c"], "two files do not make a character"
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_character_but_line_ends_is_text(unit: Unit) -> None:
+    text = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x200B, 0x2028, 0x202E, 0xFEFF, 0xFFFF]))
+    text = "a" + text.replace("\n", "").replace("\r", "")
+    assert read(text.encode() * 2, unit) == [text * 2]
+
+
 def test_lines_before_an_invalid_byte_are_texts() -> None:
     texts = read_texts([], unit="line", stdin=io.BytesIO(b"a\nb\n\xff"))
     assert [next(texts), next(texts)] == ["a", "b"]
@@ -243,6 +312,18 @@ def test_a_broken_record_is_named_with_its_line(record: str, found: str, tmp_pat
     with pytest.raises(DataError, match=rf"corpus\.jsonl, line 2:? {found}") as caught:
         read_jsonl(tmp_path, f'{{"text": "fine"}}\n{record}\n')
     assert len(caught.value.message.splitlines()) == 1
+
+
+def test_half_a_surrogate_pair_is_named_or_replaced_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d\\ude00 ab\\ude00\\ud83dc"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=r"line 1: \\ude00 is a lone .* \(character 5 of the text\)") as caught:
+        list(read_texts([str(path)], unit="line"))
+    assert caught.value.hint == "--errors replace puts U+FFFD there"
+    repairs = Repairs()
+    texts = read_texts([str(path)], unit="line", errors="replace", repairs=repairs)
+    assert list(texts) == ["😀 ab\ufffd\ufffdc", "\ufffd"]
+    assert repairs.count == 3
 
 
 def test_a_missing_field_comes_with_those_that_are_there(tmp_path: Path) -> None:

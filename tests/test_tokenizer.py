@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.text import read_texts
-from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer
+from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
 
 HARD_TEXTS = [
     "",
@@ -290,3 +290,50 @@ def test_a_corpus_of_unknown_size_counts_as_its_sample() -> None:
     sample = ["é" * 50] * 10_000
     assert automatic_tokenizer(sample, None) == automatic_tokenizer(sample, 1_000_000)
     assert automatic_tokenizer([], None).kind == "bytes"
+
+
+# Long texts -----------------------------------------------------------------------------------------------------------
+
+LONG = {
+    "words": " ".join(["the cat sat on the mat, the dog too"] * 6000),
+    "lines": "café 中文\n" * 20_000,
+    "one word": "the" * 60_000,
+    "wide": "😀中é" * 40_000,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_a_long_text_comes_back_exactly_and_in_small_pieces(tokenizer: Tokenizer, text: str) -> None:
+    assert "".join(pieces(text)) == text
+    assert all(len(piece) <= 2**16 for piece in pieces(text))
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_a_limit_gives_the_first_tokens_of_the_whole(tokenizer: Tokenizer, text: str) -> None:
+    """Or a cut text would be encoded in another way than it was trained on."""
+    whole = tokenizer.encode_batch([text])[0]
+    for longest in (1, 24, 20_000, 70_000, len(whole), len(whole) + 1):
+        found = tokenizer.encode_batch(["a", text, "the cat"], longest=longest)
+        assert found[1] == whole[:longest]
+        assert (found[0], found[2]) == tuple(ids[:longest] for ids in tokenizer.encode_batch(["a", "the cat"]))
+
+
+@pytest.mark.parametrize("name", ["words", "lines"])
+def test_pieces_between_words_and_lines_change_no_token(bpe: Tokenizer, name: str) -> None:
+    """Against the library on the whole text."""
+    library = tokenizers.Tokenizer.from_str(bpe.to_json())
+    assert bpe.encode_batch([LONG[name]])[0] == library.encode(LONG[name], add_special_tokens=False).ids
+
+
+def test_only_what_the_limit_needs_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    encode = Tokenizer._encode
+
+    def counted(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+        seen.extend(map(len, texts))
+        return encode(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "_encode", counted)
+    assert Tokenizer.bytes().encode_batch(["a" * 10**7], longest=100) == [[97] * 100]
+    assert seen == [2**16]

@@ -202,7 +202,7 @@ def train(
     tables = read_toml(config) if config else {}
     plan = _Plan(tables, {name: value for name, value in given.items() if value is not None})
     if print_config:
-        typer.echo(plan.to_toml(), nl=False)
+        console.write_text(plan.to_toml())
         return
     if not plan.corpus and not resume:
         console.refuse_terminal_stdin("gptvae train corpus.txt")
