@@ -252,8 +252,11 @@ def _rows(file: str, form: _Form) -> Iterator[str]:
     from pyarrow import parquet, types
 
     try:
-        # Not pre-buffered, or a whole row group would be in memory.
-        with parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table:
+        # Not pre-buffered, or a whole row group would be in memory; opened here, as Arrow takes only names in UTF-8.
+        with (
+            opened(file, None) as raw,
+            parquet.ParquetFile(raw, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table,
+        ):
             names = table.schema_arrow.names
             if form.field not in names:
                 raise DataError(

@@ -93,7 +93,8 @@ def test_a_model_learns_from_every_form_and_knows_what_it_read(run: Run, tmp_pat
     encoded = run("encode", "valid.txt", "--model", "run")
     assert len(latents(encoded)) == 2
     assert "1 place is not UTF-8" in encoded.stderr
-    assert_fails(run("encode", "valid.txt", "--model", "run", "--errors", "strict"), 3, "valid.txt, line 1", "0xe7")
+    strict = run("encode", "valid.txt", "--model", "run", "--errors", "strict", "--format", "jsonl")
+    assert_fails(strict, 3, "valid.txt, line 1", "0xe7")
     # The same corpus is known again.
     resumed = run("train", "data", "data/*.zst", "--resume", "--steps", 3, "--out", "run")
     assert resumed.exit_code == 0, resumed.stderr
@@ -102,7 +103,7 @@ def test_a_model_learns_from_every_form_and_knows_what_it_read(run: Run, tmp_pat
 @pytest.mark.parametrize(
     "command",
     [
-        ["encode", "bad.txt"],
+        ["encode", "bad.txt", "--format", "jsonl"],
         ["generate", "--ref", "bad.txt", "--greedy"],
         ["interpolate", "bad.txt", "bad.txt"],
         ["evaluate", "bad.txt", "good.txt", "--samples", "1"],
