@@ -54,7 +54,7 @@ def hostile_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = library_models.WordLevel({word: i for i, word in enumerate(["[UNK]", *CONTROLS])}, unk_token="[UNK]")
     tokenizer = Tokenizer.from_json(tokenizers.Tokenizer(words).to_str())
     path = tmp_path_factory.mktemp("hostile") / "model.safetensors"
-    return make_model(path, tokenizer=tokenizer, **{"steps": 1, "why": HOSTILE, HOSTILE: [HOSTILE]})
+    return make_model(path, tokenizer=tokenizer, steps=1, corpus=HOSTILE, nested={HOSTILE: [HOSTILE]})
 
 
 @pytest.fixture
