@@ -79,7 +79,7 @@ def words(megabytes: int) -> bytes:
 
 
 def letters(megabytes: int) -> bytes:
-    """One word, of four letters, as of DNA."""
+    """One word of four letters, as of DNA; a million of them, repeated."""
     return "".join(random.Random(0).choices("ACGT", k=10**6)).encode() * megabytes
 
 
@@ -155,9 +155,10 @@ def rows() -> Iterator[Row]:
         write("wide.txt", lambda: few + "😀".encode() * (MEGABYTES * 250_000)),
         "wide.txt",
     )
+    page = words(1)
     yield encode(
         f"a row group of {MEGABYTES} MB, .parquet",
-        lambda: write_parquet("long.parquet", [words(1)[i : i + 10**5] for i in range(1000)]),
+        lambda: write_parquet("long.parquet", [page[i : i + 10**5] for i in range(10 * MEGABYTES)]),
         "long.parquet",
     )
     yield train(f"{EMPTY:,} empty lines", write("empty.txt", lambda: few + b"\n" * EMPTY), "empty.txt")
