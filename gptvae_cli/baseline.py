@@ -20,7 +20,7 @@ from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, GPTVAEError
 from gptvae_cli.header import MODEL_NAME, STATE_NAME, ModelHeader, read_header
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.text import Tokenizer
+from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import Learner
 
 FOLDER_NAME = "baseline"

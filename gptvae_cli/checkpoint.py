@@ -36,7 +36,7 @@ from gptvae_cli.header import (
     reading,
 )
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.text import Tokenizer
+from gptvae_cli.tokenizer import Tokenizer
 
 _DIGEST_KEY = "sha256"
 _UNFIT = "the file is damaged or was edited, use one as gptvae wrote it"

@@ -18,6 +18,9 @@ from gptvae_cli.errors import ConfigError, FieldError
 Unit = Literal["line", "paragraph", "file", "window"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
 PresetName = Literal["auto", "nano", "micro", "small", "medium", "large"]
+Errors = Literal["strict", "replace"]
+LONGEST_SEQUENCE = 2**20
+"""What a model's `max_seq_len` may be at most."""
 Objective = Literal["elbo", "stock"]
 Log = Literal["tensorboard"]
 DType = Literal["auto", "float32", "bfloat16"]
@@ -95,7 +98,9 @@ def _check_sizes(sizes: ModelConfig | SizeConfig) -> None:
         value = getattr(sizes, name)
         _require(value is None or 1 <= value <= 65536, name, value, "between 1 and 65536")
     length, width = sizes.max_seq_len, sizes.attn_dim_head
-    _require(length is None or 3 <= length <= 2**20, "max_seq_len", length, "between 3 and 1048576")
+    _require(
+        length is None or 3 <= length <= LONGEST_SEQUENCE, "max_seq_len", length, f"between 3 and {LONGEST_SEQUENCE}"
+    )
     _require(
         width is None or (8 <= width <= 1024 and width % 4 == 0),
         "attn_dim_head",
@@ -171,7 +176,8 @@ class DataConfig:
 
     Args:
         unit: `line`, `paragraph` (blank-line separated), `file`, or `window` (random crops of a running text).
-        field: the key that holds the text in `.jsonl` corpora.
+        field: the key, or the column, that holds the text in `.jsonl` and `.parquet` corpora.
+        errors: what bytes that are not UTF-8 are: `strict` an error, `replace` U+FFFD.
         valid: a file of held-out texts, or the share of the texts to hold out.
         latents_from: a file of texts for the encoder, aligned with the corpus (the seed's `seq_for_latents`).
         tokenizer: `auto`, `bytes`, `bpe` or the path of a `tokenizers` JSON file.
@@ -180,6 +186,7 @@ class DataConfig:
 
     unit: Unit = "line"
     field: str = "text"
+    errors: Errors = "strict"
     valid: str = "0.05"
     latents_from: str | None = None
     tokenizer: str = "auto"
@@ -187,6 +194,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("unit", self.unit, UNITS)
+        _one_of("errors", self.errors, get_args(Errors))
         if self.vocab_size is not None:
             _require(256 <= self.vocab_size <= 2**20, "vocab_size", self.vocab_size, "between 256 and 1048576")
         share = self.valid_share

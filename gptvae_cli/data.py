@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gptvae_cli.config import DataConfig, ModelConfig
+from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch
-from gptvae_cli.text import Tokenizer, automatic_tokenizer, read_texts
+from gptvae_cli.text import Repairs, read_texts
+from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
 
 Ints = npt.NDArray[np.int64]
 
@@ -49,6 +50,7 @@ class CorpusFacts:
         characters: of the kept texts.
         digest: of all texts in order, to recognise the corpus by.
         tokenizer_reason: why this tokenizer.
+        replaced: places that were not UTF-8 and became U+FFFD.
     """
 
     texts: int
@@ -56,6 +58,7 @@ class CorpusFacts:
     characters: int
     digest: str
     tokenizer_reason: str
+    replaced: int = 0
 
 
 class TokenStore:
@@ -172,15 +175,16 @@ class Corpus:
                 hint="leave --valid out, or say for example --valid 0.05",
             )
         folder.mkdir(parents=True, exist_ok=True)
-        pairs = _pairs(sources, config, stdin)
+        repairs = Repairs()
+        pairs = _NotEmpty(_pairs(sources, config, stdin, repairs))
         sample = _take(pairs, _SAMPLE_CHARS)
         tokenizer, reason = _make_tokenizer(config, sample)
-        read = _Reader(folder, tokenizer, config)
+        read = _Reader(folder, tokenizer, config, repairs)
         try:
             read.all(chain(sample, pairs), on_progress)
         finally:
             read.close()
-        facts = CorpusFacts(read.texts, read.empty, read.characters, read.digest.hexdigest(), reason)
+        facts = CorpusFacts(read.texts, pairs.empty, read.characters, read.digest.hexdigest(), reason, repairs.count)
         (folder / "corpus.json").write_text(json.dumps(asdict(facts), indent=1), "utf-8")
         corpus = cls.open(folder, tokenizer)
         if len(corpus.train) < 2 and config.unit != "window":
@@ -198,29 +202,27 @@ class Corpus:
 class _Reader:
     """Routes texts to the stores, and counts."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig, repairs: Repairs) -> None:
         names = ["train", "valid"] + (["train.source", "valid.source"] if config.latents_from else [])
         for stale in folder.glob("*.offsets"):
             stale.unlink()
         self.stores = {name: _StoreWriter(folder, name, tokenizer.num_tokens) for name in names}
-        self.tokenizer, self.config = tokenizer, config
-        self.texts = self.empty = self.characters = 0
+        self.tokenizer, self.config, self.repairs = tokenizer, config, repairs
+        self.texts = self.characters = 0
         self.digest = hashlib.blake2b(digest_size=16)
 
     def all(self, pairs: Iterator[tuple[str, str]], on_progress: Callable[[int], None] | None) -> None:
         share = self.config.valid_share
         while piece := _take(pairs, _PIECE_CHARS):
-            kept = [(text, source) for text, source in piece if text]
-            self.empty += len(piece) - len(kept)
-            self.texts += len(kept)
-            self.characters += sum(len(text) for text, _ in kept)
-            for text, _ in kept:
-                self.digest.update(text.encode("utf-8") + b"\xff")
+            self.texts += len(piece)
+            self.characters += sum(len(text) for text, _ in piece)
+            for text, _ in piece:
+                _add_text(self.digest, text)
             if self.config.unit == "window":
-                for text, _ in kept:
+                for text, _ in piece:
                     self._window(text, share)
             else:
-                self._rows(kept, share)
+                self._rows(piece, share)
             if on_progress is not None:
                 on_progress(self.characters)
         if share is None:
@@ -236,32 +238,33 @@ class _Reader:
             store.close()
 
     def _rows(self, pairs: Sequence[tuple[str, str]], share: float | None) -> None:
-        ids = self.tokenizer.encode_batch([text for text, _ in pairs])
-        sources = self.tokenizer.encode_batch([source for _, source in pairs]) if self.config.latents_from else []
+        ids = self._tokens([text for text, _ in pairs])
+        sources = self._tokens([source for _, source in pairs]) if self.config.latents_from else []
         for i, (text, _) in enumerate(pairs):
             name = "valid" if share is not None and _hash_share(text) < share else "train"
             self.stores[name].append(ids[i])
             if sources:
                 self.stores[f"{name}.source"].append(sources[i])
 
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """No model can read more of a text than this."""
+        return self.tokenizer.encode_batch(texts, longest=LONGEST_SEQUENCE)
+
     def _window(self, text: str, share: float | None) -> None:
         """A running text is tokenised in pieces that end at a line break, and its tail is held out."""
-        ids = np.array([i for piece in self.tokenizer.encode_batch(_line_pieces(text)) for i in piece], dtype=np.int64)
+        ids = np.array([i for piece in self.tokenizer.encode_batch(list(pieces(text))) for i in piece], dtype=np.int64)
         held_out = 0 if share is None else max(1, round(len(ids) * share))
         self.stores["train"].append(ids[: len(ids) - held_out].tolist())
         if held_out:
             self.stores["valid"].append(ids[len(ids) - held_out :].tolist())
 
     def _valid_file(self) -> None:
-        texts = (
-            text for text in read_texts([self.config.valid], unit=self.config.unit, field=self.config.field) if text
-        )
-        while piece := _take(((text, "") for text in texts), _PIECE_CHARS):
+        pairs = ((text, "") for text in _read([self.config.valid], self.config, repairs=self.repairs) if text)
+        while piece := _take(pairs, _PIECE_CHARS):
             for text, _ in piece if self.config.unit == "window" else []:
-                pieces = self.tokenizer.encode_batch(_line_pieces(text))
-                self.stores["valid"].append(*pieces)
+                self.stores["valid"].append(*self.tokenizer.encode_batch(list(pieces(text))))
             if self.config.unit != "window":
-                for ids in self.tokenizer.encode_batch([text for text, _ in piece]):
+                for ids in self._tokens([text for text, _ in piece]):
                     self.stores["valid"].append(ids)
         if self.stores["valid"].offsets == [0]:
             raise DataError(f"found no text in the validation file {self.config.valid}")
@@ -270,19 +273,32 @@ class _Reader:
 def corpus_digest(sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO | None = None) -> str:
     """The digest that `CorpusFacts` holds, of a corpus as it is now."""
     digest = hashlib.blake2b(digest_size=16)
-    for text, _ in _pairs(sources, config, stdin):
+    for text, _ in _pairs(sources, config, stdin, Repairs()):
         if text:
-            digest.update(text.encode("utf-8") + b"\xff")
+            _add_text(digest, text)
     return digest.hexdigest()
 
 
-def _pairs(sources: Sequence[str], config: DataConfig, stdin: BinaryIO | None) -> Iterator[tuple[str, str]]:
+def _add_text(digest: hashlib.blake2b, text: str) -> None:
+    digest.update(text.encode("utf-8"))
+    digest.update(b"\xff")
+
+
+def _read(
+    sources: Sequence[str], config: DataConfig, *, repairs: Repairs, stdin: BinaryIO | None = None
+) -> Iterator[str]:
+    return read_texts(sources, unit=config.unit, field=config.field, errors=config.errors, repairs=repairs, stdin=stdin)
+
+
+def _pairs(
+    sources: Sequence[str], config: DataConfig, stdin: BinaryIO | None, repairs: Repairs
+) -> Iterator[tuple[str, str]]:
     """Texts, each with what the encoder reads (an empty string where that is the text itself)."""
-    texts = read_texts(sources, unit=config.unit, field=config.field, stdin=stdin)
+    texts = _read(sources, config, repairs=repairs, stdin=stdin)
     if config.latents_from is None:
         yield from ((text, "") for text in texts)
         return
-    others = read_texts([config.latents_from], unit=config.unit, field=config.field)
+    others = _read([config.latents_from], config, repairs=repairs)
     nothing = object()
     for count, text in enumerate(texts):
         source = next(others, nothing)
@@ -299,6 +315,20 @@ def _pairs(sources: Sequence[str], config: DataConfig, stdin: BinaryIO | None) -
         )
 
 
+class _NotEmpty(Iterator[tuple[str, str]]):
+    """The pairs whose text is not empty. The others are only counted: a file may hold millions of them."""
+
+    def __init__(self, pairs: Iterator[tuple[str, str]]) -> None:
+        self.pairs, self.empty = pairs, 0
+
+    def __next__(self) -> tuple[str, str]:
+        for pair in self.pairs:
+            if pair[0]:
+                return pair
+            self.empty += 1
+        raise StopIteration
+
+
 def _take(pairs: Iterator[tuple[str, str]], characters: int) -> list[tuple[str, str]]:
     """The next texts, until they hold this many characters; none at the end."""
     taken: list[tuple[str, str]] = []
@@ -311,7 +341,8 @@ def _take(pairs: Iterator[tuple[str, str]], characters: int) -> list[tuple[str, 
 
 
 def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tuple[Tokenizer, str]:
-    texts = [text for pair in sample for text in pair if text]
+    # The last text of the sample may hold far more than the others.
+    texts = [text[:_SAMPLE_CHARS] for pair in sample for text in pair if text]
     if config.tokenizer not in ("auto", "bytes", "bpe"):
         return Tokenizer.from_file(Path(config.tokenizer)), f"read from {config.tokenizer}"
     choice = automatic_tokenizer(texts, None)
@@ -324,17 +355,6 @@ def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tu
 def _hash_share(text: str) -> float:
     """A number in [0, 1) that depends on the text alone: equal texts are held out together."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") / 2**64
-
-
-def _line_pieces(text: str, characters: int = 2**16) -> list[str]:
-    pieces, start = [], 0
-    while start < len(text):
-        stop = len(text)
-        if stop - start > characters:
-            stop = text.rfind("\n", start, start + characters) + 1 or start + characters
-        pieces.append(text[start:stop])
-        start = stop
-    return pieces
 
 
 # Rows and batches ----------------------------------------------------------------------------------------------------

@@ -37,7 +37,8 @@ from gptvae_cli.events import EVENTS_NAME, event_log, remove_events, require_log
 from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader
 from gptvae_cli.hub import foreign_companions, remove_companions, write_companions
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.text import Tokenizer
+from gptvae_cli.text import Repairs
+from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import Learner, StepReport, counters_dict, train
 
 METRICS_NAME = "metrics.jsonl"
@@ -326,6 +327,8 @@ def start(
         f" {100 * padding_share(lengths, plan):.1f} % padding",
         f"device: {device.device} ({device.reason}), {_dtype_name(precision)} ({precision.reason})",
     ]
+    if note := Repairs(facts.replaced).note:
+        notes.append(note)
     if job.rows.cut:
         notes.append(f"{job.rows.cut:,} texts are longer than the model and are cut; --max-seq-len sets its length")
     return job

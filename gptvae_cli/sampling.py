@@ -22,12 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from gptvae_cli import latent
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
-from gptvae_cli.data import _line_pieces, plan_batches
+from gptvae_cli.data import plan_batches
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.noise import latent_noise
-from gptvae_cli.text import Tokenizer
+from gptvae_cli.tokenizer import Tokenizer, pieces
 
 Floats = npt.NDArray[np.float32]
 Item = TypeVar("Item", bound=Sized)
@@ -110,7 +110,10 @@ class Encoder:
         The first ones come after the first text, so that a slow pipe shows its results; pools then grow.
         """
         for pool in _growing_pools(self.rows(texts)):
-            yield from self._posteriors(pool)
+            # Equal rows are computed once: a file may hold millions of empty lines.
+            distinct = list(dict.fromkeys(map(tuple, pool)))
+            encodings = dict(zip(distinct, self._posteriors(distinct), strict=True))
+            yield from (encodings[tuple(row)] for row in pool)
 
     def point(self, text: str) -> Floats:
         """The mean of the one posterior of a text, as a point of a path [Z].
@@ -134,7 +137,8 @@ class Encoder:
         """The tokens of each text with BOS and EOS; a text that is cut has no EOS, as in training."""
         config = self.config
         for pool in _growing_pools(texts):
-            for ids in self.checkpoint.tokenizer.encode_batch(pool):
+            # One token more than fits, which tells that the text is cut.
+            for ids in self.checkpoint.tokenizer.encode_batch(pool, longest=config.max_seq_len - 1):
                 row = [config.bos_id, *ids, config.eos_id]
                 self.cut += len(row) > config.max_seq_len
                 yield row[: config.max_seq_len]
@@ -144,7 +148,7 @@ class Encoder:
         size = self.config.max_seq_len - 1
         for text in texts:
             ids: list[int] = []
-            for piece in _line_pieces(text):
+            for piece in pieces(text):
                 ids += self.checkpoint.tokenizer.encode_batch([piece])[0]
                 whole = len(ids) - len(ids) % size
                 yield from ([self.config.bos_id, *ids[i : i + size]] for i in range(0, whole, size))

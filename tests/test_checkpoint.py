@@ -30,7 +30,7 @@ from gptvae_cli.config import DataConfig, ModelConfig
 from gptvae_cli.errors import CheckpointError, ExitCode, GPTVAEError
 from gptvae_cli.header import FORMAT_VERSION, Layout, ModelHeader, read_layout, read_model_file
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.text import Tokenizer
+from gptvae_cli.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 TOKENIZER = Tokenizer.bytes()

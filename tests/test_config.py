@@ -76,6 +76,7 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
     (ModelConfig, {"pad_id": 259}, f"pad-id, bos-id, eos-id is (259, 257, 258), it must be {SPECIALS}"),
     (ModelConfig, {"pad_id": -1}, f"pad-id, bos-id, eos-id is (-1, 257, 258), it must be {SPECIALS}"),
     (DataConfig, {"unit": "word"}, "unit is 'word', it must be one of line, paragraph, file, window"),
+    (DataConfig, {"errors": "ignore"}, "errors is 'ignore', it must be one of strict, replace"),
     (DataConfig, {"vocab_size": 255}, "vocab-size is 255, it must be between 256 and 1048576"),
     (DataConfig, {"valid": "0"}, "valid is '0', it must be a file or a share above 0 and up to 0.5"),
     (DataConfig, {"valid": "0.6"}, "valid is '0.6', it must be a file or a share above 0 and up to 0.5"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from gptvae_cli.config import DataConfig, ModelConfig
 from gptvae_cli.data import Corpus, Epoch, Rows, TokenStore, corpus_digest, fixed_batches, padding_share, plan_batches
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError, ExitCode
-from gptvae_cli.text import Tokenizer
+from gptvae_cli.tokenizer import Tokenizer
 
 PAD, BOS, EOS = 256, 257, 258  # of the bytes tokenizer
 LINES = [f"{'abcdefghij' * 3}"[: 1 + i % 23] + str(i) for i in range(400)]

@@ -23,7 +23,7 @@ from gptvae_cli.hub import config_json, foreign_companions, model_card, remove_c
 from gptvae_cli.hub import write_companions as write
 from gptvae_cli.run import verdict
 from gptvae_cli.sampling import Encoder
-from gptvae_cli.text import Tokenizer
+from gptvae_cli.tokenizer import Tokenizer
 from tests.test_run import FIGURES, LINES, TINY, begin, finish, go_on, names
 
 NAMES = {"config.json", "tokenizer.json", "README.md"}

@@ -15,7 +15,10 @@ import gptvae_cli
 PACKAGE = Path(gptvae_cli.__file__).parent
 
 ROWS: list[set[str]] = [
-    {"config", "options", "schedule", "sizing", "text", "header", "errors", "noise", "bleu", "bootstrap", "probe"},
+    {
+        *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"),
+        *("bleu", "bootstrap", "probe"),
+    },
     {"latent", "fused"},
     {"decoding"},
     {"model"},
@@ -32,8 +35,8 @@ ROWS: list[set[str]] = [
 ]
 """From the bottom to the top. `run` and `training` may know each other's names, but nothing may go in circles."""
 
-LIGHT = ("config", "options", "schedule", "sizing", "text", "header", "errors")
-HEAVY = {"torch", "numpy", "x_transformers", "einops", "safetensors", "tokenizers"}
+LIGHT = ("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors")
+HEAVY = {"torch", "numpy", "x_transformers", "einops", "safetensors", "tokenizers", "pyarrow", "zstandard"}
 
 
 class Import(NamedTuple):

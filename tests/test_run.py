@@ -32,7 +32,7 @@ from gptvae_cli.errors import (
 from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.header import read_header
 from gptvae_cli.run import Job, claimed, resume, start, verdict
-from gptvae_cli.text import Tokenizer
+from gptvae_cli.tokenizer import Tokenizer
 
 LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a bird")]
 CPU = Device(torch.device("cpu"), "asked for")

@@ -117,6 +117,23 @@ def test_other_texts_have_other_latents(checkpoint: Checkpoint) -> None:
     assert np.abs(a.mean_Z - b.mean_Z).max() > 1e-2
 
 
+def test_equal_texts_are_computed_once_a_pool(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten million empty lines, say; pools double from one text on, so 1000 texts are in ten of them."""
+    encoder = Encoder(checkpoint, "line")
+    computed: list[int] = []
+    posteriors = encoder._posteriors
+
+    def counted(rows: Sequence[Sequence[int]]) -> list[Encoding]:
+        computed.append(len(rows))
+        return posteriors(rows)
+
+    monkeypatch.setattr(encoder, "_posteriors", counted)
+    found = list(encoder.encode(["", "b"] * 500))
+    assert computed == [1] + [2] * 9
+    for i, expected in enumerate(Encoder(checkpoint, "line").encode(["", "b"])):
+        assert_allclose([encoding.mean_Z for encoding in found[i::2]], [expected.mean_Z] * 500, atol=1e-5)
+
+
 def test_a_text_that_is_too_long_is_cut_without_eos_and_counted(checkpoint: Checkpoint) -> None:
     config = checkpoint.header.model
     fits, long = "x" * (LONGEST - 2), "x" * (LONGEST + 30)

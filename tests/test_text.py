@@ -1,305 +1,21 @@
-"""Tokenizers that lose nothing, and the reading of corpora."""
+"""The reading of corpora."""
 
 from __future__ import annotations
 
 import gzip
 import io
-import json
 import os
-import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
 from gptvae_cli.config import UNITS, Unit
-from gptvae_cli.errors import CheckpointError, DataError
-from gptvae_cli.text import Tokenizer, automatic_tokenizer, read_texts
-
-HARD_TEXTS = [
-    "",
-    " ",
-    "  two  spaces, a\ttab and trailing ",
-    "a<pad>b <s></s> [UNK] <|endoftext|>",
-    "NUL \0 ESC \x1b DEL \x7f C1 \x85 \x9b",
-    "lines\nof\r\nevery\rkind\x0b\x0c\x1c\u2028\u2029",
-    "\ufeffa mark and \ufffd",
-    "e\u0301 é ﬁ Å \u212b ½ ㎏",
-    "👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷",
-    "don't I'LL 1234567890",
-    "\u202eright to left\u202c עברית",
-    "\U0010ffff\U00010000\uffff\ue000",
-    "a" * 5000,
-]
-
-
-def lines_of(text: str) -> list[str]:
-    """What the corpora of the tests hold: one text a line, LF."""
-    return text.removesuffix("\n").split("\n")
-
-
-@pytest.fixture(scope="module")
-def bpe() -> Tokenizer:
-    return Tokenizer.train_bpe(["the cat sat on the mat, the dog too\n"] * 3 + ["café 中文\n"] * 2, 300)
-
-
-@pytest.fixture(params=["bytes", "bpe"])
-def tokenizer(request: pytest.FixtureRequest, bpe: Tokenizer) -> Tokenizer:
-    return Tokenizer.bytes() if request.param == "bytes" else bpe
-
-
-# Tokenizers -------------------------------------------------------------------------------------------------
-
-
-def test_every_valid_string_comes_back_exactly(tokenizer: Tokenizer) -> None:
-    """Normalizers, spellings of special tokens, regex splits and replacement are where texts get changed."""
-    draw = random.Random(0)
-    chars = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    texts = HARD_TEXTS + ["".join(map(chr, draw.choices(chars, k=50))) for _ in range(200)]
-    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
-
-
-@pytest.mark.parametrize("corpus", ["tatoeba_112langs", "chinese_poems", "python_source"])
-def test_every_line_of_a_corpus_comes_back_exactly(corpus: str) -> None:
-    folder = os.environ.get("GPTVAE_TEST_DATA")
-    if not folder:
-        pytest.skip("GPTVAE_TEST_DATA is not set")
-    path = Path(folder, f"{corpus}_train.txt")
-    texts = lines_of(path.read_bytes().decode("utf-8"))
-    assert list(read_texts([str(path)], unit="line")) == texts
-    distinct = sorted(set(texts))
-    for tokenizer in (Tokenizer.bytes(), Tokenizer.train_bpe(distinct[::10], 1000)):
-        assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(distinct)] == distinct
-
-
-def test_the_token_of_a_byte_is_the_byte() -> None:
-    """The ids of a byte model must be the same in every release of the library."""
-    texts = [*HARD_TEXTS, "".join(map(chr, range(0x800)))]
-    assert Tokenizer.bytes().encode_batch(texts) == [list(text.encode("utf-8")) for text in texts]
-
-
-def test_special_tokens_are_the_three_ids_after_the_vocabulary(bpe: Tokenizer) -> None:
-    for tokenizer, vocab in ((Tokenizer.bytes(), 256), (bpe, len(json.loads(bpe.to_json())["model"]["vocab"]))):
-        assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (vocab, vocab + 1, vocab + 2)
-        assert tokenizer.num_tokens == vocab + 3
-
-
-def test_the_stored_tokenizer_changes_no_text(bpe: Tokenizer) -> None:
-    for tokenizer in (Tokenizer.bytes(), bpe):
-        parts = json.loads(tokenizer.to_json())
-        assert parts["added_tokens"] == []
-        changing = ("normalizer", "post_processor", "truncation", "padding")
-        assert [parts[part] for part in changing] == [None] * 4
-
-
-def test_a_tokenizer_and_its_kind_survive_json(tokenizer: Tokenizer) -> None:
-    again = Tokenizer.from_json(tokenizer.to_json())
-    assert (again.kind, again.num_tokens) == (tokenizer.kind, tokenizer.num_tokens)
-    assert again.to_json() == tokenizer.to_json()
-    assert again.encode_batch(HARD_TEXTS) == tokenizer.encode_batch(HARD_TEXTS)
-
-
-def test_decode_skips_specials_and_unknown_ids_and_replaces_invalid_bytes() -> None:
-    tokenizer = Tokenizer.bytes()
-    assert tokenizer.decode([257, 104, 256, 105, 258, 259, 10**9, -1, -257]) == "hi"
-    broken = b"a\xffb\xe4\xb8c\xf0\x9f\x98\xed\xa0\x80"
-    assert tokenizer.decode(list(broken)) == broken.decode("utf-8", "replace")
-    assert tokenizer.decode([]) == ""
-
-
-def test_line_break_tokens_are_all_that_decode_to_lf_or_cr() -> None:
-    assert Tokenizer.bytes().line_break_ids() == [10, 13]
-    tokenizer = Tokenizer.train_bpe(["\n\n\r\n\r\n\x0b\x0b\u2028\u2028" * 5] * 5, 280)
-    found = tokenizer.line_break_ids()
-    expected = [i for i in range(tokenizer.pad_id) if set(tokenizer.decode([i])) & {"\n", "\r"}]
-    assert found == expected
-    assert len(found) > 2  # merged ones too
-
-
-def test_training_is_deterministic_and_keeps_to_the_size() -> None:
-    texts = [f"number {i} of {i * i}" for i in range(2000)]
-    first, second = Tokenizer.train_bpe(texts, 400), Tokenizer.train_bpe(iter(texts), 400)
-    assert first.to_json() == second.to_json()
-    assert first.num_tokens == 403
-    assert Tokenizer.train_bpe([], 400).num_tokens == 259
-
-
-def test_training_on_one_endless_word_ends() -> None:
-    """The library takes time quadratic in the length of a word: minutes for this one, were it not cut."""
-    dna = "".join(random.Random(0).choices("ACGT", k=300_000))
-    assert Tokenizer.train_bpe([dna], 300).num_tokens == 303
-
-
-def test_an_error_of_the_corpus_passes_through_training() -> None:
-    def texts() -> Iterator[str]:
-        yield "a"
-        raise DataError("line 2 is broken")
-
-    with pytest.raises(DataError, match="line 2 is broken"):
-        Tokenizer.train_bpe(texts(), 300)
-
-
-def test_a_lone_surrogate_is_bad_input_not_a_crash() -> None:
-    """An argument of the shell that is not UTF-8 arrives with one."""
-    with pytest.raises(DataError, match=r"lone surrogate U\+DCFF"):
-        Tokenizer.bytes().encode_batch(["fine", "caf\udcff"])
-
-
-def edited(tokenizer: Tokenizer, edit: Callable[[dict[str, Any]], object]) -> str:
-    parts = json.loads(tokenizer.to_json())
-    edit(parts)
-    return json.dumps(parts)
-
-
-def panicking(tokenizer: Tokenizer) -> str:
-    return edited(tokenizer, lambda parts: parts["model"].update(continuing_subword_prefix="#" * 11))
-
-
-def test_a_panic_of_the_library_is_an_ordinary_error(bpe: Tokenizer, tmp_path: Path) -> None:
-    """PanicException is a BaseException, which `except Exception` misses."""
-    with pytest.raises(BaseException) as panic:
-        tokenizers.Tokenizer.from_str(panicking(bpe))
-    assert not isinstance(panic.value, Exception)
-    with pytest.raises(CheckpointError, match="tokenizer is malformed"):
-        Tokenizer.from_json(panicking(bpe))
-    path = tmp_path / "tokenizer.json"
-    path.write_text(panicking(bpe))
-    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer file"):
-        Tokenizer.from_file(path)
-
-
-def test_a_panic_while_encoding_is_bad_input(bpe: Tokenizer) -> None:
-    pre_tokenizer = {"type": "FixedLength", "length": 0}
-    tokenizer = Tokenizer.from_json(edited(bpe, lambda parts: parts.update(pre_tokenizer=pre_tokenizer)))
-    with pytest.raises(DataError, match="cannot encode a text"):
-        tokenizer.encode_batch(["text"])
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_an_interrupt_is_not_taken_for_a_bad_tokenizer(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(_: str) -> object:
-        raise error
-
-    monkeypatch.setattr(json, "loads", interrupted)
-    with pytest.raises(error):
-        Tokenizer.from_json("{}")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "null",
-        "[]",
-        "{}",
-        '{"model": []}',
-        '{"model": {"type": "BPE"}}',
-        "[" * 100_000,
-        "\ud800",
-        '{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}',
-        '{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
-        '{"model": {"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}}',
-        '{"model": {"type": "BPE", "vocab": {"a": 18446744073709551616}, "merges": []}}',
-        '{"model": {"type": "Unigram", "unk_id": 5, "vocab": [["a", 0.0]]}}',
-    ],
-)
-def test_a_malformed_tokenizer_is_a_checkpoint_error_of_one_line(text: str) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        Tokenizer.from_json(text)
-    assert len(caught.value.message.splitlines()) == 1
-    assert len(caught.value.message) < 300
-
-
-def test_mutated_tokenizers_load_or_are_refused(bpe: Tokenizer) -> None:
-    draw, original = random.Random(1), bpe.to_json()
-    for _ in range(200):
-        chars = list(original)
-        for _ in range(draw.randint(1, 4)):
-            chars[draw.randrange(len(chars))] = draw.choice('{}[]",:09azé\0')
-        try:
-            tokenizer = Tokenizer.from_json("".join(chars))
-            tokenizer.decode(tokenizer.encode_batch(["the cat"])[0])
-        except (CheckpointError, DataError):
-            pass
-
-
-def save_word_tokenizer(path: Path) -> None:
-    """A user's tokenizer as others make them: words, specials, a gap in the ids, padding, truncation, a template."""
-    vocab = {"[UNK]": 0, "C": 1, "O": 2, "N": 9}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 10), ("</s>", 11)]
-    )
-    tokenizer.enable_padding(length=64)
-    tokenizer.enable_truncation(3)
-    tokenizer.save(str(path))
-
-
-def test_a_users_tokenizer_neither_cuts_nor_pads_nor_adds(tmp_path: Path) -> None:
-    save_word_tokenizer(tmp_path / "words.json")
-    tokenizer = Tokenizer.from_file(tmp_path / "words.json")
-    assert tokenizer.kind == "file"
-    assert tokenizer.encode_batch(["C O N C O N", "N"]) == [[1, 2, 9, 1, 2, 9], [9]]
-    vocab = json.loads(tokenizer.to_json())["added_tokens"]
-    assert tokenizer.pad_id == 10  # behind N, the last
-    assert tokenizer.decode([1, 7, 2]) == "C O"  # 7 is in the gap
-    assert tokenizer.encode_batch(["<s>"])[0] == [next(t["id"] for t in vocab if t["content"] == "<s>")]
-    again = Tokenizer.from_json(tokenizer.to_json())
-    assert again.encode_batch(["C O N"]) == tokenizer.encode_batch(["C O N"])
-    assert again.kind == "file"
-
-
-def test_a_users_bpe_encodes_without_its_dropout(bpe: Tokenizer, tmp_path: Path) -> None:
-    """BPE dropout would give one text other tokens each time."""
-    path = tmp_path / "tokenizer.json"
-    path.write_text(edited(bpe, lambda parts: parts["model"].update(dropout=0.5)))
-    text = ["the cat sat on the mat"]
-    assert all(Tokenizer.from_file(path).encode_batch(text) == bpe.encode_batch(text) for _ in range(20))
-
-
-def test_a_tokenizer_file_that_is_missing_or_binary_is_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read the tokenizer .*none\.json: No such file"):
-        Tokenizer.from_file(tmp_path / "none.json")
-    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="it is not UTF-8"):
-        Tokenizer.from_file(tmp_path / "binary.json")
-
-
-@pytest.mark.parametrize(
-    ("length", "total", "kind", "size"),
-    [
-        (100, 0, "bytes", 256),
-        (100, 200_000, "bytes", 256),
-        (7, 5_000_000, "bytes", 256),
-        (100, 500_000, "bpe", 1000),
-        (100, 3_000_000, "bpe", 2000),
-        (100, 20_000_000, "bpe", 3750),
-        (100, 200_000_000, "bpe", 8750),
-        (100, 10**12, "bpe", 16000),
-    ],
-)
-def test_the_automatic_tokenizer_by_size_and_length_of_texts(length: int, total: int, kind: str, size: int) -> None:
-    choice = automatic_tokenizer(["x" * length] * 10, total)
-    assert choice[:2] == (kind, size)
-    assert choice.reason
-
-
-def test_a_corpus_of_unknown_size_counts_as_its_sample() -> None:
-    sample = ["é" * 50] * 10_000
-    assert automatic_tokenizer(sample, None) == automatic_tokenizer(sample, 1_000_000)
-    assert automatic_tokenizer([], None).kind == "bytes"
-
-
-# Texts ------------------------------------------------------------------------------------------------------
+from gptvae_cli.errors import DataError
+from gptvae_cli.text import Repairs, read_texts
 
 
 def read(data: bytes, unit: Unit = "line") -> list[str]:
@@ -463,6 +179,74 @@ def test_bytes_that_are_not_utf8_are_named(unit: Unit, data: bytes, line: int, b
     assert (caught.value.hint and "iconv -f latin1" in caught.value.hint) or line == 1
 
 
+def split(text: str) -> list[str]:
+    """The lines of a text, by another way than the reader's."""
+    lines = re.split("\r\n|\r|\n", text.removeprefix("\ufeff"))
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def spoilt() -> Iterator[bytes]:
+    """A text with bytes that are not UTF-8 at every place: within characters, line ends and the mark, at the edges
+    of the file and, with a long line in front, of the buffer."""
+    text = "\ufeffé\r\n中\r😀\0\n\ufffdz".encode()
+    for bad in (b"\xff", b"\x80", b"\xc3", b"\xe4\xb8", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf5"):
+        for place in range(len(text) + 1):
+            yield text[:place] + bad + text[place:]
+    for length in range(8180, 8196):
+        yield b"a" * length + "é\r\n中".encode() + b"\xf0\x9f\x98"
+
+
+def test_bytes_that_are_not_utf8_are_where_pythons_decoder_finds_them() -> None:
+    for data in spoilt():
+        with pytest.raises(UnicodeDecodeError) as reference:
+            data.decode("utf-8")
+        before = data[: reference.value.start]
+        lines = re.split(rb"\r\n|\r|\n", before)
+        for unit in UNITS:
+            with pytest.raises(DataError) as caught:
+                read(data, unit)
+            assert caught.value.message == (
+                f"stdin, line {len(lines)}: byte 0x{data[len(before)]:02x} is not UTF-8"
+                f" (byte {len(lines[-1]) + 1} of the line)"
+            )
+
+
+def test_replacing_gives_what_pythons_decoder_gives_and_counts_it() -> None:
+    for data in spoilt():
+        text, repairs = data.decode("utf-8", "replace"), Repairs()
+        texts = read_texts([], unit="line", errors="replace", repairs=repairs, stdin=io.BytesIO(data))
+        assert list(texts) == split(text)
+        assert repairs.count == text.count("\ufffd") - data.count("\ufffd".encode()) > 0
+        whole = Repairs()
+        texts = read_texts([], unit="file", errors="replace", repairs=whole, stdin=io.BytesIO(data))
+        assert list(texts) == ["\n".join(split(text))]
+        assert whole == repairs
+
+
+def test_repairs_are_told_only_where_there_were_some() -> None:
+    assert Repairs().note is None
+    assert Repairs(1).note == "1 place is not UTF-8 and became U+FFFD"
+    assert Repairs(1000).note == "1,000 places are not UTF-8 and became U+FFFD"
+
+
+def test_the_second_of_two_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\nb\xc3")
+    (tmp_path / "b.txt").write_bytes(b"\xa9\n")
+    (tmp_path / "c.txt").write_bytes(b"c\n")
+    b, c = (str(tmp_path / name) for name in ("b.txt", "c.txt"))
+    with pytest.raises(DataError, match=r"b\.txt, line 1: byte 0xa9"):
+        list(read_texts([c, b], unit="line"))
+    texts = read_texts([str(tmp_path)], unit="line", errors="replace")
+    assert list(texts) == ["a", "b\ufffd", "\ufffd", "c"], "two files do not make a character"
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_character_but_line_ends_is_text(unit: Unit) -> None:
+    text = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x200B, 0x2028, 0x202E, 0xFEFF, 0xFFFF]))
+    text = "a" + text.replace("\n", "").replace("\r", "")
+    assert read(text.encode() * 2, unit) == [text * 2]
+
+
 def test_lines_before_an_invalid_byte_are_texts() -> None:
     texts = read_texts([], unit="line", stdin=io.BytesIO(b"a\nb\n\xff"))
     assert [next(texts), next(texts)] == ["a", "b"]
@@ -528,6 +312,18 @@ def test_a_broken_record_is_named_with_its_line(record: str, found: str, tmp_pat
     with pytest.raises(DataError, match=rf"corpus\.jsonl, line 2:? {found}") as caught:
         read_jsonl(tmp_path, f'{{"text": "fine"}}\n{record}\n')
     assert len(caught.value.message.splitlines()) == 1
+
+
+def test_half_a_surrogate_pair_is_named_or_replaced_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b'{"text": "\\ud83d\\ude00 ab\\ude00\\ud83dc"}\n{"text": "\xff"}\n')
+    with pytest.raises(DataError, match=r"line 1: \\ude00 is a lone .* \(character 5 of the text\)") as caught:
+        list(read_texts([str(path)], unit="line"))
+    assert caught.value.hint == "--errors replace puts U+FFFD there"
+    repairs = Repairs()
+    texts = read_texts([str(path)], unit="line", errors="replace", repairs=repairs)
+    assert list(texts) == ["😀 ab\ufffd\ufffdc", "\ufffd"]
+    assert repairs.count == 3
 
 
 def test_a_missing_field_comes_with_those_that_are_there(tmp_path: Path) -> None:

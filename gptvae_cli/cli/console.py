@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gptvae_cli.config import DEVICE, DType, Unit
+from gptvae_cli.config import DEVICE, DType, Errors, Unit
 from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
 
 # Options --------------------------------------------------------------------------------------------------------------
@@ -100,7 +100,11 @@ DebugOption = Annotated[
 UnitOption = Annotated[Unit | None, typer.Option(help="What one text is. [default: as the model was trained]")]
 FieldOption = Annotated[
     str | None,
-    typer.Option(metavar="KEY", help="Of the text in .jsonl files. [default: as the model was trained]"),
+    typer.Option(metavar="KEY", help="Of the text in .jsonl and .parquet files. [default: as the model was trained]"),
+]
+ErrorsOption = Annotated[
+    Errors | None,
+    typer.Option(help="Bytes that are not UTF-8 are an error, or U+FFFD. [default: as the model was trained]"),
 ]
 TextFormat = Literal["text", "jsonl"]
 TextFormatOption = Annotated[TextFormat, typer.Option(help="Plain texts, or one JSON object a line.")]
@@ -123,7 +127,7 @@ stderr = Console(stderr=True, highlight=False, force_interactive=_movable)
 _PLAIN_SECONDS = 30.0
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tab and newline, DEL, C1
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # what turns the direction of writing
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # what turns the direction of writing, or the shape of digits
     "\ud800-\udfff]"  # lone surrogates: bytes of a file name that are not UTF-8
 )
 
@@ -346,11 +350,14 @@ def _is_special(path: Path) -> bool:
 
 
 def write_text(text: str) -> None:
-    """Data on stdout at once: exact UTF-8 in a pipe or a file, sanitised on a terminal."""
+    """Data on stdout at once: exact UTF-8 in a pipe or a file, sanitised on a terminal.
+
+    The name of a file that is not UTF-8 is written as its bytes, so that the next command finds it.
+    """
     if sys.stdout.isatty():
         sys.stdout.buffer.write(sanitize(text).encode(sys.stdout.encoding, "replace"))
     else:
-        sys.stdout.buffer.write(text.encode("utf-8"))
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
     sys.stdout.buffer.flush()
 
 

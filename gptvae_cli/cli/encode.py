@@ -29,7 +29,7 @@ gptvae encode reviews.jsonl --field review --format jsonl | jq .latent
 def encode(
     files: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FILE", help="Files or folders of text; - or nothing reads standard input."),
+        typer.Argument(metavar="FILE", help="Files, folders or patterns of text; - or nothing reads standard input."),
     ] = None,
     out: Annotated[
         str | None, typer.Option(metavar="FILE", help="Where the latents go. [default: standard output]")
@@ -45,6 +45,7 @@ def encode(
     ] = "npy",
     unit: console.UnitOption = None,
     field: console.FieldOption = None,
+    errors: console.ErrorsOption = None,
     model: console.ModelOption = None,
     device: console.DeviceOption = "auto",
     dtype: console.DTypeOption = "auto",
@@ -58,7 +59,7 @@ def encode(
     A latent is the mean of the text's posterior. A text of unit window has one for each of its windows.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import read_texts
+    from gptvae_cli.text import Repairs, read_texts
 
     on_stdout = out in (None, "-")
     if on_stdout and format == "npy":
@@ -71,7 +72,14 @@ def encode(
     path = locate_model(model)
     header = read_header(path)
     unit = unit or header.data.unit
-    texts = read_texts(files or [], unit=unit, field=field or header.data.field)
+    repairs = Repairs()
+    texts = read_texts(
+        files or [],
+        unit=unit,
+        field=field or header.data.field,
+        errors=errors or header.data.errors,
+        repairs=repairs,
+    )
     if sample:
         seed = console.pick_seed(seed, quiet=quiet)
     with console.waiting("loading the model", quiet=quiet):
@@ -93,6 +101,7 @@ def encode(
                 write_std(encoding.std_Z)
             advance(row + 1)
     console.note(encoder.note, quiet=quiet)
+    console.note(repairs.note, quiet=quiet)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ gptvae evaluate test.txt --texts 0 --samples 500 --json | jq .nll_nats_per_text
 def evaluate(
     corpus: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CORPUS", help="Files or folders of text; - or nothing reads standard input."),
+        typer.Argument(metavar="CORPUS", help="Files, folders or patterns of text; - or nothing reads stdin."),
     ] = None,
     texts: Annotated[int, typer.Option(min=0, metavar="N", help="The first N texts; 0 takes all.")] = 1000,
     samples: Annotated[int, typer.Option(min=1, metavar="K", help="Latents of a text for its likelihood.")] = 100,
@@ -60,6 +60,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
     unit: console.UnitOption = None,
     field: console.FieldOption = None,
+    errors: console.ErrorsOption = None,
     model: console.ModelOption = None,
     device: console.DeviceOption = "auto",
     dtype: console.DTypeOption = "auto",
@@ -82,7 +83,7 @@ def evaluate(
     Likelihoods are importance-weighted, in nats per text, its end counted. Intervals are 95 % over the texts.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import read_texts
+    from gptvae_cli.text import Repairs, read_texts
 
     if not corpus or "-" in corpus:
         console.refuse_terminal_stdin("gptvae evaluate test.txt")
@@ -93,13 +94,19 @@ def evaluate(
     _check(header, unit, texts, labels=labels, latents_from=latents_from)
     if with_baseline and baseline is not None:
         raise ConfigError("--baseline and --with-baseline exclude each other", hint="leave one of them out")
-    stream = read_texts(corpus or [], unit=unit, field=field)
+    repairs = Repairs()
+
+    def read(names: list[str]) -> Iterator[str]:
+        chosen = errors or header.data.errors
+        return read_texts(names, unit=unit, field=field, errors=chosen, repairs=repairs)
+
+    stream = read(corpus or [])
     lines: Iterable[str] = stream
     sources = names = None
     if labels is not None or latents_from is not None:
         lines, count = _first(stream, texts)
         if latents_from is not None:
-            sources = _aligned(latents_from, read_texts([latents_from], unit=unit, field=field), "texts", texts, count)
+            sources = _aligned(latents_from, read([latents_from]), "texts", texts, count)
         if labels is not None:
             from gptvae_cli.probe import require_scikit_learn
 
@@ -124,6 +131,7 @@ def evaluate(
     if gathered[0].texts < 2:
         raise DataError(f"found {gathered[0].texts} text, a model is evaluated on two at least")
     console.note(remark, quiet=quiet)
+    console.note(repairs.note, quiet=quiet)
     other = gathered[1] if compared is not None else None
     found = report.report(gathered[0], other, names, samples=samples, seed=seed)
     about = {

@@ -77,6 +77,7 @@ def generate(
     null: console.NullOption = False,
     unit: console.UnitOption = None,
     field: console.FieldOption = None,
+    errors: console.ErrorsOption = None,
     model: console.ModelOption = None,
     device: console.DeviceOption = "auto",
     dtype: console.DTypeOption = "auto",
@@ -91,7 +92,7 @@ def generate(
     as lines; texts of other units have an empty line between them, see also -0 and --format jsonl.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import read_texts
+    from gptvae_cli.text import Repairs, read_texts
 
     config = SampleConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy, max_tokens=max_tokens
@@ -105,6 +106,7 @@ def generate(
     printer = console.TextWriter(format, unit, null=null)
     if stream and format == "jsonl":
         raise ConfigError("--stream and --format jsonl exclude each other", hint="leave one of them out")
+    repairs = Repairs()
     with ExitStack() as stack:
         latents: Iterator[Floats] | None = None
         texts: Iterator[str] | None = None
@@ -114,7 +116,13 @@ def generate(
             latents = iter_latents(stack.enter_context(console.source(latent)), latent, width=width)
             latents = latents if latent == "-" else _begun(latents)
         elif ref is not None:
-            texts = read_texts([ref], unit=unit, field=field or header.data.field)
+            texts = read_texts(
+                [ref],
+                unit=unit,
+                field=field or header.data.field,
+                errors=errors or header.data.errors,
+                repairs=repairs,
+            )
         elif text is not None:
             texts = iter([text])
         if sample or not greedy or (latents is None and texts is None):
@@ -153,6 +161,7 @@ def generate(
                 printer.write(item.text, row=item.row, copy=item.copy, seed=None if greedy else config.seed)
             advance(done)
     console.note(encoder.note, quiet=quiet)
+    console.note(repairs.note, quiet=quiet)
 
 
 def _check_sources(sources: dict[str, str | int | None], *, sample: bool) -> None:

@@ -12,12 +12,13 @@ import typer
 
 from gptvae_cli.cli import console
 from gptvae_cli.cli.encode import latents_to
-from gptvae_cli.config import PathKind, SampleConfig, Unit
+from gptvae_cli.config import Errors, PathKind, SampleConfig, Unit
 from gptvae_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from gptvae_cli.header import ModelHeader
     from gptvae_cli.sampling import Floats
+    from gptvae_cli.text import Repairs
 
 _POINTS, _OUTPUT = "Where the path leads, one of these", "Output"
 
@@ -56,6 +57,7 @@ def interpolate(
     format: console.TextFormatOption = "text",
     null: console.NullOption = False,
     unit: console.UnitOption = None,
+    errors: console.ErrorsOption = None,
     model: console.ModelOption = None,
     device: console.DeviceOption = "auto",
     dtype: console.DTypeOption = "auto",
@@ -69,6 +71,7 @@ def interpolate(
     points, each point is printed once: N points give (N - 1) x (steps - 1) + 1 texts.
     """
     from gptvae_cli.header import locate_model, read_header
+    from gptvae_cli.text import Repairs
 
     _check_points(points or [], start, end, latent)
     console.refuse_stdout("--latents-out", latents_out)
@@ -76,13 +79,14 @@ def interpolate(
     header = read_header(path)
     unit, width = unit or header.data.unit, header.model.dim_latent
     printer = console.TextWriter(format, unit, null=null)
+    repairs = Repairs()
     found: Sequence[str | Floats]
     if latent is not None:
         found = _latents(latent, width)
     elif start is not None and end is not None:
         found = [start, end]
     else:
-        found = [_point(name, unit, header) for name in points or []]
+        found = [_point(name, unit, header, errors or header.data.errors, repairs) for name in points or []]
 
     with console.waiting("loading the model", quiet=quiet):
         import numpy as np
@@ -104,6 +108,7 @@ def interpolate(
             printer.write(written.text, step=written.row)
             advance(written.row + 1)
     console.note(encoder.note, quiet=quiet)
+    console.note(repairs.note, quiet=quiet)
 
 
 def _check_points(points: Sequence[str], start: str | None, end: str | None, latent: str | None) -> None:
@@ -132,7 +137,7 @@ def _latents(name: str, width: int) -> Sequence[Floats]:
     return list(latents_NZ)
 
 
-def _point(name: str, unit: Unit, header: ModelHeader) -> str | Floats:
+def _point(name: str, unit: Unit, header: ModelHeader, errors: Errors, repairs: Repairs) -> str | Floats:
     """The one text, or the one latent, of a file."""
     from gptvae_cli.latent_file import is_npy, read_latents
     from gptvae_cli.text import read_texts
@@ -148,7 +153,14 @@ def _point(name: str, unit: Unit, header: ModelHeader) -> str | Floats:
             found = list(read_latents(stream, name, width=header.model.dim_latent))
         else:
             by_name = Path(name).is_file()  # whose ending may tell how to read it
-            texts = read_texts([name if by_name else "-"], unit=unit, field=header.data.field, stdin=stream)
+            texts = read_texts(
+                [name if by_name else "-"],
+                unit=unit,
+                field=header.data.field,
+                errors=errors,
+                repairs=repairs,
+                stdin=stream,
+            )
             found = list(islice(texts, 2))
     if len(found) != 1:
         amount = "more than one" if found else "no"

@@ -20,6 +20,7 @@ from gptvae_cli.config import (
     Config,
     DataConfig,
     DType,
+    Errors,
     Log,
     MachineConfig,
     Objective,
@@ -43,6 +44,7 @@ _TEXTS, _SIZES, _LEARNING, _RUN = "The texts", "The model", "Learning", "The run
 EXAMPLES = """\
 gptvae train corpus.txt
 gptvae train poems/ --unit paragraph --max-time 1h --out poems-run
+gptvae train 'logs/**/*.log.zst' --errors replace
 gptvae train commands.txt --latents-from descriptions.txt
 zcat big.txt.gz | gptvae train - --tokenizer bpe --epochs 3
 gptvae train --resume --max-time 20m
@@ -71,7 +73,8 @@ def _flag(name: str, help: str) -> Any:
 
 def train(
     corpus: Annotated[
-        list[str] | None, typer.Argument(metavar="CORPUS", help="Files or folders of text; - or nothing reads stdin.")
+        list[str] | None,
+        typer.Argument(metavar="CORPUS", help="Files, folders or patterns of text; - or nothing reads stdin."),
     ] = None,
     out: Annotated[str | None, _option("out", "The run folder.", _RUN, "FOLDER")] = None,
     max_time: Annotated[str | None, _option("max_time", "Of the whole process, as 90s, 10m, 2h.", _RUN, "TIME")] = None,
@@ -86,7 +89,12 @@ def train(
     ] = None,
     print_config: Annotated[bool, _flag("--print-config", "Print such a file, and stop.")] = False,
     unit: Annotated[Unit | None, _option("unit", "What one text is.", _TEXTS)] = None,
-    field: Annotated[str | None, _option("field", "Key of the text in .jsonl files.", _TEXTS, "KEY")] = None,
+    field: Annotated[
+        str | None, _option("field", "Key of the text in .jsonl and .parquet files.", _TEXTS, "KEY")
+    ] = None,
+    errors: Annotated[
+        Errors | None, _option("errors", "Bytes that are not UTF-8 are an error, or U+FFFD.", _TEXTS)
+    ] = None,
     valid: Annotated[
         str | None, _option("valid", "Held-out texts: a file, or a share of the corpus.", _TEXTS, "FILE|SHARE")
     ] = None,

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from gptvae_cli.tokenizer import Tokenizer
 
 WIDTH = 8
 LONGEST = 24
 
 
-def make_model(path: Path, *, unit: str = "line", seed: int = 0, **training: Any) -> Path:
-    """Writes a random model of bytes with 8 latent dimensions, which reads 24 tokens."""
+def make_model(
+    path: Path, *, unit: str = "line", seed: int = 0, tokenizer: Tokenizer | None = None, **training: Any
+) -> Path:
+    """Writes a random model, of bytes unless told otherwise, with 8 latent dimensions, which reads 24 tokens."""
     import torch
 
     from gptvae_cli.checkpoint import save_model
     from gptvae_cli.config import DataConfig, ModelConfig, from_dict
     from gptvae_cli.header import FORMAT_VERSION, ModelHeader
     from gptvae_cli.model import GPTVAE
-    from gptvae_cli.text import Tokenizer
+    from gptvae_cli.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.bytes()
+    tokenizer = tokenizer or Tokenizer.bytes()
     config = ModelConfig(
         num_tokens=tokenizer.num_tokens,
         dim=32,

@@ -33,7 +33,8 @@ from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 from gptvae_cli.fused import attend
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import Batch, _LinearCrossEntropy
-from gptvae_cli.text import Tokenizer, read_texts
+from gptvae_cli.text import read_texts
+from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import Learner, _step, _Sums
 
 Side = Callable[[], float]

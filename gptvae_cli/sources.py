@@ -1,0 +1,168 @@
+"""Where texts come from: files, folders, patterns and standard input, plain or packed.
+
+`zstandard` and `pyarrow` are extras, loaded only for a file that needs them.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from stat import S_ISDIR
+from typing import Any, BinaryIO
+
+from gptvae_cli.errors import DataError, GPTVAEError
+
+STDIN = "-"
+_FOLDER_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
+_PACKINGS = {".gz": "gzip", ".zst": "Zstandard"}
+_EXTRAS = {".zst": "zstandard", ".parquet": "pyarrow"}
+_ZSTD_PIECE = 2**10
+"""Bytes that are unpacked at once. Four bytes may stand for 128 kB, so at most 32 MB come of it."""
+
+
+def expand(sources: Sequence[str]) -> list[str]:
+    """The files that names stand for, in order; `-` stays as it is.
+
+    A folder stands for the files below it with one of the endings of texts, sorted by path. A name with `*`, `?` or
+    `[` that no file has is a pattern, as a shell's, `**` for any folders, and stands for the files that match it,
+    sorted by path.
+
+    Raises:
+        DataError: for a name that stands for nothing, or that cannot be looked up.
+        GPTVAEError: for a file that needs a package which is not installed.
+    """
+    files = [file for source in sources for file in _expand(source)]
+    for file in files:
+        package = _EXTRAS.get(ending(file))
+        if package is not None and find_spec(package) is None:
+            raise GPTVAEError(
+                f"reading {file} needs the package {package}, which is not installed", hint=f"pip install {package}"
+            )
+    return files
+
+
+def ending(file: str) -> str:
+    """The last ending of a file's name, in lower case: `.gz` of `A.TXT.GZ`."""
+    return Path(file).suffix.lower()
+
+
+def is_jsonl(file: str) -> bool:
+    """Whether a file's name says that it holds JSON lines, packed or not."""
+    return file.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
+
+
+def _expand(source: str) -> list[str]:
+    if source == STDIN:
+        return [source]
+    with reading_errors(source):
+        try:
+            is_folder = S_ISDIR(Path(source).stat().st_mode)
+        except FileNotFoundError:
+            if not glob.has_magic(source):
+                raise
+            return _matches(source)
+        if not is_folder:
+            return [source]
+        # Not Path.rglob, which passes over folders that it may not read.
+        tree = os.walk(source, onerror=_raise)
+        paths = [Path(folder, name) for folder, _, names in tree for name in names]
+    files = sorted(path for path in paths if path.name.lower().endswith(_FOLDER_ENDINGS))
+    if not files:
+        raise DataError(
+            f"found no texts in the folder {source}: no file ends in {', '.join(_FOLDER_ENDINGS)}",
+            hint="name files with other endings one by one, or with a pattern: 'FOLDER/*.log'",
+        )
+    return [str(file) for file in files]
+
+
+def _matches(pattern: str) -> list[str]:
+    files = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if not path.is_dir())  # noqa: PTH207
+    if not files:
+        raise DataError(
+            f"no file matches {pattern}", hint="a pattern stands for files: * and ? within a name, ** below"
+        )
+    return [str(file) for file in files]
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+@contextmanager
+def reading_errors(name: str) -> Iterator[None]:
+    """Translates what may go wrong while a file is read, and names it.
+
+    Raises:
+        DataError: in its place.
+    """
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        packing = _PACKINGS.get(ending(name), "packed text")
+        raise DataError(f"{name} is not {packing}, or cut or damaged: {error}") from error
+    except OSError as error:
+        raise DataError(f"cannot read {name}: {error.strerror or error}") from error
+
+
+@contextmanager
+def opened(file: str, stdin: BinaryIO | None) -> Iterator[io.BufferedIOBase | BinaryIO]:
+    """The bytes of a file, unpacked, or of standard input, which is left open."""
+    if file == STDIN:
+        assert stdin is not None
+        yield stdin
+        return
+    with Path(file).open("rb") as raw:
+        packing = ending(file)
+        if packing not in _PACKINGS:
+            yield raw
+        elif not raw.peek(1):
+            raise EOFError("it is empty")  # which Python's gzip takes for an empty text
+        elif packing == ".gz":
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                yield unpacked
+        else:
+            yield io.BufferedReader(_Zstd(raw))
+
+
+class _Zstd(io.RawIOBase):
+    """What is packed in a `.zst` file of one or more frames.
+
+    zstandard's own reader takes a file that was cut for one that ends there.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw, self._error = raw, zstandard.ZstdError
+        self._unpacker = zstandard.ZstdDecompressor()
+        self._frame = self._unpacker.decompressobj()
+        self._unread = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        while not self._unread:
+            packed = self._raw.read(_ZSTD_PIECE)
+            if self._frame.eof:
+                packed = self._frame.unused_data + packed
+                if not packed:
+                    return 0
+                self._frame = self._unpacker.decompressobj()
+            elif not packed:
+                raise EOFError("it ends within a frame")
+            try:
+                self._unread = memoryview(self._frame.decompress(packed))
+            except self._error as error:
+                raise EOFError(str(error)) from error
+        count = min(len(into), len(self._unread))
+        into[:count] = self._unread[:count]
+        self._unread = self._unread[count:]
+        return count

@@ -1,0 +1,260 @@
+"""The tokenizer that a model carries: texts to tokens and back.
+
+Nothing here loads torch or numpy, and `tokenizers`, which is heavy, is loaded only when a tokenizer is made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+TokenizerKind = Literal["bytes", "bpe", "file"]
+
+_MOST_TOKENS = 2**22 - 3
+"""What `ModelConfig` allows, less the special tokens. A crafted file may number its tokens up to 2^32."""
+_LONGEST_WORD = 1000
+"""Characters of a word, in training. The time a BPE takes to learn grows with the square of a word's length (a
+word ends at a space, or between letters, digits and signs): 2 MB of DNA on one line take 3 s cut to this length,
+and more than 13 minutes uncut."""
+_PIECE_CHARS = 2**16
+"""Characters that are tokenised at once."""
+
+
+class Tokenizer:
+    """A tokenizer of the `tokenizers` library; pad, bos and eos are the three ids after its vocabulary.
+
+    Those made here are byte-level: every valid Unicode string comes back exactly. The special tokens are not in
+    the vocabulary, so no text can spell one.
+
+    Args:
+        tokenizer: without truncation, padding and post-processor.
+        kind: `bytes`, `bpe`, or `file` for one that a user brought.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, kind: TokenizerKind) -> None:
+        self._tokenizer = tokenizer
+        self.kind = kind
+        # One above the last id, not the number of entries: a user's vocabulary may have gaps.
+        self.pad_id = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.bos_id = self.pad_id + 1
+        self.eos_id = self.pad_id + 2
+        self.num_tokens = self.pad_id + 3
+
+    @classmethod
+    def bytes(cls) -> Tokenizer:
+        """One token for each byte of UTF-8; its id is the byte."""
+        from tokenizers import models, pre_tokenizers
+
+        # The library writes a byte as a character: itself where that is printable, else the next from U+0100 on.
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        unprintable = sorted(set(range(256)) - set(map(ord, alphabet)))
+        vocab = {char: ord(char) if ord(char) < 256 else unprintable[ord(char) - 256] for char in alphabet}
+        return cls(_byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False), "bytes")
+
+    @classmethod
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A BPE over bytes (arXiv 1508.07909) of at most `vocab_size` tokens, the 256 bytes among them."""
+        from tokenizers import models, pre_tokenizers, trainers
+
+        tokenizer = _byte_level(models.BPE(), use_regex=True)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=[],
+            show_progress=False,
+        )
+        pieces = (text[i : i + _LONGEST_WORD] for text in texts for i in range(0, len(text), _LONGEST_WORD))
+        tokenizer.train_from_iterator(pieces, trainer)
+        return cls(tokenizer, "bpe")
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """What `to_json` wrote, checked: it may come from a stranger's model file.
+
+        A user's own byte-level BPE comes back as `bpe`: it differs in nothing but its origin.
+
+        Raises:
+            CheckpointError: for anything that cannot be loaded.
+        """
+        with _library_errors(CheckpointError, "the tokenizer is malformed"):
+            return cls(*_load(text))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """A user's `tokenizer.json`. Its own special tokens are ordinary ones here.
+
+        Raises:
+            DataError: for a file that is missing, unreadable or not a tokenizer.
+        """
+        try:
+            text = Path(path).read_text("utf-8")
+        except OSError as error:
+            raise DataError(f"cannot read the tokenizer {path}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not a tokenizer file: it is not UTF-8", hint=_FILE_HINT) from error
+        with _library_errors(DataError, f"{path} is not a tokenizer file", hint=_FILE_HINT):
+            return cls(_load(text)[0], "file")
+
+    def to_json(self) -> str:
+        """The whole tokenizer, in the format of the `tokenizers` library."""
+        return self._tokenizer.to_str()
+
+    def encode_batch(self, texts: Sequence[str], *, longest: int | None = None) -> list[list[int]]:
+        """The tokens of each text, special tokens not added.
+
+        A text of more than 65,536 characters is tokenised in pieces, see `pieces`: whole, 100 MB of text would take
+        gigabytes and, where they are one word, minutes.
+
+        Args:
+            texts: any number of them.
+            longest: tokens of a text that are wanted at most. They are the first of those that it has without a
+                limit; of a long text no more is tokenised than they need.
+
+        Raises:
+            DataError: for a text that is not valid Unicode, or that a user's tokenizer has no tokens for.
+        """
+        short = iter(self._encode([text for text in texts if len(text) <= _PIECE_CHARS]))
+        return [
+            (next(short) if len(text) <= _PIECE_CHARS else self._encode_long(text, longest))[:longest] for text in texts
+        ]
+
+    def _encode_long(self, text: str, longest: int | None) -> list[int]:
+        ids: list[int] = []
+        for piece in pieces(text):
+            ids += self._encode([piece])[0]
+            if longest is not None and len(ids) >= longest:
+                break
+        return ids
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        try:
+            with _library_errors(DataError, "the tokenizer cannot encode a text"):
+                encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except DataError:
+            for text in texts:
+                if surrogate := _SURROGATE.search(text):
+                    raise DataError(
+                        f"a text holds the lone surrogate U+{ord(surrogate[0]):04X}, which is not valid Unicode",
+                        hint="bytes that are not UTF-8 arrive like this in an argument",
+                    ) from None
+            raise
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these tokens; special and unknown ids are skipped, invalid bytes become U+FFFD."""
+        known = [i for i in ids if 0 <= i < self.pad_id]
+        with _library_errors(DataError, "the tokenizer cannot decode"):
+            return self._tokenizer.decode(known, skip_special_tokens=False)
+
+    def line_break_ids(self) -> list[int]:
+        """The tokens that hold LF or CR, ascending."""
+        with _library_errors(DataError, "the tokenizer cannot decode"):
+            texts = self._tokenizer.decode_batch([[i] for i in range(self.pad_id)], skip_special_tokens=False)
+        return [i for i, text in enumerate(texts) if "\n" in text or "\r" in text]
+
+
+_FILE_HINT = "give a tokenizer.json of the tokenizers library (Tokenizer.save), or --tokenizer bytes|bpe"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _byte_level(model: tokenizers.models.BPE, *, use_regex: bool) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _load(text: str) -> tuple[tokenizers.Tokenizer, TokenizerKind]:
+    """Loads a tokenizer without what would change the tokens of a text."""
+    from tokenizers import Tokenizer
+
+    parts: Any = json.loads(text)
+    if not isinstance(parts, dict) or not isinstance(model := parts.get("model"), dict):
+        raise ValueError("no JSON object with a model")
+    # Cutting, padding and special tokens are the model's business. Padding may also ask for terabytes, a
+    # post-processor may drop the text, and dropout would make the tokens random.
+    parts |= {"truncation": None, "padding": None, "post_processor": None}
+    if "dropout" in model:
+        model["dropout"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if not 0 <= last < _MOST_TOKENS:
+        raise ValueError(f"its last token is number {last}, expected 0 to {_MOST_TOKENS - 1}")
+    if model.get("type") != "BPE":
+        return tokenizer, "file"
+    return tokenizer, "bpe" if model.get("merges") else "bytes"
+
+
+@contextmanager
+def _library_errors(kind: type[GPTVAEError], message: str, *, hint: str | None = None) -> Iterator[None]:
+    """Translates every failure of the library, which panics on some files and texts.
+
+    A panic of Rust is a BaseException. It also prints to the process's stderr, which only redirecting that for
+    all threads would prevent.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise kind(f"{message}: {' '.join(str(error).split())[:200]}", hint=hint) from error
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of at most 65,536 characters, to be tokenised one by one.
+
+    A piece ends after the last line break that fits, else before the last space, else anywhere. At a line's or a
+    word's end a byte-level BPE makes the same tokens of the pieces as of the whole; elsewhere a token may be split.
+    """
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        most = start + _PIECE_CHARS
+        stop = text.rfind("\n", start, most) + 1 or max(0, text.rfind(" ", start + 1, most)) or most
+        yield text[start:stop]
+        start = stop
+    if start < len(text):
+        yield text[start:]
+
+
+class TokenizerChoice(NamedTuple):
+    """A kind of tokenizer, the size of its vocabulary without special tokens, and why."""
+
+    kind: Literal["bytes", "bpe"]
+    vocab_size: int
+    reason: str
+
+
+def automatic_tokenizer(sample: Sequence[str], total_bytes: int | None) -> TokenizerChoice:
+    """Chooses a tokenizer by how much text there is and how long a text is.
+
+    The vocabulary is a rule of thumb: 1000 tokens for 0.5 MB, 2000 for 3 MB, 3750 for 20 MB and 8750 for
+    200 MB, at most 16,000, so that most tokens are seen often enough to be learnt.
+
+    Args:
+        sample: texts of the corpus.
+        total_bytes: size of the whole corpus; None where it is not known: the sample counts as all of it.
+    """
+    sample_bytes = sum(len(text.encode("utf-8")) for text in sample)
+    size = sample_bytes if total_bytes is None else total_bytes
+    mean = sample_bytes / max(1, len(sample))
+    amount = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+    if size < 250_000:
+        return TokenizerChoice("bytes", 256, f"{amount} of text is too little to learn longer tokens from")
+    if mean < 16:
+        reason = f"the texts are short, {mean:.0f} bytes on average, so longer tokens would save little"
+        return TokenizerChoice("bytes", 256, reason)
+    vocab_size = min(16_000, 250 * round(1000 * (size / 500_000) ** 0.36 / 250))
+    reason = f"{amount} in texts of {mean:.0f} bytes on average is enough to learn {vocab_size} tokens from"
+    return TokenizerChoice("bpe", vocab_size, reason)
