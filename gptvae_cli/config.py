@@ -62,8 +62,10 @@ class ModelConfig:
     eos_id: int
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "enc_depth", "dim_latent", "heads"):
+        for name in ("dim", "dim_latent", "heads"):
             _require(1 <= getattr(self, name) <= 65536, name, getattr(self, name), "between 1 and 65536")
+        for name in ("depth", "enc_depth"):
+            _require(1 <= getattr(self, name) <= 1024, name, getattr(self, name), "between 1 and 1024")
         _require(4 <= self.num_tokens <= 2**22, "num_tokens", self.num_tokens, "between 4 and 4194304")
         _require(3 <= self.max_seq_len <= 2**20, "max_seq_len", self.max_seq_len, "between 3 and 1048576")
         _require(

@@ -207,7 +207,8 @@ def test_a_folder_that_cannot_be_written_is_an_error(folder: Path) -> None:
 
 def test_a_run_leaves_a_model_a_state_a_log_and_a_cache(folder: Path, corpus: str) -> None:
     job = finish(begin(folder, [corpus]))
-    assert names(folder) == {"model.safetensors", "state.safetensors", "metrics.jsonl", "cache"}
+    states = {"state.safetensors", "state.prev.safetensors"}
+    assert names(folder) == {"model.safetensors", "metrics.jsonl", "cache"} | states
     assert names(folder / "cache") == CORPUS_FILES
     saved = load(folder / "model.safetensors", device=torch.device("cpu"))
     assert saved.header.model == job.model_config
@@ -333,7 +334,8 @@ def test_a_new_run_removes_only_what_gptvae_made(folder: Path, corpus: str) -> N
     (folder / "old").mkdir()
     (folder / "old" / "model.safetensors").write_text("mine too")
     begin(folder, [corpus])
-    assert names(folder) == {"cache", "notes.txt", "old"}
+    assert names(folder) == {"cache", "state.safetensors", "notes.txt", "old"}
+    assert load_state(folder / "state.safetensors").metadata["counters"]["step"] == 0
     assert (folder / "old" / "model.safetensors").read_text() == "mine too"
 
 

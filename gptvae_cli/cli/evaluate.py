@@ -110,8 +110,7 @@ def evaluate(
     if compared is not None:
         other = measured(compared, sources)
         # A model that never learnt what to do with a latent is measured without one.
-        without = read_header(compared).training.get("train", {}).get("latents_dropout_prob") == 1
-        nll = other.figures.cross_entropy_without if without else other.likelihood.nll
+        nll = other.likelihood.nll if read_header(compared).has_latent else other.figures.cross_entropy_without
         values |= {"baseline_nll": nll, "efficiency": report.efficiency(nll)}
     if as_json:
         console.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
