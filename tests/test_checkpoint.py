@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -234,6 +235,25 @@ class TestStrictLoading:
     def test_tokenizer_that_is_none_is_refused(self, path: Path, model: GPTVAE, tokenizer: str) -> None:
         save_model(path, model, replace(HEADER, tokenizer=tokenizer))
         assert "the tokenizer is malformed: " in refusal(path)
+
+    @pytest.mark.parametrize(
+        ("part", "steps"),
+        [
+            ("normalizer", {"normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}),
+            ("normalizer", {"normalizers": [{"type": "Replace", "pattern": {"Regex": ""}, "content": "a"}] * 40}),
+            ("normalizer", {"normalizers": [{"type": "ByteLevel"}] * 40}),
+            ("normalizer", {"normalizers": [{"type": "Prepend", "prepend": "a" * 10_000}]}),
+            ("decoder", {"decoders": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}),
+        ],
+        ids=["strings", "expressions", "bytes", "prefix", "decoder"],
+    )
+    def test_tokenizer_that_blows_texts_up_is_refused(
+        self, path: Path, model: GPTVAE, part: str, steps: dict[str, object]
+    ) -> None:
+        """The library would make a terabyte of one letter, and take hours for it."""
+        bomb = json.loads(HEADER.tokenizer) | {part: {"type": "Sequence", **steps}}
+        save_model(path, model, replace(HEADER, tokenizer=json.dumps(bomb)))
+        assert f"its {part} can make a text" in refusal(path)
 
     def test_mutated_tokenizer_is_read_or_refused(self, path: Path, model: GPTVAE) -> None:
         """The `tokenizers` library panics on some of these, with a BaseException that escapes `except Exception`."""
