@@ -334,12 +334,12 @@ def start(
         model_config = _model_config(corpus, data, sizes)
         torch.manual_seed(config.seed)
         model = GPTVAE.from_config(model_config).to(device.device)
+        # Only now, with a corpus and a model in hand, does an earlier run have to go.
+        _remove_run(folder)
+        _place_cache(new_cache, folder)
     except BaseException:
         shutil.rmtree(new_cache, ignore_errors=True)
         raise
-    # Only now, with a corpus and a model in hand, does an earlier run have to go.
-    _remove_run(folder)
-    _place_cache(new_cache, folder)
     facts, tokenizer = corpus.facts, corpus.tokenizer
     notes = [
         f"corpus: {facts.texts:,} texts of {facts.characters:,} characters"
