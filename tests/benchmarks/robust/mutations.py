@@ -22,6 +22,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -39,10 +40,11 @@ import torch
 
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint, load, save_model
+from gptvae_cli.cli.info import _lines, _summary
 from gptvae_cli.config import DataConfig, ModelConfig, SampleConfig, TrainConfig
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import ExitCode, GPTVAEError
-from gptvae_cli.header import FORMAT_VERSION, ModelHeader
+from gptvae_cli.header import FORMAT_VERSION, ModelHeader, read_model_file
 from gptvae_cli.latent_file import LatentWriter, read_latents
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.run import resume, start
@@ -114,6 +116,7 @@ def dumped(value: Any) -> str:
 
 
 def odd_value(chance: random.Random) -> Any:
+    depth = chance.choice((chance.randrange(100), chance.randrange(900, 1000), 3000))
     return chance.choice(
         [
             *(None, True, False, -1, 0, 1, 2, 3, 5, 0.5, -0.0, 1e300, 2**31, 2**48, 2**53, 2**63, 2**64, 10**30),
@@ -132,7 +135,7 @@ def odd_value(chance: random.Random) -> Any:
                 "I8",
             ),
             *(Object(), [], [[]], [1] * 100, [2**62, 2**62], [0, 2**64], Object([("type", "Sequence")])),
-            *map(Raw, ("NaN", "-Infinity", "1e999", "9" * 4000, "9" * 5000, "[" * 3000 + "]" * 3000, "nonsense", "")),
+            *map(Raw, ("NaN", "-Infinity", "1e999", "9" * 4000, "9" * 5000, "[" * depth + "]" * depth, "nonsense", "")),
         ]
     )
 
@@ -330,6 +333,8 @@ class Target:
 
     def _model(self, data: bytes, use: bool) -> object:
         self.path["model"].write_bytes(data)
+        # What `gptvae info` shows, of a header alone.
+        list(_lines(_summary("mutant", read_model_file(self.path["model"]))))
         checkpoint = load(self.path["model"], device=_CPU.device)
         if use:
             _use(checkpoint)
@@ -442,7 +447,9 @@ def run(target: Target, kind: str, count: int, seed: int) -> Tally:
 
 def _reason(message: str) -> str:
     """What a message is about, for counting: its words, without the values."""
-    return " ".join(word for word in message.partition(": ")[2].split() if word.isascii() and word.isalpha())[:60]
+    if message.startswith("cannot load "):
+        message = message.partition(": ")[2]
+    return " ".join(re.findall(r"(?<![\w'])[a-zA-Z]+(?![\w'])", message))[:70]
 
 
 def _peak_mib() -> int:
