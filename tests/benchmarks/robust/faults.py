@@ -28,11 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
 from gptvae_cli import checkpoint, run, sampling, training
 from gptvae_cli.cli import app
+from gptvae_cli.header import STATE_NAME
 from gptvae_cli.text import Tokenizer
 
 Action = Callable[..., object]
@@ -69,8 +71,9 @@ def before(owner: Any, name: str, count: int = 1, *, to: str | None = None) -> M
 
         def wrapper(*args: Any, **options: Any) -> Any:
             nonlocal calls
-            calls += to is None or Path(args[-1]).name == to
-            if calls == count and (to is None or Path(args[-1]).name == to):
+            meant = to is None or Path(args[-1]).name == to
+            calls += meant
+            if meant and calls == count:
                 action(*args, **options)
             return original(*args, **options)
 
@@ -83,40 +86,33 @@ def while_writing(name: str, count: int) -> Moment:
     """When half of a file is there."""
 
     def install(action: Action) -> None:
-        original = checkpoint.save_file
-
-        def half(tensors: Any, path: Path, **options: Any) -> None:
-            original(tensors, path, **options)
-            os.truncate(path, path.stat().st_size // 2)
-            action()
+        write, calls = safetensors.torch.save_file, 0
 
         def wrapper(tensors: Any, path: Path, **options: Any) -> None:
-            half(tensors, path, **options) if is_due(path) else None
-            original(tensors, path, **options)
-
-        calls = 0
-
-        def is_due(path: Path) -> bool:
             nonlocal calls
+            write(tensors, path, **options)
             calls += path.name == name
-            return path.name == name and calls == count
+            if path.name == name and calls == count:
+                os.truncate(path, path.stat().st_size // 2)
+                action()
+                write(tensors, path, **options)
 
-        checkpoint.save_file = wrapper
+        setattr(checkpoint, "save_file", wrapper)  # noqa: B010
 
     return install
 
 
 def after_step(count: int) -> Moment:
     def install(action: Action) -> None:
-        original = training._step
+        step = training._step
 
         def wrapper(learner: training.Learner, *args: Any) -> Any:
-            result = original(learner, *args)
+            result = step(learner, *args)
             if learner.counters.step == count:
                 action(learner)
             return result
 
-        training._step = wrapper
+        setattr(training, "_step", wrapper)  # noqa: B010
 
     return install
 
@@ -144,7 +140,11 @@ TRAINING: dict[str, Moment] = {
 
 
 def send(*numbers: int) -> Action:
-    return lambda *args, **options: [signal.raise_signal(number) for number in numbers]
+    def action(*args: Any, **options: Any) -> None:
+        for number in numbers:
+            signal.raise_signal(number)
+
+    return action
 
 
 def fill_disk(*args: Any, **options: Any) -> None:
@@ -258,7 +258,7 @@ class Matrix:
         equal = "-"
         if resume:
             again = ["train", "--resume", "--out", str(out), "--device", "cpu", "--dtype", "float32", "--threads", "1"]
-            restarted = not run.state_exists(out / run.STATE_NAME)
+            restarted = not checkpoint.state_exists(out / STATE_NAME)
             if (end := self.gptvae(*(self.train(out) if restarted else again))) != 0:
                 wrong.append(f"going on ends with {end}: {self.told.strip()[-200:]}")
             same = end == 0 and self.same(out)

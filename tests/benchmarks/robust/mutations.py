@@ -209,11 +209,11 @@ def mutated_safetensors(content: bytes, chance: random.Random) -> tuple[bytes, b
         for _ in range(chance.randint(1, 2)):
             # Of the metadata, where configuration and tokenizer are, as often as of all tensors together.
             names = [name for name, _ in header]
-            place = names.index("__metadata__") if "__metadata__" in names and chance.random() < 0.7 else None
-            if place is None or not isinstance(header[place][1], Object):
-                header = mutate(header, chance)
+            place = names.index("__metadata__") if "__metadata__" in names else 0
+            if header and isinstance(header[place][1], Object) and chance.random() < 0.7:
+                header[place] = (names[place], mutate(header[place][1], chance))
             else:
-                header[place] = ("__metadata__", mutate(header[place][1], chance))
+                header = mutate(header, chance)
             if not isinstance(header, Object):
                 header = Object()
     signed = chance.random() < 0.8
