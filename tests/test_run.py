@@ -567,8 +567,9 @@ def test_a_kill_at_any_moment_of_a_save_costs_nothing(
         return call
 
     def keep() -> None:
-        moments.append(tmp_path / f"moment{len(moments)}")
-        shutil.copytree(folder, moments[-1])
+        if not moments or contents(folder) != contents(moments[-1]):
+            moments.append(tmp_path / f"moment{len(moments)}")
+            shutil.copytree(folder, moments[-1])
 
     job = begin(folder, [corpus], steps=3)
     with monkeypatch.context() as patch:
@@ -586,8 +587,8 @@ def test_a_kill_at_any_moment_of_a_save_costs_nothing(
         assert load(moment / "model.safetensors", device=CPU.device).header.training["steps"] == 3
         steps = [json.loads(line)["step"] for line in (moment / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3]
-    assert len(moments) > 40
-    assert torn > 3, "between the two renames of a state"
+    assert len(moments) > 15
+    assert torn == 3, "between the two renames of each state"
 
 
 def test_the_log_tells_every_step_once(folder: Path, corpus: str) -> None:

@@ -544,6 +544,17 @@ def terminal_output(leader: int) -> Iterator[bytes]:
         yield chunk
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `train` that nobody stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "names.txt").write_text("\n".join(NAMES) + "\n")
+    arguments = ["train", str(folder / "names.txt"), "--out", str(folder / "run"), "--steps", "4", *QUICK]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    return folder / "run"
+
+
 def stop_at(monkeypatch: pytest.MonkeyPatch, place: str, call: int, *numbers: int) -> None:
     """Lets signals arrive just before a call of a function, the one with this number."""
     owner_name, _, name = place.rpartition(".")
@@ -576,7 +587,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, place: str, call: int, *numbers: in
     ids=["int", "term", "int twice"],
 )
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(
-    train: Train, names: Path, out: Path, tmp_path: Path, place: str, call: int, numbers: list[int], code: int
+    train: Train, names: Path, out: Path, undisturbed: Path, place: str, call: int, numbers: list[int], code: int
 ) -> None:
     """Twice, because keys are, and because a wrapper may pass on what the terminal has sent to all already."""
     with pytest.MonkeyPatch.context() as patch:
@@ -588,12 +599,10 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(
     machine = ["--device", "cpu", "--dtype", "float32", "--threads", "1"]
     again = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), *machine])
     assert again.exit_code == 0, again.stderr
-    stopped = {name: load_file(out / f"{name}.safetensors") for name in ("state", "model")}
-    assert train(names, "--force").exit_code == 0
-    for name, tensors in stopped.items():
-        expected = load_file(out / f"{name}.safetensors")
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensors[key], tensor) for key, tensor in expected.items()), name
+    for name in ("state.safetensors", "model.safetensors"):
+        found, expected = load_file(out / name), load_file(undisturbed / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
 
 
 @pytest.mark.parametrize("place", ["gptvae_cli.text.Tokenizer.encode_batch", "gptvae_cli.run._remove_run"])
