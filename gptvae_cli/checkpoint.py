@@ -345,8 +345,10 @@ def claimed_model(config: ModelConfig, tensors: Mapping[str, Tensor]) -> GPTVAE:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises:
-    CheckpointError: where a tensor holds NaN or infinity.
+    """Looks for what a file should not hold: one NaN is soon everywhere.
+
+    Raises:
+        CheckpointError: where a tensor holds NaN or infinity.
     """
     for name, tensor in tensors.items():
         if not is_finite(tensor):

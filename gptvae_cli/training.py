@@ -205,7 +205,7 @@ def _counters(values: object) -> Counters:
     if not isinstance(values, dict) or not values.keys() <= known.keys():
         raise CheckpointError(f"the state's counters are {brief(values)}, expected some of {', '.join(known)}")
     for name, value in values.items():
-        # Of an integer float would make another number where it is beyond 2^53, and `noise` refuses it beyond 2^64.
+        # `noise` takes no counter beyond 2^64, and a float has a place for every whole number up to 2^53 only.
         whole = type(value) is int and 0 <= value < 2**53
         if not (whole or (type(known[name]) is float and type(value) is float and math.isfinite(value))):
             raise CheckpointError(f"the state's counter {name} is {brief(value)}")
