@@ -313,12 +313,13 @@ class TestDamage:
         assert "the checksum differs" in refusal(path)
 
 
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> mutations.Target:
+    return mutations.Target(tmp_path_factory.mktemp("strangers"))
+
+
 class TestStrangers:
     """Files that were changed at random, in their bytes or in what they say; see `benchmarks/robust/mutations.py`."""
-
-    @pytest.fixture(scope="class")
-    def target(self, tmp_path_factory: pytest.TempPathFactory) -> mutations.Target:
-        return mutations.Target(tmp_path_factory.mktemp("strangers"))
 
     @pytest.mark.parametrize("kind", mutations.KINDS)
     def test_mutants_are_loaded_or_refused(
