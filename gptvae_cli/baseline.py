@@ -87,6 +87,8 @@ class Baseline:
             BusyError, ConfigError, GPTVAEError: as `run.claimed`.
         """
         goes_on = self.fits() and (self.folder / STATE_NAME).exists()
+        if not goes_on and (link := self.folder / run.CACHE_NAME).is_symlink():
+            link.unlink()  # of an earlier baseline; a linked cache that is not of our making is in the way of a run
         with run.claimed(self.folder, resume=goes_on, force=True):
             yield (self._resumed(device, precision) if goes_on else None) or self._begun(device, precision)
 
@@ -99,10 +101,9 @@ class Baseline:
 
     def _begun(self, device: Device, precision: Precision) -> run.Job:
         # A link, so that `gptvae train --resume --out RUN/baseline` finds the corpus too.
-        cache = self.folder / run.CACHE_NAME
-        if cache.is_symlink():
-            cache.unlink()
         run.remove_run(self.folder)
+        cache = self.folder / run.CACHE_NAME
+        cache.unlink(missing_ok=True)
         cache.symlink_to(Path("..") / run.CACHE_NAME)
         torch.manual_seed(self.config.seed)
         model = GPTVAE.from_config(self.header.model).to(device.device)

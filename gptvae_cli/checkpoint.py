@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Mapping
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gptvae_cli.config import ModelConfig
 from gptvae_cli.errors import CheckpointError, GPTVAEError
 from gptvae_cli.header import (
     FORMAT_VERSION,
@@ -85,8 +88,8 @@ def load(path: Path, *, device: torch.device) -> Checkpoint:
         metadata, tensors = _open(path)
         header = ModelHeader.from_metadata(metadata)
         _check_digest(metadata, tensors)
-        tokenizer = _tokenizer(header)
-        _check_config_is_honest(header, tensors)
+        tokenizer = load_tokenizer(header.tokenizer, header.model)
+        _check_fit(tensors, model_tensors(claimed_model(header.model, tensors)))
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: draw nothing for them
             model = GPTVAE.from_config(header.model)
         fill_model(model, tensors)
@@ -126,12 +129,35 @@ def load_state(path: Path) -> State:
     try:
         return State(*_read_state(path), note=None)
     except CheckpointError as newest_error:
-        previous = _behind_links(path).with_name(_previous_name(path))
+        previous = _previous_state(path)
         try:
             tensors, metadata = _read_state(previous)
         except CheckpointError:
             raise newest_error from None
         return State(tensors, metadata, note=f"{newest_error.message}; going on from {previous}, saved before it")
+
+
+def state_exists(path: Path) -> bool:
+    """Whether there is a state to load: a save that died between its two renames leaves the previous one alone."""
+    return path.exists() or _previous_state(path).exists()
+
+
+def remove_state(path: Path) -> None:
+    """Removes both states."""
+    remove_file(path)
+    remove_file(_previous_state(path))
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file that `write_atomically` made. A symbolic link to it is kept, for the next one."""
+    behind_links(path).unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Removes what a `write_atomically` left there whose process was killed. Nobody else may be writing the file."""
+    target = behind_links(path)
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -154,16 +180,12 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         CheckpointError: for a missing, unexpected, misshapen or mistyped tensor, or one that is not finite.
     """
     _check_fit(tensors, model_tensors(model))
-    for name, tensor in tensors.items():
-        if not _is_finite(tensor):
-            raise CheckpointError(
-                f"tensor {brief(name)} holds NaN or infinity", hint="use another model, this one cannot work"
-            )
+    check_finite(tensors)
     for name, target in model_tensors(model).items():
         target.copy_(tensors[name])
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], *, previous_name: str | None = None) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, previous_name: str | None = None) -> None:
     """Replaces a file in one step: readers, and whoever comes after a crash, see the old one or the new one.
 
     The new file gets the mode that the umask gives. A symbolic link is kept and the file it points to replaced.
@@ -177,7 +199,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, previous_name
         GPTVAEError: where that fails; a file that was there is unchanged.
     """
     try:
-        target = _behind_links(path)
+        target = behind_links(path)
         exists = _is_replaceable(target)
         # A folder of its own, in the same file system: whatever `write` leaves behind when it fails goes with it.
         with tempfile.TemporaryDirectory(
@@ -185,7 +207,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, previous_name
         ) as folder:
             new = Path(folder) / target.name
             write(new)
-            _sync(new)
+            sync(new)
             # The only way to learn the umask without changing it for every thread is to make a file.
             probe = Path(folder) / "mode"
             probe.touch()
@@ -194,13 +216,14 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, previous_name
                 target.replace(target.with_name(previous_name))
             new.replace(target)
         with suppress(OSError):  # some network file systems cannot sync a folder; the file is in place all the same
-            _sync(target.parent)
+            sync(target.parent)
     except OSError as error:
         hint = _WRITE_HINTS.get(error.errno or 0, "what was there is unchanged")
         raise GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
 
 
-def _behind_links(path: Path) -> Path:
+def behind_links(path: Path) -> Path:
+    """Where a path leads, whether there is something or not."""
     return Path(os.path.realpath(path))  # unlike `Path.resolve` it leaves a loop of links to the call that follows
 
 
@@ -220,7 +243,7 @@ def _is_replaceable(target: Path) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -244,6 +267,10 @@ def _save(
 
 def _previous_name(path: Path) -> str:
     return f"{path.stem}.prev{path.suffix}"
+
+
+def _previous_state(path: Path) -> Path:
+    return behind_links(path).with_name(_previous_name(path))
 
 
 def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -285,10 +312,14 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _tokenizer(header: ModelHeader) -> Tokenizer:
-    tokenizer = Tokenizer.from_json(header.tokenizer)
+def load_tokenizer(text: str, model: ModelConfig) -> Tokenizer:
+    """A tokenizer of a file, in JSON, that belongs to the model there.
+
+    Raises:
+        CheckpointError: for anything else.
+    """
+    tokenizer = Tokenizer.from_json(text)
     found = (tokenizer.num_tokens, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-    model = header.model
     expected = (model.num_tokens, model.pad_id, model.bos_id, model.eos_id)
     if found != expected:
         raise CheckpointError(
@@ -298,18 +329,32 @@ def _tokenizer(header: ModelHeader) -> Tokenizer:
     return tokenizer
 
 
-def _check_config_is_honest(header: ModelHeader, tensors: Mapping[str, Tensor]) -> None:
-    """Compares tensors and configuration before the model is built: a small file may claim a huge model.
+def claimed_model(config: ModelConfig, tensors: Mapping[str, Tensor]) -> GPTVAE:
+    """A model of this configuration that takes no memory, to compare shapes with: a small file may claim a huge one.
 
-    On the meta device a model has shapes and no memory. It serves for nothing else: a model that is loaded that way
-    would miss the buffers that x-transformers computes.
+    It serves for nothing else: what is filled on the meta device misses the buffers that x-transformers computes.
+
+    Raises:
+        CheckpointError: for more layers than there are tensors: a layer takes a millisecond even here.
     """
-    layers = header.model.depth + header.model.enc_depth
-    if layers > len(tensors):  # a layer takes a millisecond even there
+    layers = config.depth + config.enc_depth
+    if layers > len(tensors):
         raise CheckpointError(f"its configuration has {layers} layers, it holds {len(tensors)} tensors", hint=_UNFIT)
     with torch.device("meta"):
-        expected = model_tensors(GPTVAE.from_config(header.model))
-    _check_fit(tensors, expected)
+        return GPTVAE.from_config(config)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Looks for what a file should not hold: one NaN is soon everywhere.
+
+    Raises:
+        CheckpointError: where a tensor holds NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise CheckpointError(
+                f"tensor {brief(name)} holds NaN or infinity", hint="use another file, this one cannot work"
+            )
 
 
 def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -335,7 +380,8 @@ def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
         )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number is one."""
     if tensor.numel() == 0:
         return True
     # NaN passes through both extremes; unlike `isfinite().all()` this allocates nothing and is 50 times faster.

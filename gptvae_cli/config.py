@@ -94,9 +94,10 @@ class ModelConfig:
 
 def _check_sizes(sizes: ModelConfig | SizeConfig) -> None:
     """What holds of every size by itself, where it is set."""
-    for name in ("dim", "depth", "enc_depth", "dim_latent", "heads"):
-        value = getattr(sizes, name)
-        _require(value is None or 1 <= value <= 65536, name, value, "between 1 and 65536")
+    for names, most in ((("dim", "dim_latent", "heads"), 65536), (("depth", "enc_depth"), 1024)):
+        for name in names:
+            value = getattr(sizes, name)
+            _require(value is None or 1 <= value <= most, name, value, f"between 1 and {most}")
     length, width = sizes.max_seq_len, sizes.attn_dim_head
     _require(
         length is None or 3 <= length <= LONGEST_SEQUENCE, "max_seq_len", length, f"between 3 and {LONGEST_SEQUENCE}"

@@ -84,6 +84,18 @@ class ModelHeader:
         train = self.training.get("train")
         return not (isinstance(train, dict) and train.get("latents_dropout_prob") == 1)
 
+    def require_latent(self, path: Path) -> None:
+        """Keeps latents away from a model that would make nonsense of them.
+
+        Raises:
+            CheckpointError: for a model without a latent.
+        """
+        if not self.has_latent:
+            raise CheckpointError(
+                f"{path} has no latent: it was trained as a baseline, with --latents-dropout-prob 1",
+                hint="name another model; this one writes texts of its own: gptvae generate --prior N",
+            )
+
     def to_metadata(self) -> dict[str, str]:
         """The header as safetensors metadata, whose values must be strings.
 
@@ -242,6 +254,21 @@ def json_object(text: str | bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def stored_config(kind: type[Config], what: str, values: object) -> Config:
+    """A configuration that a file holds.
+
+    Raises:
+        CheckpointError: for one that is none. The user did not type it: it is bad input, not wrong usage.
+    """
+    if not isinstance(values, dict):
+        raise CheckpointError(f"its {what} configuration is not a JSON object", hint=_DAMAGED)
+    try:
+        return from_dict(kind, values)
+    except ConfigError as error:
+        message = f"its {what} configuration is wrong: {error.message[:200]}"
+        raise CheckpointError(message, hint=_DAMAGED) from error
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Puts the file's name in front of what went wrong with it, and translates the system's errors."""
@@ -273,13 +300,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _config(kind: type[Config], what: str, text: str) -> Config:
-    values = json_object(text, f"its {what} configuration")
-    try:
-        return from_dict(kind, values)
-    except ConfigError as error:
-        # The user did not type this value: it is bad input, not wrong usage.
-        message = f"its {what} configuration is wrong: {error.message[:200]}"
-        raise CheckpointError(message, hint=_DAMAGED) from error
+    return stored_config(kind, what, json_object(text, f"its {what} configuration"))
 
 
 def _checked_metadata(metadata: object) -> dict[str, str]:

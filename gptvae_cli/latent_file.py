@@ -126,7 +126,10 @@ def _read_header(source: BinaryIO, name: str) -> _Header:
     head = _read(source, 8)
     if not is_npy(head):
         found = f"it starts with {head!r}" if head else "it is empty"
-        raise DataError(f"{name} is not a .npy file: {found}", hint="make one with gptvae encode or numpy.save")
+        hint = "make one with gptvae encode or numpy.save"
+        if head == bytes(8):  # what `LatentWriter` leaves in the header's place until it knows what to say there
+            hint = "gptvae encode did not come to its end there, run it again"
+        raise DataError(f"{name} is not a .npy file: {found}", hint=hint)
     version = ".".join(map(str, head[6:]))
     if version not in ("1.0", "2.0", "3.0"):
         raise DataError(f"{name} is of .npy version {version or 'unknown'}, expected 1.0, 2.0 or 3.0")

@@ -16,9 +16,10 @@ import json
 import os
 import shlex
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,26 +28,37 @@ import numpy as np
 import torch
 
 from gptvae_cli import __version__, sizing
-from gptvae_cli.checkpoint import load, load_state, save_model, save_state
-from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from gptvae_cli.checkpoint import (
+    load,
+    load_state,
+    load_tokenizer,
+    remove_file,
+    remove_state,
+    remove_unfinished,
+    save_model,
+    save_state,
+    state_exists,
+    sync,
+    write_atomically,
+)
+from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from gptvae_cli.data import Corpus, Rows, corpus_digest, padding_share, plan_batches
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, remove_events, require_log
-from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader
+from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
 from gptvae_cli.hub import foreign_companions, remove_companions, write_companions
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Repairs
-from gptvae_cli.tokenizer import Tokenizer
-from gptvae_cli.training import Learner, StepReport, counters_dict, train
+from gptvae_cli.training import Learner, StepReport, check_weights, counters_dict, train
 
 METRICS_NAME = "metrics.jsonl"
 CACHE_NAME = "cache"
 STATE_SECONDS = 60.0
 METRICS_SECONDS = 5.0
 _NEW_CACHE_NAME = "cache.part"
-_OURS = (MODEL_NAME, STATE_NAME, "state.prev.safetensors", METRICS_NAME, CACHE_NAME)
+_FILES = (MODEL_NAME, STATE_NAME, "state.prev.safetensors", METRICS_NAME)
 
 
 @contextmanager
@@ -75,20 +87,26 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise BusyError(
                 f"{folder} is in use by another training run", hint="wait for it, or choose another folder with --out"
             ) from error
+        except OSError as error:  # some network file systems know no locks
+            raise GPTVAEError(
+                f"cannot lock {folder}: {error.strerror}", hint="choose a folder on another disk with --out"
+            ) from error
         if not os.access(folder, os.W_OK):
             raise GPTVAEError(f"cannot write to {folder}: permission denied", hint="choose another one with --out")
-        if resume and not (folder / STATE_NAME).exists():
+        if resume and not state_exists(folder / STATE_NAME):
             raise CheckpointError(f"no run to resume in {folder}", hint="start one without --resume")
-        if not (resume or force) and any((folder / name).exists() for name in (STATE_NAME, MODEL_NAME, METRICS_NAME)):
+        if not (resume or force) and any((folder / name).exists() for name in _FILES):
             raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
-        if not resume and (foreign := _foreign(folder / CACHE_NAME)):
+        foreign = next((path for name in _FILES if _is_no_file(path := folder / name)), None)
+        if foreign := foreign or (None if resume else _foreign(folder / CACHE_NAME)):
             raise ConfigError(
                 f"{foreign} is in the way and is not of gptvae's making", hint="choose another folder with --out"
             )
+        _remove_unfinished(folder)
         yield
     finally:
         os.close(handle)
@@ -96,26 +114,52 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
             folder.rmdir()
 
 
+def _is_no_file(path: Path) -> bool:
+    """Whether something is there that a run did not make: a folder, a device, a pipe, or a link to one."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError:  # such as a link to itself
+        return True
+
+
 def _foreign(cache: Path) -> Path | None:
     """Something in the place of the cache that a corpus did not leave there, such as a folder of the user's own."""
-    if cache.is_symlink() or not cache.exists():
+    if not os.path.lexists(cache):
         return None
-    if not cache.is_dir():
+    if cache.is_symlink() or not cache.is_dir():
         return cache
     ours = (".tokens", ".offsets")
     return next((p for p in sorted(cache.iterdir()) if p.name != "corpus.json" and p.suffix not in ours), None)
 
 
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what a run left that was killed while it wrote; `claimed` knows that nobody writes now."""
+    for name in _FILES:
+        remove_unfinished(folder / name)
+    shutil.rmtree(folder / _NEW_CACHE_NAME, ignore_errors=True)
+
+
 def remove_run(folder: Path) -> None:
     """Removes what a run left in its folder, and nothing else."""
-    for name in _OURS:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    # The state first: without its cache it would be of no use, and in the way.
+    remove_state(folder / STATE_NAME)
+    remove_file(folder / MODEL_NAME)
+    remove_file(folder / METRICS_NAME)
+    if (folder / CACHE_NAME).exists():
+        shutil.rmtree(folder / CACHE_NAME)
     remove_companions(folder)
     remove_events(folder)
+
+
+def _place_cache(new: Path, folder: Path) -> None:
+    """Gives the new cache its name. It is on the disk before any state that needs it: a power cut may come."""
+    for path in [*new.iterdir(), new]:
+        sync(path)
+    new.rename(folder / CACHE_NAME)
+    with suppress(OSError):  # some network file systems cannot sync a folder
+        sync(folder)
 
 
 @dataclass
@@ -200,7 +244,12 @@ class Job:
         """Writes the weights as they are now to `model.safetensors`, and what lies beside it.
 
         The model comes first: whatever happens behind it, it can be used alone.
+
+        Raises:
+            DivergedError: where the weights are not finite; the files are unchanged.
+            GPTVAEError: where one cannot be written; it is unchanged.
         """
+        self.learner.check_finite()
         header, model = self.header(), self.learner.model
         save_model(self.folder / MODEL_NAME, model, header)
         write_companions(
@@ -211,7 +260,13 @@ class Job:
         )
 
     def save_state(self) -> None:
-        """Writes all that resuming needs to `state.safetensors`."""
+        """Writes all that resuming needs to `state.safetensors`.
+
+        Raises:
+            DivergedError: where a weight is not finite; the files are unchanged.
+            GPTVAEError: where it cannot be written; likewise.
+        """
+        self.learner.check_finite()
         metadata = {
             "model": to_dict(self.model_config),
             "data": to_dict(self.data),
@@ -256,8 +311,14 @@ class Job:
         if report.figures is not None:
             values["figures"]["nll_bound"] = report.figures.nll_bound
         line = json.dumps({"time": round(time.time(), 3), **values})
-        with (self.folder / METRICS_NAME).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        path = self.folder / METRICS_NAME
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _unwritable(path, error) from error
         write_events(values)
 
 
@@ -290,6 +351,7 @@ def start(
         GPTVAEError: for a log that cannot be written here; an earlier run is then still there.
         ConfigError: for sizes that cannot be; likewise.
         DataError: for a corpus that cannot be used; likewise.
+        GPTVAEError: for a disk that cannot take the corpus; likewise.
     """
     require_log(config.log)
     name, reason = preset, "asked for"
@@ -298,16 +360,16 @@ def start(
     sizes = asdict(sizing.preset(name)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
     new_cache = folder / _NEW_CACHE_NAME
     try:
-        corpus = Corpus.build(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
+        corpus = _read_corpus(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
         model_config = _model_config(corpus, data, sizes)
         torch.manual_seed(config.seed)
         model = GPTVAE.from_config(model_config).to(device.device)
+        # Only now, with a corpus and a model in hand, does an earlier run have to go.
+        remove_run(folder)
+        _place_cache(new_cache, folder)
     except BaseException:
         shutil.rmtree(new_cache, ignore_errors=True)
         raise
-    # Only now, with a corpus and a model in hand, does an earlier run have to go.
-    remove_run(folder)
-    new_cache.rename(folder / CACHE_NAME)
     facts, tokenizer = corpus.facts, corpus.tokenizer
     notes = [
         f"corpus: {facts.texts:,} texts of {facts.characters:,} characters"
@@ -316,6 +378,8 @@ def start(
         f"tokenizer: {tokenizer.kind}, {tokenizer.num_tokens:,} tokens ({facts.tokenizer_reason})",
     ]
     job = Job(folder, corpus, data, Learner(model, config), precision, notes)
+    # From here on the run can be resumed, without its corpus: that may have been a pipe, and have taken hours.
+    job.save_state()
     starts, stops = job.rows.spans(config.seed, 0)
     lengths = stops - starts + 2
     plan = plan_batches(lengths, config.batch_tokens, np.random.default_rng(0))
@@ -332,6 +396,18 @@ def start(
     if job.rows.cut:
         notes.append(f"{job.rows.cut:,} texts are longer than the model and are cut; --max-seq-len sets its length")
     return job
+
+
+def _read_corpus(sources: Sequence[str], data: DataConfig, cache: Path, **options: Any) -> Corpus:
+    try:
+        return Corpus.build(sources, data, cache, **options)
+    except OSError as error:  # of reading, `text` makes errors of its own
+        raise _unwritable(cache, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> GPTVAEError:
+    hint = "make room there, or choose a folder on another disk with --out; what was there is unchanged"
+    return GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint)
 
 
 def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, int]) -> ModelConfig:
@@ -376,14 +452,16 @@ def resume(
         GPTVAEError: for a log that cannot be written here.
     """
     state = load_state(folder / STATE_NAME)
-    try:
-        model_config = from_dict(ModelConfig, state.metadata["model"])
-        data = from_dict(DataConfig, state.metadata["data"])
-        config = replace(from_dict(TrainConfig, state.metadata["train"]), **limits)
-        tokenizer = Tokenizer.from_json(state.metadata["tokenizer"])
-        counters = state.metadata["counters"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"the state in {folder} says too little about itself: {error}") from error
+    with reading(folder / STATE_NAME):
+        for key in ("model", "data", "train", "tokenizer", "counters"):
+            if key not in state.metadata:
+                raise CheckpointError(f"it says too little about itself: {key!r} is missing")
+        model_config = stored_config(ModelConfig, "model", state.metadata["model"])
+        data = stored_config(DataConfig, "data", state.metadata["data"])
+        stored = stored_config(TrainConfig, "training", state.metadata["train"])
+        tokenizer = load_tokenizer(state.metadata["tokenizer"], model_config)
+        check_weights(state.tensors, model_config, stored)
+    config = replace(stored, **limits)
     require_log(config.log)
     corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
     if sources and corpus_digest(sources, data, stdin=stdin) != corpus.facts.digest:
@@ -393,11 +471,32 @@ def resume(
         )
     model = GPTVAE.from_config(model_config).to(device.device)
     learner = Learner(model, config)
-    learner.restore(state.tensors, counters)
+    with reading(folder / STATE_NAME):
+        learner.restore(state.tensors, state.metadata["counters"])
+    _trim_log(folder / METRICS_NAME, learner.counters.step)
     notes = [f"resumed at step {learner.counters.step:,}, after {learner.counters.seconds:.0f} s"]
     if state.note:
         notes.append(state.note)
     return Job(folder, corpus, data, learner, precision, notes)
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drops what the log says of steps after the state's, which will be taken again, and a last line that was cut."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        write_atomically(path, lambda new: new.write_bytes(b"".join(kept)))
+
+
+def _step_of(line: bytes) -> int:
+    """The step that a line of the log is about; 0 for one of somebody else."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return 0
+    return step if isinstance(step, int) else 0
 
 
 def verdict(figures: Figures, config: TrainConfig) -> str:

@@ -192,11 +192,11 @@ def _growing_pools(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """A latent [Z] to write a text from; row and copy name the noise of its tokens."""
+    """A latent [Z] to write a text from, or None for no latent; row and copy name the noise of its tokens."""
 
     row: int
     copy: int
-    latent_Z: Floats
+    latent_Z: Floats | None
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def prior(seed: int, count: int, width: int) -> Iterator[Floats]:
     return (latent_noise(seed, row, 0, width) for row in range(count))
 
 
-def repeated(latents: Iterable[Floats], copies: int) -> Iterator[Draw]:
+def repeated(latents: Iterable[Floats | None], copies: int) -> Iterator[Draw]:
     """Every latent several times, to be written with other token noise each time."""
     return (Draw(row, copy, latent_Z) for row, latent_Z in enumerate(latents) for copy in range(copies))
 
@@ -270,7 +270,8 @@ def write(
     def requests() -> Iterator[Request]:
         for draw in draws:
             waiting.append(draw)
-            yield Request(draw.row, draw.copy, prompt_ids, torch.tensor(draw.latent_Z))
+            latent_Z = None if draw.latent_Z is None else torch.tensor(draw.latent_Z)
+            yield Request(draw.row, draw.copy, prompt_ids, latent_Z)
 
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):

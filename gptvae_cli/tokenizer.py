@@ -6,6 +6,7 @@ Nothing here loads torch or numpy, and `tokenizers`, which is heavy, is loaded o
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ TokenizerKind = Literal["bytes", "bpe", "file"]
 
 _MOST_TOKENS = 2**22 - 3
 """What `ModelConfig` allows, less the special tokens. A crafted file may number its tokens up to 2^32."""
+_MOST_GROWTH = 1000
+"""How many times longer than the text a part of a tokenizer may make it, see `_growth`."""
 _LONGEST_WORD = 1000
 """Characters of a word, in training. The time a BPE takes to learn grows with the square of a word's length (a
 word ends at a space, or between letters, digits and signs): 2 MB of DNA on one line take 3 s cut to this length,
@@ -188,6 +191,9 @@ def _load(text: str) -> tuple[tokenizers.Tokenizer, TokenizerKind]:
     parts |= {"truncation": None, "padding": None, "post_processor": None}
     if "dropout" in model:
         model["dropout"] = None
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(parts.get(name))) > _MOST_GROWTH:
+            raise ValueError(f"its {name} can make a text {growth:.3g} times as long, expected {_MOST_GROWTH} at most")
     tokenizer = Tokenizer.from_str(json.dumps(parts))
     last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if not 0 <= last < _MOST_TOKENS:
@@ -195,6 +201,27 @@ def _load(text: str) -> tuple[tokenizers.Tokenizer, TokenizerKind]:
     if model.get("type") != "BPE":
         return tokenizer, "file"
     return tokenizer, "bpe" if model.get("merges") else "bytes"
+
+
+def _growth(part: Any) -> float:
+    """How many times longer a part of a tokenizer can make a text, in characters; 1 to 4 for real ones.
+
+    Forty steps that each replace `a` by `aa` would make a terabyte of one letter.
+    """
+    if isinstance(part, list):
+        return math.prod(map(_growth, part), start=1.0)
+    match part:
+        case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if old:
+            return max(1.0, len(new) / len(old))
+        case {"type": "Replace", "content": str(new)}:  # an expression may match between any two characters
+            return 1.0 + len(new)
+        case {"type": "Prepend", "prepend": str(new)}:
+            return max(1.0, len(new))
+        case {"type": "ByteLevel" | "BPEDecoder"}:  # a byte of UTF-8 as a character, or a space behind each one
+            return 2.0
+        case dict():
+            return math.prod(map(_growth, part.values()), start=1.0)
+    return 1.0
 
 
 @contextmanager

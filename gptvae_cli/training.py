@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptvae_cli.config import TrainConfig
+from gptvae_cli.checkpoint import check_finite, claimed_model, is_finite
+from gptvae_cli.config import ModelConfig, TrainConfig
 from gptvae_cli.data import Epoch, Rows, fixed_batches
 from gptvae_cli.errors import CheckpointError, DivergedError
 from gptvae_cli.evaluation import Figures, measure
+from gptvae_cli.header import brief
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import BagOfWords, Batch, Noise, Weights, objective
@@ -99,12 +101,14 @@ class Learner:
         self.counters = Counters()
         # Wider layers want smaller steps; the rate at width 128 was measured, the root is a rule of thumb.
         self.lr = config.lr or 2e-3 * (128 / model.config.dim) ** 0.5
-        self.bag_of_words: BagOfWords | None = None
-        if config.bag_of_words > 0:
-            self.bag_of_words = BagOfWords(model.config.dim_latent, model.config.num_tokens).to(model.device)
-        self.named = dict(model.named_parameters())
+        self.bag_of_words = _auxiliary_head(model.config, config)
         if self.bag_of_words is not None:
-            self.named |= {f"bag_of_words.{name}": p for name, p in self.bag_of_words.named_parameters()}
+            self.bag_of_words.to(model.device)
+        self.named = _named_parameters(model, self.bag_of_words)
+        # Without a latent nothing but the decoder gets gradients, and the optimizer keeps moments of nothing else.
+        self._learning = {
+            name: p for name, p in self.named.items() if name.startswith("decoder.") or not config.without_latent
+        }
         # Weight decay is for the matrices of products: not for gains and biases, nor for embeddings, whose rare
         # rows would fade.
         decayed = [p for name, p in self.named.items() if p.ndim >= 2 and "emb" not in name]
@@ -124,33 +128,93 @@ class Learner:
                 result[f"optimizer.{key}.{name}"] = value
         return result
 
-    def restore(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """The inverse of `tensors` and of `asdict(counters)`.
+    def check_finite(self) -> None:
+        """Looks at what the last step made, before it is saved: no loss has shown it yet.
 
         Raises:
-            CheckpointError: where a tensor is missing or of another shape.
+            DivergedError: where a weight or a moment of the optimizer is not a finite number.
         """
-        for name, parameter in self.named.items():
-            keys = ("exp_avg", "exp_avg_sq", "step")
-            wanted = {f"weights.{name}": parameter.shape}
-            if f"optimizer.step.{name}" in tensors or counters.get("step"):
+        for name, tensor in self.tensors().items():
+            if not is_finite(tensor):
+                raise _diverged(f"{name} is not finite", self.counters.step)
+
+    def restore(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        """The inverse of `tensors` and of `counters_dict`; the learner is unchanged where it fails.
+
+        Raises:
+            CheckpointError: where a tensor is missing, of another shape or type, or not finite, or a counter is none.
+        """
+        restored = _counters(counters)
+        keys = ("exp_avg", "exp_avg_sq", "step")
+        stepped = restored.step > 0 or any(name.startswith("optimizer.") for name in tensors)
+        wanted = {f"weights.{name}": parameter.shape for name, parameter in self.named.items()}
+        if stepped:
+            for name, parameter in self._learning.items():
                 shapes = (parameter.shape, parameter.shape, torch.Size([]))
                 wanted |= {f"optimizer.{key}.{name}": shape for key, shape in zip(keys, shapes, strict=True)}
-            for key, shape in wanted.items():
-                found = tensors[key].shape if key in tensors else None
-                if found != shape:
-                    raise CheckpointError(
-                        f"the state's tensor {key} is {'missing' if found is None else list(found)},"
-                        f" this run needs {list(shape)}"
-                    )
+        _check_tensors(tensors, wanted)
+        check_finite(tensors)
+        for name, parameter in self.named.items():
             with torch.no_grad():
                 parameter.copy_(tensors[f"weights.{name}"])
-            if len(wanted) > 1:
+        if stepped:
+            for name, parameter in self._learning.items():
                 # AdamW keeps its step counter on the CPU unless it is fused on a GPU.
                 self.optimizer.state[parameter] = {
                     key: tensors[f"optimizer.{key}.{name}"].clone().to(parameter.device) for key in keys
                 }
-        self.counters = Counters(**counters)
+        self.counters = restored
+
+
+def check_weights(tensors: Mapping[str, Tensor], model: ModelConfig, config: TrainConfig) -> None:
+    """Compares a state's weights with its configuration before a learner is built.
+
+    Raises:
+        CheckpointError: where they differ: a small file may claim a huge model.
+    """
+    claimed = claimed_model(model, tensors)
+    with torch.device("meta"):
+        head = _auxiliary_head(model, config)
+    named = _named_parameters(claimed, head)
+    _check_tensors(tensors, {f"weights.{name}": parameter.shape for name, parameter in named.items()})
+
+
+def _auxiliary_head(model: ModelConfig, config: TrainConfig) -> BagOfWords | None:
+    return BagOfWords(model.dim_latent, model.num_tokens) if config.bag_of_words > 0 else None
+
+
+def _named_parameters(model: GPTVAE, head: BagOfWords | None) -> dict[str, nn.Parameter]:
+    """All that is learnt, by the names that a state has for it."""
+    named = dict(model.named_parameters())
+    if head is not None:
+        named |= {f"bag_of_words.{name}": parameter for name, parameter in head.named_parameters()}
+    return named
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
+    for name, shape in wanted.items():
+        found = list(tensors[name].shape) if name in tensors else "missing"
+        if found != list(shape):
+            raise CheckpointError(f"the state's tensor {name} is {found}, this run needs {list(shape)}")
+        if tensors[name].dtype != torch.float32:
+            raise CheckpointError(f"the state's tensor {name} is of {tensors[name].dtype}, this run needs float32")
+
+
+def _counters(values: object) -> Counters:
+    """The inverse of `counters_dict`.
+
+    Raises:
+        CheckpointError: for anything that a run cannot have counted.
+    """
+    known = asdict(Counters())
+    if not isinstance(values, dict) or not values.keys() <= known.keys():
+        raise CheckpointError(f"the state's counters are {brief(values)}, expected some of {', '.join(known)}")
+    for name, value in values.items():
+        # `noise` takes no counter beyond 2^64, and a float has a place for every whole number up to 2^53 only.
+        whole = type(value) is int and 0 <= value < 2**53
+        if not (whole or (type(known[name]) is float and type(value) is float and math.isfinite(value))):
+            raise CheckpointError(f"the state's counter {name} is {brief(value)}")
+    return Counters(**values)
 
 
 @dataclass
@@ -212,6 +276,8 @@ def train(
         nonlocal last_validation
         start = time.monotonic()
         figures = measure(model, held_out, seed=config.seed, precision=precision)
+        if not all(map(math.isfinite, asdict(figures).values())):
+            raise _diverged("validation is not finite", counters.step)
         # Before beta has reached its final value a model is not comparable with later ones.
         settled = progress() >= config.kl_warmup or done
         improved = settled and score(figures, config) < counters.best
@@ -337,11 +403,15 @@ def _read(sums: _Sums, norm: Tensor, step: int) -> list[float]:
     names = ("cross-entropy", "KL", "bag-of-words loss", "gradient norm")
     for name, value in zip(names, values, strict=True):
         if not math.isfinite(value):
-            raise DivergedError(
-                f"training diverged: the {name} is {value} at step {step}",
-                hint="start again with a lower --lr, or --resume from the last saved state with --dtype float32",
-            )
+            raise _diverged(f"the {name} is {value}", step)
     return values
+
+
+def _diverged(what: str, step: int) -> DivergedError:
+    return DivergedError(
+        f"training diverged: {what} at step {step}",
+        hint="start again with a lower --lr, or --resume from the last saved state with --dtype float32",
+    )
 
 
 def counters_dict(counters: Counters) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -22,8 +23,12 @@ from gptvae_cli.checkpoint import (
     load,
     load_state,
     model_tensors,
+    remove_file,
+    remove_state,
+    remove_unfinished,
     save_model,
     save_state,
+    state_exists,
     write_atomically,
 )
 from gptvae_cli.config import DataConfig, ModelConfig
@@ -31,6 +36,7 @@ from gptvae_cli.errors import CheckpointError, ExitCode, GPTVAEError
 from gptvae_cli.header import FORMAT_VERSION, Layout, ModelHeader, read_layout, read_model_file
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.tokenizer import Tokenizer
+from tests.benchmarks.robust import mutations
 
 CPU = torch.device("cpu")
 TOKENIZER = Tokenizer.bytes()
@@ -205,7 +211,7 @@ class TestStrictLoading:
     @pytest.mark.parametrize(
         "claim",
         [
-            pytest.param({"depth": 65536, "enc_depth": 65536}, id="layers"),
+            pytest.param({"depth": 1024, "enc_depth": 1024}, id="layers"),
             pytest.param({"dim": 65536}, id="width"),
             pytest.param({"heads": 65536, "attn_dim_head": 1024}, id="heads"),
             pytest.param({"dim_latent": 65536}, id="latent"),
@@ -234,6 +240,25 @@ class TestStrictLoading:
     def test_tokenizer_that_is_none_is_refused(self, path: Path, model: GPTVAE, tokenizer: str) -> None:
         save_model(path, model, replace(HEADER, tokenizer=tokenizer))
         assert "the tokenizer is malformed: " in refusal(path)
+
+    @pytest.mark.parametrize(
+        ("part", "steps"),
+        [
+            ("normalizer", {"normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}),
+            ("normalizer", {"normalizers": [{"type": "Replace", "pattern": {"Regex": ""}, "content": "a"}] * 40}),
+            ("normalizer", {"normalizers": [{"type": "ByteLevel"}] * 40}),
+            ("normalizer", {"normalizers": [{"type": "Prepend", "prepend": "a" * 10_000}]}),
+            ("decoder", {"decoders": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}),
+        ],
+        ids=["strings", "expressions", "bytes", "prefix", "decoder"],
+    )
+    def test_tokenizer_that_blows_texts_up_is_refused(
+        self, path: Path, model: GPTVAE, part: str, steps: dict[str, object]
+    ) -> None:
+        """The library would make a terabyte of one letter, and take hours for it."""
+        bomb = json.loads(HEADER.tokenizer) | {part: {"type": "Sequence", **steps}}
+        save_model(path, model, replace(HEADER, tokenizer=json.dumps(bomb)))
+        assert f"its {part} can make a text" in refusal(path)
 
     def test_mutated_tokenizer_is_read_or_refused(self, path: Path, model: GPTVAE) -> None:
         """The `tokenizers` library panics on some of these, with a BaseException that escapes `except Exception`."""
@@ -279,20 +304,6 @@ class TestDamage:
         with pytest.raises(CheckpointError, match="the checksum differs"):
             load_state(tmp_path / "state.safetensors")
 
-    def test_mutated_file_is_loaded_or_refused(self, path: Path) -> None:
-        content = path.read_bytes()
-        header_end = 8 + int.from_bytes(content[:8], "little")
-        chance = random.Random(0)
-        for _ in range(200):
-            mutant = bytearray(content)
-            for _ in range(chance.randint(1, 4)):
-                mutant[chance.randrange(header_end)] = chance.randrange(256)
-            path.write_bytes(mutant)
-            try:
-                load(path, device=CPU)
-            except CheckpointError:
-                refusal(path)
-
     def test_foreign_file_is_refused(self, tmp_path: Path) -> None:
         save_file({"weight": torch.ones(3)}, tmp_path / "foreign.safetensors", metadata={"format": "pt"})
         assert "not a gptvae model" in refusal(tmp_path / "foreign.safetensors")
@@ -300,6 +311,34 @@ class TestDamage:
     def test_file_without_checksum_is_refused(self, path: Path, model: GPTVAE) -> None:
         save_file(model_tensors(model), path, metadata=HEADER.to_metadata())
         assert "the checksum differs" in refusal(path)
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> mutations.Target:
+    return mutations.Target(tmp_path_factory.mktemp("strangers"))
+
+
+class TestStrangers:
+    """Files that were changed at random, in their bytes or in what they say; see `benchmarks/robust/mutations.py`."""
+
+    @pytest.mark.parametrize("kind", mutations.KINDS)
+    def test_mutants_are_loaded_or_refused(
+        self, target: mutations.Target, kind: str, one_thread: None, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        tally = mutations.run(target, kind, 2000, seed=0)
+        assert tally.crashes == []
+        assert tally.loaded > 100, "not all of them are refused at the door"
+        assert tally.refused > 1000
+        assert tally.memory < 100
+
+    @pytest.mark.parametrize("kind", ["model", "state"])
+    def test_a_stranger_can_sign(self, target: mutations.Target, kind: str) -> None:
+        """Or no change with a checksum of its own would reach what lies behind it."""
+        content = target.originals[kind]
+        length = int.from_bytes(content[:8], "little")
+        header = mutations.parsed(content[8 : 8 + length].decode())
+        written = dict(dict(header)["__metadata__"])["sha256"]
+        assert mutations.checksum(header, content[8 + length :]) == written
 
 
 class TestState:
@@ -348,6 +387,14 @@ class TestState:
         assert state.note is not None
         assert f"cannot load {path}: " in state.note
         assert f"going on from {tmp_path / 'state.prev.safetensors'}" in state.note
+
+    def test_both_states_are_found_and_removed(self, tmp_path: Path) -> None:
+        path = self.save(tmp_path, 1, 2)
+        path.unlink()
+        assert state_exists(path)
+        remove_state(path)
+        assert not state_exists(path)
+        assert not list(tmp_path.iterdir())
 
     def test_error_is_about_the_newest_state_where_both_are_broken(self, tmp_path: Path) -> None:
         path = self.save(tmp_path, 1, 2)
@@ -467,6 +514,28 @@ class TestWriting:
         with pytest.raises(KeyboardInterrupt):
             write_atomically(tmp_path / "file", interrupted)
         assert not list(tmp_path.iterdir())
+
+    def test_what_a_killed_write_left_is_removed_and_nothing_else(self, tmp_path: Path) -> None:
+        """Every killed save of a state would otherwise take as much of the disk as the state itself, for ever."""
+        path = tmp_path / "state[1].safetensors"
+        kept = [tmp_path / name for name in ("state[1].safetensors", ".state1.safetensors.x.tmp", "mine.tmp")]
+        for file in kept:
+            file.touch()
+        left = tmp_path / ".state[1].safetensors.abc.tmp"
+        left.mkdir()
+        (left / "state[1].safetensors").write_bytes(b"half")
+        remove_unfinished(path)
+        assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+    def test_removing_a_file_keeps_the_link_to_it(self, tmp_path: Path) -> None:
+        (tmp_path / "disk").write_bytes(b"")
+        link = tmp_path / "link"
+        link.symlink_to("disk")
+        for _ in range(2):
+            remove_file(link)
+            assert list(tmp_path.iterdir()) == [link]
+        write_atomically(link, lambda new: new.touch())
+        assert (tmp_path / "disk").exists()
 
     def test_missing_folder_is_told(self, tmp_path: Path) -> None:
         with pytest.raises(GPTVAEError, match="No such file or directory") as caught:

@@ -49,6 +49,7 @@ def one_line(error: ConfigError) -> str:
 
 
 BETWEEN = "between 1 and 65536"
+LAYERS = "between 1 and 1024"
 SHARE = "between 0 and 1"
 BELOW_ONE = "at least 0 and below 1"
 SPECIALS = "three different tokens below 259"
@@ -59,8 +60,9 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
     (ModelConfig, {"num_tokens": 2**22 + 1}, "num-tokens is 4194305, it must be between 4 and 4194304"),
     (ModelConfig, {"dim": 0}, f"dim is 0, it must be {BETWEEN}"),
     (ModelConfig, {"dim": 65537}, f"dim is 65537, it must be {BETWEEN}"),
-    (ModelConfig, {"depth": 0}, f"depth is 0, it must be {BETWEEN}"),
-    (ModelConfig, {"enc_depth": -1}, f"enc-depth is -1, it must be {BETWEEN}"),
+    (ModelConfig, {"depth": 0}, f"depth is 0, it must be {LAYERS}"),
+    (ModelConfig, {"depth": 1025}, f"depth is 1025, it must be {LAYERS}"),
+    (ModelConfig, {"enc_depth": -1}, f"enc-depth is -1, it must be {LAYERS}"),
     (ModelConfig, {"dim_latent": 0}, f"dim-latent is 0, it must be {BETWEEN}"),
     (ModelConfig, {"heads": 0}, f"heads is 0, it must be {BETWEEN}"),
     (ModelConfig, {"max_seq_len": 2}, "max-seq-len is 2, it must be between 3 and 1048576"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptvae_cli import __version__
-from gptvae_cli.checkpoint import load, load_state, save_state
-from gptvae_cli.config import DataConfig, TrainConfig, to_dict
+from gptvae_cli.checkpoint import load, load_state, save_state, sync
+from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import (
     BusyError,
@@ -31,6 +33,7 @@ from gptvae_cli.errors import (
 )
 from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.header import read_header
+from gptvae_cli.model import GPTVAE
 from gptvae_cli.run import Job, claimed, resume, start, verdict
 from gptvae_cli.tokenizer import Tokenizer
 
@@ -167,6 +170,72 @@ def test_a_cache_of_the_users_own_is_left_alone(folder: Path, force: bool) -> No
         raise AssertionError
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.prev.safetensors", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", ["device", "folder", "loop"])
+def test_what_is_no_file_of_a_run_is_left_alone(folder: Path, name: str, kind: str) -> None:
+    """Above all a device, which root would remove."""
+    path = folder / name
+    if kind == "folder":
+        path.mkdir()
+        (path / "thesis.txt").touch()
+    else:
+        path.symlink_to(os.devnull if kind == "device" else path)
+    for flags in ({}, {"force": True}, {"resume": True}):
+        with pytest.raises(GPTVAEError), claimed(folder, **{"resume": False, "force": False, **flags}):
+            raise AssertionError
+    with pytest.raises(ConfigError, match="in the way"), claimed(folder, resume=False, force=True):
+        raise AssertionError
+    assert path.is_symlink() or names(path) == {"thesis.txt"}
+    assert Path(os.devnull).is_char_device()
+
+
+def test_links_in_a_run_folder_outlive_the_run(folder: Path, corpus: str, tmp_path: Path) -> None:
+    """Somebody keeps what is big on another disk: a new run goes there too, and the old one is gone from there."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    linked = ("model.safetensors", "state.safetensors", "metrics.jsonl")
+    for name in linked:
+        (folder / name).symlink_to(disk / name)
+    for steps in (3, 2):
+        with claimed(folder, resume=False, force=True):
+            finish(begin(folder, [corpus], steps=steps))
+        assert all((folder / name).is_symlink() for name in linked)
+        assert names(disk) == {*linked, "state.prev.safetensors"}
+    assert load_state(folder / "state.safetensors").metadata["counters"]["step"] == 2
+    assert load_state(disk / "state.prev.safetensors").metadata["counters"]["step"] == 0, "not one of the old run"
+
+
+def test_a_linked_cache_is_refused_and_kept(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (folder / "cache").symlink_to(tmp_path / "disk")
+    with pytest.raises(ConfigError, match="cache is in the way"), claimed(folder, resume=False, force=True):
+        raise AssertionError
+    assert (folder / "cache").is_symlink()
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(folder: Path) -> None:
+    for name in (".model.safetensors.x.tmp", ".state.safetensors.x.tmp", ".metrics.jsonl.x.tmp", "cache.part"):
+        (folder / name).mkdir()
+        (folder / name / "half").touch()
+    (folder / "mine.tmp").touch()
+    with claimed(folder, resume=False, force=False):
+        assert names(folder) == {"mine.tmp"}
+
+
+def test_a_folder_that_cannot_be_locked_is_not_in_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems know no locks."""
+
+    def fail(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with (
+        pytest.raises(GPTVAEError, match=r"cannot lock .*: No locks available"),
+        claimed(folder, resume=False, force=False),
+    ):
+        raise AssertionError
+
+
 def test_resuming_needs_a_state(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"a model alone")
     with pytest.raises(CheckpointError, match="no run to resume") as caught, claimed(folder, resume=True, force=False):
@@ -207,8 +276,9 @@ def test_a_folder_that_cannot_be_written_is_an_error(folder: Path) -> None:
 
 def test_a_run_leaves_a_model_a_state_a_log_and_a_cache(folder: Path, corpus: str) -> None:
     job = finish(begin(folder, [corpus]))
+    states = {"state.safetensors", "state.prev.safetensors"}
     companions = {"config.json", "tokenizer.json", "README.md"}
-    assert names(folder) == {"model.safetensors", "state.safetensors", "metrics.jsonl", "cache"} | companions
+    assert names(folder) == {"model.safetensors", "metrics.jsonl", "cache"} | states | companions
     assert names(folder / "cache") == CORPUS_FILES
     saved = load(folder / "model.safetensors", device=torch.device("cpu"))
     assert saved.header.model == job.model_config
@@ -334,7 +404,8 @@ def test_a_new_run_removes_only_what_gptvae_made(folder: Path, corpus: str) -> N
     (folder / "old").mkdir()
     (folder / "old" / "model.safetensors").write_text("mine too")
     begin(folder, [corpus])
-    assert names(folder) == {"cache", "notes.txt", "old"}
+    assert names(folder) == {"cache", "state.safetensors", "notes.txt", "old"}
+    assert load_state(folder / "state.safetensors").metadata["counters"]["step"] == 0
     assert (folder / "old" / "model.safetensors").read_text() == "mine too"
 
 
@@ -370,13 +441,16 @@ def test_what_cannot_start_loses_nothing(
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "options", [{"accumulate": 1}, {"accumulate": 2}, {"latents_dropout_prob": 1.0}], ids=["plain", "parts", "baseline"]
+)
 def test_a_run_that_goes_on_from_its_files_ends_as_one_that_was_not_interrupted(
-    folder: Path, tmp_path: Path, corpus: str, accumulate: int
+    folder: Path, tmp_path: Path, corpus: str, options: dict[str, Any]
 ) -> None:
+    """Of a baseline the optimizer has no moments but the decoder's."""
     other = tmp_path / "undisturbed"
     other.mkdir()
-    options: dict[str, Any] = {"accumulate": accumulate, "word_dropout": 0.2}
+    options = {"word_dropout": 0.2, **options}
     finish(begin(other, [corpus], **options))
     finish(begin(folder, [corpus], **options), until=3)
     finish(go_on(folder), until=4)
@@ -461,6 +535,176 @@ def test_a_state_that_says_too_little_is_refused(folder: Path, corpus: str, key:
         go_on(folder)
 
 
+def assert_same_end(folder: Path, other: Path) -> None:
+    """The very weights and moments, in the state and in the model. (The order of a header is safetensors' own.)"""
+    for name in ("state.safetensors", "model.safetensors"):
+        found, expected = load_file(folder / name), load_file(other / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
+
+
+def test_a_run_goes_on_from_before_its_first_step(folder: Path, corpus: str, tmp_path: Path) -> None:
+    """Reading the corpus may have taken hours, from a pipe."""
+    other = tmp_path / "undisturbed"
+    other.mkdir()
+    finish(begin(other, [corpus]))
+    begin(folder, [corpus])
+    finish(go_on(folder))
+    assert_same_end(folder, other)
+
+
+def test_a_kill_at_any_moment_of_a_save_costs_nothing(
+    folder: Path, tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after every call that the disk sees, the folder is as a SIGKILL would leave it: it is copied, and
+    the run goes on from the copy to the very end of the run that was not killed."""
+    monkeypatch.setattr("gptvae_cli.run.STATE_SECONDS", 0.0)
+    moments: list[Path] = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            keep()
+            result = function(*args, **options)
+            keep()
+            return result
+
+        return call
+
+    def keep() -> None:
+        if not moments or contents(folder) != contents(moments[-1]):
+            moments.append(tmp_path / f"moment{len(moments)}")
+            shutil.copytree(folder, moments[-1])
+
+    job = begin(folder, [corpus], steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr("gptvae_cli.checkpoint.save_file", watched(save_file))
+        patch.setattr("gptvae_cli.checkpoint.sync", watched(sync))
+        patch.setattr(Path, "replace", watched(Path.replace))
+        finish(job)
+    torn = 0
+    for moment in moments:
+        torn += not (moment / "state.safetensors").exists()
+        with claimed(moment, resume=True, force=False):
+            finish(go_on(moment))
+        assert not any(name.endswith(".tmp") for name in names(moment))
+        assert_same_end(moment, folder)
+        assert load(moment / "model.safetensors", device=CPU.device).header.training["steps"] == 3
+        steps = [json.loads(line)["step"] for line in (moment / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3]
+    assert len(moments) > 15
+    assert torn == 3, "between the two renames of each state"
+
+
+def test_the_log_tells_every_step_once(folder: Path, corpus: str) -> None:
+    """What was logged after the state was saved is logged again, and a line that was cut is no JSON."""
+    finish(begin(folder, [corpus]), until=4)
+    log = folder / "metrics.jsonl"
+    good = log.read_text() + '{"mine": 1}\n'
+    log.write_text(good + '{"step": 5}\n{"step": 9, "fig')
+    job = go_on(folder)
+    assert log.read_text() == good
+    finish(job)
+    logged = [json.loads(line).get("step") for line in log.read_text().splitlines()]
+    assert sorted(step for step in logged if step is not None) == list(range(1, 11))
+
+
+def test_a_full_disk_ends_a_run_in_one_line(folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`/dev/full` fails as a full disk does. The state that was saved before is good."""
+    job = begin(folder, [corpus])
+    before = contents(folder)
+    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(GPTVAEError, match=r"cannot write .*metrics\.jsonl: No space left on device") as caught:
+        finish(job)
+    assert caught.value.exit_code == ExitCode.FAILURE
+    assert contents(folder)["state.safetensors"] == before["state.safetensors"]
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("gptvae_cli.run.Corpus.build", fail)
+    with pytest.raises(GPTVAEError, match=r"cannot write .*cache\.part: No space left on device"):
+        begin(folder, [corpus])
+    assert contents(folder)["state.safetensors"] == before["state.safetensors"], "nor has a run to be replaced gone"
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    """Gives a run one state alone, whose metadata are changed and signed again."""
+    state = load_state(folder / "state.safetensors")
+    save_state(folder / "state.safetensors", state.tensors, {**state.metadata, **changes})
+    (folder / "state.prev.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"counters": [1]}, "counters are"),
+        ({"counters": {"step": 3, "stop": 1}}, "counters are"),
+        ({"counters": {"step": -1}}, "counter step is -1"),
+        ({"counters": {"step": 1.0}}, "counter step is 1.0"),
+        ({"counters": {"step": 10**30}}, "counter step is 1000"),
+        ({"counters": {"seconds": math.nan}}, "counter seconds is nan"),
+        ({"train": 1}, "training configuration is not a JSON object"),
+        ({"train": {"steps": "many"}}, "training configuration is wrong"),
+        ({"data": {"unit": "word"}}, "data configuration is wrong"),
+        ({"model": {}}, "model configuration is wrong"),
+        ({"tokenizer": "{}"}, "the tokenizer is malformed"),
+        ({"tokenizer": None}, "the tokenizer is malformed"),
+        ({"tokenizer": Tokenizer.train_bpe(LINES, 280).to_json()}, "its tokenizer has"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+def test_a_state_of_a_stranger_is_refused_in_one_line(
+    folder: Path, corpus: str, changes: dict[str, Any], said: str
+) -> None:
+    finish(begin(folder, [corpus]), until=1)
+    edited(folder, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        go_on(folder)
+    assert caught.value.message.startswith(f"cannot load {folder / 'state.safetensors'}: ")
+    assert said in caught.value.message
+    assert caught.value.message.isprintable()
+
+
+def test_a_small_state_cannot_claim_a_huge_model(folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = finish(begin(folder, [corpus]), until=1)
+    edited(folder, model=to_dict(replace(job.model_config, dim=65536, heads=1024, attn_dim_head=1024)))
+    build = GPTVAE.from_config
+
+    def build_without_memory(config: ModelConfig) -> GPTVAE:
+        assert torch.empty(0).is_meta
+        return build(config)
+
+    monkeypatch.setattr(GPTVAE, "from_config", build_without_memory)
+    with pytest.raises(CheckpointError, match=r"the state's tensor .* is \[.*\], this run needs"):
+        go_on(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("weights.decoder.token_emb.emb.weight", lambda tensor: tensor.double(), "is of torch.float64"),
+        ("weights.decoder.token_emb.emb.weight", lambda tensor: tensor[1:], "this run needs [259, 32]"),
+        ("weights.decoder.token_emb.emb.weight", lambda tensor: tensor * math.nan, "holds NaN or infinity"),
+        ("optimizer.exp_avg.decoder.token_emb.emb.weight", lambda tensor: tensor.long(), "is of torch.int64"),
+        ("optimizer.step.decoder.token_emb.emb.weight", lambda tensor: None, "is missing"),
+    ],
+    ids=["type", "shape", "nan", "moment", "missing"],
+)
+def test_a_tensor_of_a_state_that_does_not_fit_is_named(
+    folder: Path, corpus: str, name: str, change: Callable[[Tensor], Tensor | None], said: str
+) -> None:
+    finish(begin(folder, [corpus]), until=1)
+    state = load_state(folder / "state.safetensors")
+    changed = change(state.tensors.pop(name))
+    tensors = state.tensors if changed is None else {**state.tensors, name: changed}
+    save_state(folder / "state.safetensors", tensors, state.metadata)
+    (folder / "state.prev.safetensors").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        go_on(folder)
+    assert name in caught.value.message
+    assert said in caught.value.message
+
+
 def test_an_interruption_before_the_first_validation_leaves_a_model_too(folder: Path, corpus: str) -> None:
     finish(begin(folder, [corpus], steps=1000), until=1)
     assert {"model.safetensors", "state.safetensors"} <= names(folder)
@@ -536,6 +780,30 @@ def test_a_diverged_run_keeps_the_good_state(folder: Path, corpus: str, monkeypa
     assert saved.keys() == job.learner.tensors().keys()
     load(folder / "model.safetensors", device=CPU.device)
     assert go_on(folder).learner.counters.step == 8
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_the_last_step_broke_is_not_saved(folder: Path, corpus: str, value: float) -> None:
+    """No loss tells of it: there is no step after it that would have one."""
+    job = begin(folder, [corpus], steps=2, accumulate=1)
+    finish(job, until=1)
+    before = contents(folder)
+    with torch.no_grad():
+        job.learner.named["decoder.token_emb.emb.weight"][3, 2] = value
+    for save in (job.save_state, job.save_model):
+        with pytest.raises(DivergedError, match=r"training diverged: .*token_emb.* is not finite at step 1"):
+            save()
+    assert contents(folder) == before
+
+
+def test_figures_that_are_no_numbers_are_a_divergence(
+    folder: Path, corpus: str, measured: Callable[[list[Figures]], None]
+) -> None:
+    """Weights may be finite where what they give is not; and the log would be no JSON."""
+    measured([FIGURES, replace(FIGURES, kl=math.inf)])
+    with pytest.raises(DivergedError, match="validation is not finite at step 2"):
+        finish(begin(folder, [corpus]))
+    assert read_header(folder / "model.safetensors").training["steps"] == 1
 
 
 # Words ----------------------------------------------------------------------------------------------------------------

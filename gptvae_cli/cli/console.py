@@ -305,16 +305,30 @@ def output(name: str | None) -> Iterator[BinaryIO]:
         stream = io.BufferedWriter(_NamedFile(part, name))
     try:
         yield stream
-        stream.close()
-        if not in_place:
+        if in_place:
+            stream.close()
+        else:
             with _naming(name):
+                stream.flush()
+                os.fsync(stream.fileno())  # or a power cut may leave the name without its content
+                stream.close()
                 part.replace(path)
+            _sync_folder(path.parent)
     except BaseException:
         with suppress(OSError, GPTVAEError):
             stream.close()
         if not in_place:
             part.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some network file systems cannot; the file is in place all the same
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 class _NamedFile(io.FileIO):

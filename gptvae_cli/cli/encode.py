@@ -71,6 +71,7 @@ def encode(
         console.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
     path = locate_model(model)
     header = read_header(path)
+    header.require_latent(path)
     unit = unit or header.data.unit
     repairs = Repairs()
     texts = read_texts(

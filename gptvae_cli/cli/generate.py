@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, islice
@@ -102,6 +102,8 @@ def generate(
         console.refuse_terminal_stdin("gptvae generate --latent z.npy")
     path = locate_model(model)
     header = read_header(path)
+    if (latent, ref, text) != (None, None, None):
+        header.require_latent(path)
     unit, width = unit or header.data.unit, header.model.dim_latent
     printer = console.TextWriter(format, unit, null=null)
     if stream and format == "jsonl":
@@ -139,7 +141,11 @@ def generate(
             draws = sampling.repeated(latents, copies)
         elif texts is None:
             total = (prior or 1) * copies
-            draws = sampling.repeated(sampling.prior(config.seed, prior or 1, width), copies)
+            # Without a latent a row is named by its noise alone.
+            known: Iterable[Floats | None] = [None] * (prior or 1)
+            if header.has_latent:
+                known = sampling.prior(config.seed, prior or 1, width)
+            draws = sampling.repeated(known, copies)
         elif sample:
             draws = sampling.sampled(encoder.encode(texts), copies, config.seed)
         else:

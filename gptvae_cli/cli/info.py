@@ -59,6 +59,7 @@ def _summary(path: str, file: ModelFile) -> dict[str, Any]:
         "format_version": header.format_version,
         "parameters": sum(tensor.numel for tensor in file.tensors.values()),
         "preset": preset_of(header.model),
+        "has_latent": header.has_latent,
         "model": to_dict(header.model),
         "tokenizer": {"kind": _tokenizer_kind(header.tokenizer), "num_tokens": header.model.num_tokens},
         "data": to_dict(header.data),

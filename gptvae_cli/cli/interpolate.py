@@ -77,6 +77,7 @@ def interpolate(
     console.refuse_stdout("--latents-out", latents_out)
     path = locate_model(model)
     header = read_header(path)
+    header.require_latent(path)
     unit, width = unit or header.data.unit, header.model.dim_latent
     printer = console.TextWriter(format, unit, null=null)
     repairs = Repairs()

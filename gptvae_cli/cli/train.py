@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gptvae_cli.run import Job
 
 _PROCESS_BEGAN = time.monotonic()
+_SAME_WISH_SECONDS = 1.0
 _LIMITS = ("steps", "epochs", "max_time")
 _TEXTS, _SIZES, _LEARNING, _RUN = "The texts", "The model", "Learning", "The run"
 
@@ -331,13 +332,23 @@ def _finish(job: Job, *, quiet: bool) -> None:
 
 @contextmanager
 def _graceful() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM instead of dying of it; a second one has its usual effect."""
+    """Collects the first SIGINT or SIGTERM instead of dying of it; a later one has its usual effect.
+
+    One that comes within a second is the same wish: a key is pressed twice, and a wrapper such as `timeout` or
+    `uv run` passes on what the terminal has already sent to all of its processes.
+    """
     caught: list[int] = []
+    caught_at = 0.0
     previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def catch(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        restore()
+        nonlocal caught_at
+        if not caught:
+            caught.append(number)
+            caught_at = time.monotonic()
+        elif time.monotonic() - caught_at >= _SAME_WISH_SECONDS:
+            restore()
+            signal.raise_signal(number)
 
     def restore() -> None:
         for number, handler in previous.items():

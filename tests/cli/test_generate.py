@@ -22,7 +22,7 @@ from gptvae_cli.checkpoint import load
 from gptvae_cli.cli.app import app
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.decoding import Request, decode
-from tests.cli.conftest import LONGEST, WIDTH
+from tests.cli.conftest import LONGEST, WIDTH, make_model
 from tests.cli.test_train import assert_fails
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -383,3 +383,42 @@ def test_latents_of_a_pipe_are_checked_like_those_of_a_file(
     Path("bad.npy").write_bytes(array(latents))
     assert_fails(generate("--latent", "bad.npy", "--greedy"), 3, "bad.npy", *words)
     assert_fails(generate("--latent", "-", "--greedy", stdin=array(latents)), 3, *words)
+
+
+# A model without a latent ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def baseline(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "baseline.safetensors", train={"latents_dropout_prob": 1.0})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["encode", "texts.txt"],
+        ["generate", "--latent", "z.npy"],
+        ["generate", "--ref", "texts.txt", "--sample"],
+        ["generate", "--text", ""],
+        ["interpolate", "--from", "a", "--to", "b"],
+    ],
+    ids=" ".join,
+)
+def test_a_baseline_takes_and_gives_no_latents(generate: Generate, baseline: Path, arguments: list[str]) -> None:
+    """Its encoder is as random as it began, and its decoder has never seen a latent: both would give nonsense."""
+    result = CliRunner().invoke(app, [*arguments, "--model", str(baseline)])
+    assert_fails(result, 3, f"{baseline} has no latent", "--latents-dropout-prob 1", "gptvae generate --prior N")
+
+
+def test_a_baseline_writes_texts_without_a_latent(generate: Generate, baseline: Path) -> None:
+    """What x-transformers decodes where no embedding is put in front."""
+    arguments = ["generate", "--model", str(baseline)]
+    result = CliRunner().invoke(app, [*arguments, "--prior", "2", "--prompt", "a", "--greedy"])
+    checkpoint = load(baseline, device=torch.device("cpu"))
+    request = Request(0, 0, list(b"a"), None)
+    banned = [ord("\n"), ord("\r")]
+    (ids,) = decode(checkpoint.model, [request], SampleConfig(greedy=True), banned=banned, cached=False)
+    assert lines(result) == 2 * ["a" + bytes(ids).decode("utf-8", "replace")]
+    drawn = lines(CliRunner().invoke(app, [*arguments, "--prior", "3", "-n", "2", "--seed", "1"]))
+    assert len(set(drawn)) == 6, "each has token noise of its own"
+    assert lines(CliRunner().invoke(app, [*arguments, "--seed", "1"])) == drawn[:1]

@@ -86,6 +86,21 @@ def test_programs_see_the_same_as_json(models: Path) -> None:
     assert found["tokenizer"] == {"kind": "bytes", "num_tokens": 259}
     assert found["data"]["unit"] == "line"
     assert found["training"] == {"steps": 7, "validation": {"kl": 1.5, "texts": 30}}
+    assert found["has_latent"] is True
+
+
+@pytest.mark.parametrize(
+    ("training", "has_latent"),
+    [
+        ({"train": {"latents_dropout_prob": 1.0}}, "no"),
+        ({"train": {"latents_dropout_prob": 0.99}}, "yes"),
+        ({"train": [1.0]}, "yes"),
+        ({"train": {"latents_dropout_prob": [1]}}, "yes"),
+    ],
+    ids=["baseline", "hardly", "list", "nested"],
+)
+def test_a_baseline_is_said_to_have_no_latent(forged: MakeForged, training: dict[str, Any], has_latent: str) -> None:
+    assert shown(info(forged(training=json.dumps(training))))["has_latent"] == has_latent
 
 
 def test_every_leaf_of_the_json_is_shown_to_people(models: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pkgutil
 import pty
 import re
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from gptvae_cli.cli.app import app
@@ -560,6 +562,96 @@ def terminal_output(leader: int) -> Iterator[bytes]:
         if not chunk:
             return
         yield chunk
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `train` that nobody stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "names.txt").write_text("\n".join(NAMES) + "\n")
+    arguments = ["train", str(folder / "names.txt"), "--out", str(folder / "run"), "--steps", "4", *QUICK]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    return folder / "run"
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, place: str, call: int, *numbers: int) -> None:
+    """Lets signals arrive just before a call of a function, the one with this number."""
+    owner_name, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner_name)
+    original, calls = getattr(owner, name), 0
+
+    def wrapper(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        for number in numbers if calls == call else ():
+            signal.raise_signal(number)
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [
+        ("gptvae_cli.training._step", 1),
+        ("gptvae_cli.training.measure", 2),
+        ("gptvae_cli.run.save_model", 1),
+        ("gptvae_cli.run.Job._log", 2),
+    ],
+    ids=["before the first step", "validation", "save", "log"],
+)
+@pytest.mark.parametrize(
+    ("numbers", "code"),
+    [([signal.SIGINT], 130), ([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)],
+    ids=["int", "term", "int twice"],
+)
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(
+    train: Train, names: Path, out: Path, undisturbed: Path, place: str, call: int, numbers: list[int], code: int
+) -> None:
+    """Twice, because keys are, and because a wrapper may pass on what the terminal has sent to all already."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, place, call, *numbers)
+        result = train(names)
+    assert result.exit_code == code, result.stderr
+    assert "; the state is saved" in result.stderr
+    assert result.stdout == ""
+    machine = ["--device", "cpu", "--dtype", "float32", "--threads", "1"]
+    again = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), *machine])
+    assert again.exit_code == 0, again.stderr
+    for name in ("state.safetensors", "model.safetensors"):
+        found, expected = load_file(out / name), load_file(undisturbed / name)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
+
+
+@pytest.mark.parametrize("place", ["gptvae_cli.text.Tokenizer.encode_batch", "gptvae_cli.run._remove_run"])
+def test_a_stop_while_the_corpus_is_read_leaves_nothing(
+    train: Train, names: Path, out: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, place, 1, signal.SIGINT)
+        result = train(names)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert not out.exists()
+    assert train(names).exit_code == 0
+
+
+def test_a_second_wish_to_stop_is_heard_at_once_and_costs_no_state(
+    train: Train, names: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a second it is another one. What was saved before is good."""
+    monkeypatch.setattr("gptvae_cli.cli.train._SAME_WISH_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, "gptvae_cli.training.measure", 1, signal.SIGINT, signal.SIGINT)
+        result = train(names)
+    assert result.exit_code == 130
+    assert "the state is saved" not in result.stderr
+    assert "Traceback" not in result.stderr
+    again = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--device", "cpu"])
+    assert again.exit_code == 0, again.stderr
+    assert "resumed at step 0" in again.stderr
+    assert steps_of(out) == 4
 
 
 # How a run may end ----------------------------------------------------------------------------------------------------
