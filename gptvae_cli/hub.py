@@ -28,7 +28,7 @@ from gptvae_cli.evaluation import Figures
 from gptvae_cli.header import ModelHeader
 
 CONFIG_NAME, TOKENIZER_NAME, CARD_NAME = "config.json", "tokenizer.json", "README.md"
-_NAMES = (CONFIG_NAME, TOKENIZER_NAME, CARD_NAME)
+COMPANION_NAMES = (CONFIG_NAME, TOKENIZER_NAME, CARD_NAME)
 _MODEL_TYPE = "gptvae"
 _BOS, _EOS = "<gptvae:bos>", "<gptvae:eos>"
 """What `tokenizers` calls the special tokens. They are no entries of the vocabulary, so no text can spell one."""
@@ -70,14 +70,14 @@ def write_companions(folder: Path, header: ModelHeader, *, parameters: int, verd
 def remove_companions(folder: Path) -> None:
     """Removes those of these files that gptvae wrote."""
     foreign = foreign_companions(folder)
-    for name in _NAMES:
+    for name in COMPANION_NAMES:
         if name not in foreign:
             (folder / name).unlink(missing_ok=True)
 
 
 def foreign_companions(folder: Path) -> list[str]:
     """The names of these files under which there is something that is not ours, or no longer."""
-    return [name for name in _NAMES if (folder / name).exists() and not _is_ours(folder / name)]
+    return [name for name in COMPANION_NAMES if (folder / name).exists() and not _is_ours(folder / name)]
 
 
 def _write(path: Path, content: str) -> None:

@@ -48,7 +48,7 @@ from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, DataError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, remove_events, require_log
 from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
-from gptvae_cli.hub import foreign_companions, remove_companions, write_companions
+from gptvae_cli.hub import COMPANION_NAMES, foreign_companions, remove_companions, write_companions
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Repairs
 from gptvae_cli.training import Learner, StepReport, check_weights, counters_dict, train
@@ -136,7 +136,7 @@ def _foreign(cache: Path) -> Path | None:
 
 def _remove_unfinished(folder: Path) -> None:
     """Removes what a run left that was killed while it wrote; `claimed` knows that nobody writes now."""
-    for name in _FILES:
+    for name in (*_FILES, *COMPANION_NAMES):
         remove_unfinished(folder / name)
     shutil.rmtree(folder / _NEW_CACHE_NAME, ignore_errors=True)
 

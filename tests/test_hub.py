@@ -303,7 +303,7 @@ def test_an_edited_card_belongs_to_who_edited_it(folder: Path, corpus: str) -> N
     assert f"{card} is not gptvae's, or was edited, and stays as it is" in job.notes
     assert card.read_text() == edited
     job = begin(folder, [corpus])
-    assert names(folder) == {"cache", "README.md"}
+    assert names(folder) == {"cache", "README.md", "state.safetensors"}
     assert f"{card} is not gptvae's, or was edited, and stays as it is" in job.notes
     card.unlink()
     assert not any("stays as it is" in note for note in begin(folder, [corpus]).notes)
