@@ -13,19 +13,21 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gptvae_cli import __version__, sizing
 from gptvae_cli.checkpoint import load, load_state, save_model, save_state
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
-from gptvae_cli.data import Corpus, Rows, corpus_digest, padding_share, plan_batches
+from gptvae_cli.data import Corpus, Epoch, Rows, is_cache_file, padding_share
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
@@ -39,7 +41,9 @@ CACHE_NAME = "cache"
 STATE_SECONDS = 60.0
 METRICS_SECONDS = 5.0
 _NEW_CACHE_NAME = "cache.part"
-_OURS = (MODEL_NAME, STATE_NAME, "state.prev.safetensors", METRICS_NAME, CACHE_NAME)
+_FILES = (MODEL_NAME, STATE_NAME, "state.prev.safetensors", METRICS_NAME)
+_SAMPLE_BATCHES = 256
+"""Batches that padding is told of, and their number estimated by."""
 
 
 @contextmanager
@@ -95,13 +99,11 @@ def _foreign(cache: Path) -> Path | None:
         return None
     if not cache.is_dir():
         return cache
-    ours = (".tokens", ".offsets")
-    return next((p for p in sorted(cache.iterdir()) if p.name != "corpus.json" and p.suffix not in ours), None)
+    return next((path for path in sorted(cache.iterdir()) if not is_cache_file(path.name)), None)
 
 
-def _remove_run(folder: Path) -> None:
-    for name in _OURS:
-        path = folder / name
+def _remove_run(folder: Path, *, keep_cache: bool) -> None:
+    for path in [folder / name for name in (*_FILES, *([] if keep_cache else [CACHE_NAME]))]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -206,7 +208,7 @@ class Job:
             "precision": _dtype_name(self.precision),
             "corpus": asdict(self.corpus.facts),
             "steps": counters.step,
-            "epochs": round(counters.tokens / max(1, len(self.corpus.train.tokens) + len(self.corpus.train)), 2),
+            "epochs": round(counters.tokens / max(1, self.corpus.train.count + len(self.corpus.train)), 2),
             "seconds": round(counters.seconds, 1),
             "tokens_seen": counters.tokens,
             "validation": None if self.figures is None else asdict(self.figures),
@@ -215,11 +217,9 @@ class Job:
 
     def reconstructions(self, count: int, *, start: int = 0) -> list[tuple[str, str]]:
         """Held-out texts beside the greedy decode of their posterior mean."""
-        count = min(count, len(self.valid.spans()[0]))
-        starts, stops = self.valid.spans()
-        index = (np.arange(count) + start) % len(starts)
+        index = (np.arange(min(count, len(self.valid))) + start) % len(self.valid)
         decode = self.corpus.tokenizer.decode
-        batch = self.valid.batch(starts, stops, index)
+        batch = self.valid.batch(self.valid.spans(index))
         written = reconstruct(self.learner.model, list(batch.encoder_BT), banned=self.banned)
         return [(decode(row.tolist()), decode(ids)) for row, ids in zip(batch.encoder_BT, written, strict=True)]
 
@@ -266,8 +266,9 @@ def start(
         name, reason = sizing.choose_preset(config.max_time, accelerated=device.device.type != "cpu")
     sizes = asdict(sizing.preset(name)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
     new_cache = folder / _NEW_CACHE_NAME
+    earlier = Corpus.recall(folder / CACHE_NAME, sources, data)
     try:
-        corpus = Corpus.build(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
+        corpus = earlier or Corpus.build(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
         model_config = _model_config(corpus, data, sizes)
         torch.manual_seed(config.seed)
         model = GPTVAE.from_config(model_config).to(device.device)
@@ -275,8 +276,9 @@ def start(
         shutil.rmtree(new_cache, ignore_errors=True)
         raise
     # Only now, with a corpus and a model in hand, does an earlier run have to go.
-    _remove_run(folder)
-    new_cache.rename(folder / CACHE_NAME)
+    _remove_run(folder, keep_cache=earlier is not None)
+    if earlier is None:
+        new_cache.rename(folder / CACHE_NAME)
     facts, tokenizer = corpus.facts, corpus.tokenizer
     notes = [
         f"corpus: {facts.texts:,} texts of {facts.characters:,} characters"
@@ -284,27 +286,28 @@ def start(
         + f"; {len(corpus.train):,} to train on, {len(corpus.valid):,} held out",
         f"tokenizer: {tokenizer.kind}, {tokenizer.num_tokens:,} tokens ({facts.tokenizer_reason})",
     ]
+    if earlier is not None:
+        notes.append(f"its tokens were in {folder / CACHE_NAME}, and were not made again")
     job = Job(folder, corpus, data, Learner(model, config), precision, notes)
-    starts, stops = job.rows.spans(config.seed, 0)
-    lengths = stops - starts + 2
-    plan = plan_batches(lengths, config.batch_tokens, np.random.default_rng(0))
+    sample = list(islice(Epoch(job.rows, config.batch_tokens, config.seed, 0).spans(), _SAMPLE_BATCHES))
+    batches = round(len(job.rows) * len(sample) / sum(map(len, sample)))
     notes += [
         f"model: {name} ({reason}): {sum(p.numel() for p in model.parameters()):,} parameters,"
         f" encoder {model_config.enc_depth} and decoder {model_config.depth} layers of {model_config.dim},"
         f" latent {model_config.dim_latent}, up to {model_config.max_seq_len} tokens",
-        f"batches: {config.batch_tokens:,} tokens, {len(plan):,} an epoch,"
-        f" {100 * padding_share(lengths, plan):.1f} % padding",
+        f"batches: {config.batch_tokens:,} tokens, about {batches:,} an epoch,"
+        f" {100 * padding_share(sample):.1f} % padding",
         f"device: {device.device} ({device.reason}), {_dtype_name(precision)} ({precision.reason})",
     ]
-    if job.rows.cut:
-        notes.append(f"{job.rows.cut:,} texts are longer than the model and are cut; --max-seq-len sets its length")
+    if cut := job.rows.count_cut():
+        notes.append(f"{cut:,} texts are longer than the model and are cut; --max-seq-len sets its length")
     return job
 
 
 def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, int]) -> ModelConfig:
     """These sizes, with a length that fits the corpus unless there is one."""
     stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
-    long_length = max(int(np.quantile(store.lengths + 2, 0.999, method="higher")) for store in stores)
+    long_length = max(_quantile(store.lengths(), 0.999) for store in stores) + 2
     tokenizer = corpus.tokenizer
     return ModelConfig(
         num_tokens=tokenizer.num_tokens,
@@ -313,6 +316,15 @@ def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, int]) ->
         eos_id=tokenizer.eos_id,
         **{"max_seq_len": sizing.choose_max_seq_len(long_length, data.unit), **sizes},
     )
+
+
+def _quantile(pieces: Iterable[npt.NDArray[np.int64]], share: float) -> int:
+    """The least of these lengths that at most the rest of the share exceeds; what no model reads counts as one."""
+    counts = np.zeros(2**20 + 1, dtype=np.int64)
+    for lengths_N in pieces:
+        counts += np.bincount(np.minimum(lengths_N, 2**20), minlength=len(counts))
+    rank = np.ceil(share * (counts.sum() - 1))
+    return int(np.searchsorted(np.cumsum(counts), rank, side="right"))
 
 
 def _dtype_name(precision: Precision) -> str:
@@ -351,7 +363,7 @@ def resume(
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"the state in {folder} says too little about itself: {error}") from error
     corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
-    if sources and corpus_digest(sources, data, stdin=stdin) != corpus.facts.digest:
+    if sources and not corpus.is_of(sources, data, stdin=stdin):
         raise DataError(
             f"{', '.join(sources)} is not the corpus that {folder} was trained on",
             hint="--resume needs no corpus; another one needs a run of its own, --out FOLDER",

@@ -267,12 +267,21 @@ def read_texts(
         DataError: at once for a source that is missing or a folder without texts; while reading for one that
             cannot be read, is not UTF-8, is not valid JSON or gzip, or lacks the field.
     """
-    files = [file for source in sources or [_STDIN] for file in _files(source)]
+    files = source_files(sources)
     if _STDIN in files and stdin is None:
         stdin = getattr(sys.stdin, "buffer", None)
         if stdin is None:
             raise DataError("cannot read stdin: it is closed", hint="name a file")
     return chain.from_iterable(_read_file(file, unit, field, stdin) for file in files)
+
+
+def source_files(sources: Sequence[str]) -> list[str]:
+    """The files that sources stand for, in order; `-` is stdin, as are no sources.
+
+    Raises:
+        DataError: for a source that is missing or a folder without texts.
+    """
+    return [file for source in sources or [_STDIN] for file in _files(source)]
 
 
 def _files(source: str) -> list[str]:

@@ -6,7 +6,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import pytest
 from torch import Tensor
 
 from gptvae_cli.config import DataConfig, ModelConfig
-from gptvae_cli.data import Corpus, Epoch, Rows, TokenStore, corpus_digest, fixed_batches, padding_share, plan_batches
+from gptvae_cli.data import Corpus, Epoch, Rows, corpus_digest, fixed_batches, padding_share, plan_batches
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError, ExitCode
 from gptvae_cli.text import Tokenizer
+from gptvae_cli.tokens import Ints, TokenStore
 
 PAD, BOS, EOS = 256, 257, 258  # of the bytes tokenizer
 LINES = [f"{'abcdefghij' * 3}"[: 1 + i % 23] + str(i) for i in range(400)]
@@ -33,8 +34,13 @@ def build(folder: Path, text: str | bytes, *, on_progress: Callable[[int], None]
 
 def contents(corpus: Corpus, store: TokenStore | None) -> list[str]:
     assert store is not None
-    pieces = (store.tokens[a:b] for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True))
-    return [corpus.tokenizer.decode(piece.tolist()) for piece in pieces]
+    starts_N, lengths_N = store.spans(np.arange(len(store)))
+    pieces = np.split(store.read(starts_N, lengths_N), np.cumsum(lengths_N)[:-1])
+    return [corpus.tokenizer.decode(piece.tolist()) for piece in pieces[: len(store)]]
+
+
+def lengths_of(store: TokenStore) -> Ints:
+    return np.concatenate(list(store.lengths()))
 
 
 def shape(**changes: int) -> ModelConfig:
@@ -52,8 +58,8 @@ def as_lists(tokens_BT: Tensor) -> list[list[int]]:
 
 
 def all_rows(rows: Rows, seed: int | None = None) -> list[list[int]]:
-    starts, stops = rows.spans(seed)
-    return as_lists(rows.batch(starts, stops, np.arange(len(starts))).tokens_BT)
+    spans = rows.spans(np.arange(len(rows))) if seed is None else rows.drawn(seed, 0, 0, len(rows))
+    return as_lists(rows.batch(spans).tokens_BT)
 
 
 @pytest.fixture
@@ -77,7 +83,7 @@ def test_a_corpus_comes_back_from_its_cache(tmp_path: Path, tokenizer: str) -> N
         assert Counter(kept + held_out) == Counter(lines)
         assert kept == [line for line in lines if line not in held_out], "the order of the corpus is kept"
         assert (len(corpus.train), len(corpus.valid)) == (len(kept), len(held_out))
-        assert corpus.train.lengths.tolist() == [len(ids) for ids in corpus.tokenizer.encode_batch(kept)]
+        assert lengths_of(corpus.train).tolist() == [len(ids) for ids in corpus.tokenizer.encode_batch(kept)]
     assert opened.facts == built.facts
     assert built.facts.texts == len(lines)
     assert built.facts.characters == sum(map(len, lines))
@@ -94,10 +100,11 @@ def test_more_than_65536_tokens_are_stored_without_wrapping_round(tmp_path: Path
     words.save(str(tmp_path / "words.json"))
     corpus = build(tmp_path, "w69999 w1\nw65536 w65535\nw2", tokenizer=str(tmp_path / "words.json"), valid="0.001")
     assert corpus.tokenizer.num_tokens == 70_003
-    assert [*corpus.train.tokens.tolist(), *corpus.valid.tokens.tolist()] == [69999, 1, 65536, 65535, 2]
+    found = [store.read(np.array([0]), np.array([store.count])).tolist() for store in (corpus.train, corpus.valid)]
+    assert found == [[69999, 1, 65536, 65535], [2]]
 
 
-@pytest.mark.parametrize("name", ["train.tokens", "train.offsets", "valid.offsets", "corpus.json"])
+@pytest.mark.parametrize("name", ["train.tokens", "train.offsets", "valid.offsets", "tokenizer.json", "corpus.json"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "half"])
 def test_a_damaged_cache_is_an_error_and_not_other_tokens(tmp_path: Path, name: str, damage: str) -> None:
     """Half of a file of two-byte tokens must not pass for one of another width."""
@@ -317,7 +324,7 @@ def test_a_text_that_just_fits_keeps_its_eos_and_a_longer_one_is_cut_without(tmp
     ]
     assert all_rows(rows) == expected
     assert max(map(len, expected)) == longest
-    assert rows.cut == sum(len(text) > longest - 2 for text in texts) == 4
+    assert rows.count_cut() == sum(len(text) > longest - 2 for text in texts) == 4
 
 
 def test_sources_are_cut_by_the_same_rule(tmp_path: Path) -> None:
@@ -327,12 +334,11 @@ def test_sources_are_cut_by_the_same_rule(tmp_path: Path) -> None:
         tmp_path, "\n".join("t" * (i + 1) for i in range(8)), valid="0.0001", latents_from=str(tmp_path / "sources.txt")
     )
     rows = rows_of(corpus, max_seq_len=12)
-    starts, stops = rows.spans()
-    batch = rows.batch(starts, stops, np.arange(7))
+    batch = rows.batch(rows.spans(np.arange(7)))
     assert as_lists(batch.encoder_BT) == [
         [BOS, *text.encode(), EOS] if len(text) <= 10 else [BOS, *text.encode()[:11]] for text in texts
     ]
-    assert rows.cut == 4, "what the encoder does not see is counted too"
+    assert rows.count_cut() == 4, "what the encoder does not see is counted too"
 
 
 def test_a_batch_counts_its_target_tokens(tmp_path: Path) -> None:
@@ -345,28 +351,38 @@ def test_a_batch_counts_its_target_tokens(tmp_path: Path) -> None:
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [None, 0], ids=["evaluation", "training"])
 @pytest.mark.parametrize("batch_tokens", [16, 100, 2048, 10**6])
-def test_every_row_is_in_exactly_one_batch_and_no_batch_is_over_budget(order: int | None, batch_tokens: int) -> None:
-    """But for a row that is longer than the budget, which is a batch of its own."""
+def test_every_row_is_in_exactly_one_batch_and_no_batch_is_over_budget(batch_tokens: int) -> None:
+    """But for a row that is longer than the budget, which is a batch of its own. One row more would be too much."""
     lengths = np.random.default_rng(0).geometric(0.05, 3000) + 2
-    plan = plan_batches(lengths, batch_tokens, None if order is None else np.random.default_rng(order))
+    plan = plan_batches(lengths, batch_tokens)
     assert sorted(np.concatenate(plan).tolist()) == list(range(3000))
     for rows in plan:
         assert len(rows) == 1 or len(rows) * lengths[rows].max() <= batch_tokens
+    for rows, following in pairwise(plan):
+        assert (len(rows) + 1) * lengths[following].min() > batch_tokens
+
+
+@pytest.mark.parametrize("batch_tokens", [16, 100, 2048, 10**6])
+@pytest.mark.parametrize("unit", ["line", "window"])
+def test_an_epoch_is_every_row_once_and_no_batch_is_over_budget(tmp_path: Path, unit: str, batch_tokens: int) -> None:
+    corpus = build(tmp_path, "\n".join(LINES * 5), unit=unit)
+    rows = Rows(corpus.train, shape(), window=unit == "window")
+    batches = list(Epoch(rows, batch_tokens, seed=4, epoch=2).spans())
+    assert sorted(np.concatenate([batch.index_N for batch in batches]).tolist()) == list(range(len(rows)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * batch.widths_N.max() <= batch_tokens
 
 
 def test_the_padding_that_is_told_is_the_padding_that_is_there(tmp_path: Path) -> None:
     rows = rows_of(build(tmp_path, "\n".join(LINES)))
-    lengths = rows.store.lengths + 2
     epoch = Epoch(rows, 300, seed=0, epoch=0)
     padding = tokens = 0
     for batch in epoch.batches():
         padding += int((batch.tokens_BT == PAD).sum())
         tokens += batch.tokens_BT.numel()
-    assert padding_share(lengths, epoch.plan) == pytest.approx(padding / tokens)
-    one_by_one = [np.array([i]) for i in range(len(lengths))]
-    assert padding_share(lengths, one_by_one) == 0
+    assert padding_share(epoch.spans()) == pytest.approx(padding / tokens)
+    assert padding_share(rows.spans(np.array([i])) for i in range(len(rows))) == 0
 
 
 @pytest.mark.parametrize("name", ["tatoeba_eng_train", "zinc_smiles_train", "snli_train", "names_us"])
@@ -376,12 +392,12 @@ def test_padding_of_a_real_corpus_is_below_five_percent(tmp_path: Path, data: Pa
     corpus = build(tmp_path, text, tokenizer="auto")
     rows = Rows(corpus.train, shape(max_seq_len=256, num_tokens=30_000), window=False)
     epoch = Epoch(rows, 2048, seed=0, epoch=0)
-    assert padding_share(corpus.train.lengths + 2, epoch.plan) < 0.05
-    assert len(epoch) > 50
+    assert padding_share(epoch.spans()) < 0.05
+    assert len(list(epoch.spans())) > 50
 
 
 def plan_of(rows: Rows, seed: int, epoch: int) -> list[list[int]]:
-    return [batch.tolist() for batch in Epoch(rows, 256, seed, epoch).plan]
+    return [batch.index_N.tolist() for batch in Epoch(rows, 256, seed, epoch).spans()]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone(tmp_path: Path) -> None:
@@ -403,12 +419,54 @@ def test_batches_of_one_epoch_do_not_come_in_order_of_length(tmp_path: Path) -> 
     assert widths != sorted(widths, reverse=True)
 
 
-def test_an_epoch_goes_on_from_its_middle(tmp_path: Path) -> None:
-    epoch = Epoch(rows_of(build(tmp_path, "\n".join(LINES))), 256, seed=2, epoch=1)
+@pytest.mark.parametrize("unit", ["line", "window"])
+def test_an_epoch_goes_on_from_behind_any_of_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """In the middle of a pool, at the seam of two, and at the end."""
+    monkeypatch.setattr("gptvae_cli.data._POOL_BATCHES", 4)
+    corpus = build(tmp_path, "\n".join(LINES), unit=unit)
+    epoch = Epoch(Rows(corpus.train, shape(), window=unit == "window"), 256, seed=2, epoch=1)
     whole = [batch.tokens_BT.tolist() for batch in epoch.batches()]
-    assert len(whole) == len(epoch) > 5
-    for skip in (0, 3, len(whole) - 1, len(whole)):
-        assert [batch.tokens_BT.tolist() for batch in epoch.batches(skip)] == whole[skip:]
+    assert len(whole) > 12
+    skip = 0
+    for done, batch in enumerate(whole):
+        assert [batch.tokens_BT.tolist() for batch in epoch.batches(skip)] == whole[done:]
+        skip += len(batch)
+    assert list(epoch.batches(skip)) == []
+
+
+def test_pools_that_are_skipped_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or to resume late in an epoch of billions of rows would take hours."""
+    monkeypatch.setattr("gptvae_cli.data._POOL_BATCHES", 1)
+    rows = rows_of(build(tmp_path, "\n".join(LINES * 20)))
+    read: list[tuple[int, int]] = []
+    drawn = rows.drawn
+    monkeypatch.setattr(
+        rows, "drawn", lambda seed, epoch, first, stop: read.append((first, stop)) or drawn(seed, epoch, first, stop)
+    )
+    epoch = Epoch(rows, 256, seed=0, epoch=0)
+    skip = len(rows) - epoch.pool_rows - len(rows) % epoch.pool_rows
+    list(epoch.batches(skip))
+    assert min(read)[0] == skip
+    read.clear()
+    next(epoch.batches())
+    assert read == [(0, epoch.pool_rows)], "and the first batch needs no pool but its own"
+
+
+def test_lines_that_follow_each_other_are_shuffled_over_the_whole_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Corpora come sorted: a pool that held neighbours would be of one topic."""
+    monkeypatch.setattr("gptvae_cli.data._POOL_BATCHES", 4)
+    rows = rows_of(build(tmp_path, "\n".join(LINES * 20)))
+    epoch = Epoch(rows, 256, seed=0, epoch=0)
+    index_N = np.concatenate([batch.index_N for batch in epoch.spans()])
+    pools = np.split(index_N, range(epoch.pool_rows, len(rows), epoch.pool_rows))
+    assert len(pools) > 50
+    # The mean of a pool is that of the corpus, within five standard deviations of a mean of uniform numbers.
+    tolerance = 5 * len(rows) / (12 * epoch.pool_rows) ** 0.5
+    assert all(abs(pool.mean() - len(rows) / 2) < tolerance for pool in pools[:-1])
 
 
 def test_evaluation_takes_the_first_rows_whatever_the_batch_size(tmp_path: Path) -> None:
@@ -439,20 +497,24 @@ def test_crops_are_pieces_of_the_text_and_as_long_as_the_model(tmp_path: Path) -
     text = "".join(contents(corpus, corpus.train))
     rows = window_rows(corpus, corpus.train)
     crops = all_rows(rows, seed=0)
-    assert len(crops) == len(text) // 32
+    assert len(crops) == -(-len(text) // 32), "as many as cover the text"
     assert all(len(crop) == 33 and crop[0] == BOS and EOS not in crop for crop in crops)
     assert all(corpus.tokenizer.decode(crop) in text for crop in crops)
-    assert rows.cut == 0
+    assert rows.count_cut() == 0
 
 
 def test_crops_fall_everywhere_and_elsewhere_in_every_epoch(tmp_path: Path) -> None:
     corpus = build(tmp_path, RUNNING, unit="window")
     rows = window_rows(corpus, corpus.train)
-    total = len(corpus.train.tokens)
-    starts = [rows.spans(seed=0, epoch=epoch)[0] for epoch in range(30)]
+    total = corpus.train.count
+
+    def starts_of(seed: int, epoch: int) -> Ints:
+        return rows.drawn(seed, epoch, 0, len(rows)).starts_N
+
+    starts = [starts_of(seed=0, epoch=epoch) for epoch in range(30)]
     assert len({tuple(one.tolist()) for one in starts}) == 30
-    assert starts[7].tolist() == rows.spans(seed=0, epoch=7)[0].tolist()
-    assert starts[7].tolist() != rows.spans(seed=1, epoch=7)[0].tolist()
+    assert starts[7].tolist() == starts_of(seed=0, epoch=7).tolist()
+    assert starts[7].tolist() != starts_of(seed=1, epoch=7).tolist()
     seen = np.zeros(total, dtype=int)
     for start in np.concatenate(starts):
         seen[start : start + 32] += 1

@@ -15,8 +15,8 @@ import gptvae_cli
 PACKAGE = Path(gptvae_cli.__file__).parent
 
 ROWS: list[set[str]] = [
-    {"config", "schedule", "sizing", "text", "header", "errors", "noise"},
-    {"latent", "fused"},
+    {"config", "schedule", "sizing", "text", "header", "errors", "noise", "shuffle"},
+    {"latent", "fused", "tokens"},
     {"decoding"},
     {"model"},
     {"objective"},

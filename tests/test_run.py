@@ -38,7 +38,7 @@ LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a b
 CPU = Device(torch.device("cpu"), "asked for")
 FLOAT32 = Precision(torch.float32, "exact")
 TINY = {"dim": 32, "depth": 1, "enc_depth": 1, "heads": 2, "attn_dim_head": 16, "dim_latent": 8}
-CORPUS_FILES = {"corpus.json", "train.tokens", "train.offsets", "valid.tokens", "valid.offsets"}
+CORPUS_FILES = {"corpus.json", "tokenizer.json", "train.tokens", "train.offsets", "valid.tokens", "valid.offsets"}
 FIGURES = Figures(
     texts=100,
     tokens=1000,
@@ -287,7 +287,7 @@ def test_the_longer_of_texts_and_sources_sets_the_length(folder: Path, corpus: s
     sources.write_text("\n".join(line * 3 for line in LINES))
     job = begin(folder, [corpus], data={"latents_from": str(sources)})
     assert job.model_config.max_seq_len == 56
-    assert job.rows.cut == 0
+    assert job.rows.count_cut() == 0
     assert not any("cut" in note for note in job.notes)
 
 
