@@ -35,6 +35,8 @@ _SAMPLE_CHARS = 32 * 2**20
 """How much text a tokenizer is chosen by and trained on."""
 _PIECE_CHARS = 2**20
 """How much text is tokenised at a time."""
+_TEXT_CHARS = 16
+"""What a text counts besides its characters: as an object it takes some 100 bytes, however short it is."""
 _POOL_BATCHES = 64
 """Batches whose rows are sorted by length together: more means less padding, and batches more alike in length."""
 _EDGE_BYTES = 2**20
@@ -358,11 +360,11 @@ def _pairs(sources: Sequence[str], config: DataConfig, stdin: BinaryIO | None) -
 
 
 def _take(pairs: Iterator[tuple[str, str]], characters: int) -> list[tuple[str, str]]:
-    """The next texts, until they hold this many characters; none at the end."""
+    """The next texts, until they hold about this many characters; none at the end."""
     taken: list[tuple[str, str]] = []
     for pair in pairs:
         taken.append(pair)
-        characters -= len(pair[0]) + len(pair[1]) + 1
+        characters -= len(pair[0]) + len(pair[1]) + _TEXT_CHARS
         if characters <= 0:
             break
     return taken

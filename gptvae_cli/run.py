@@ -266,6 +266,7 @@ def start(
         name, reason = sizing.choose_preset(config.max_time, accelerated=device.device.type != "cpu")
     sizes = asdict(sizing.preset(name)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
     new_cache = folder / _NEW_CACHE_NAME
+    shutil.rmtree(new_cache, ignore_errors=True)  # of a start that was killed
     earlier = Corpus.recall(folder / CACHE_NAME, sources, data)
     try:
         corpus = earlier or Corpus.build(sources, data, new_cache, stdin=stdin, on_progress=on_progress)

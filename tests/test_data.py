@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
@@ -185,6 +187,181 @@ def test_a_corpus_larger_than_a_piece_loses_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("gptvae_cli.data._SAMPLE_CHARS", 1000)
     corpus = build(tmp_path, "\n".join(LINES))
     assert Counter(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == Counter(LINES)
+
+
+# Using a cache again --------------------------------------------------------------------------------------------------
+
+
+def recalled(folder: Path, **data: Any) -> Corpus | None:
+    return Corpus.recall(folder / "cache", [str(folder / "corpus.txt")], DataConfig(**{"tokenizer": "bytes", **data}))
+
+
+def test_a_corpus_that_did_not_change_is_recalled(tmp_path: Path) -> None:
+    built = build(tmp_path, "\n".join(LINES), tokenizer="bpe", vocab_size=300)
+    again = recalled(tmp_path, tokenizer="bpe", vocab_size=300)
+    assert again is not None
+    assert again.facts == built.facts
+    assert again.tokenizer.to_json() == built.tokenizer.to_json()
+    assert contents(again, again.train) == contents(built, built.train)
+    assert contents(again, again.valid) == contents(built, built.valid)
+
+
+def test_a_file_that_was_moved_is_recalled(tmp_path: Path) -> None:
+    build(tmp_path, "\n".join(LINES))
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "corpus.txt").rename(tmp_path / "elsewhere" / "corpus.txt")
+    assert Corpus.recall(tmp_path / "cache", [str(moved)], DataConfig(tokenizer="bytes")) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unit": "paragraph"},
+        {"valid": "0.1"},
+        {"tokenizer": "bpe"},
+        {"tokenizer": "bpe", "vocab_size": 300},
+        {"latents_from": "corpus.txt"},
+    ],
+    ids=str,
+)
+def test_other_settings_are_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path, "\n".join(LINES))
+    assert recalled(tmp_path) is not None
+    assert recalled(tmp_path, **change) is None
+
+
+@pytest.mark.parametrize("change", ["first", "last", "longer", "touched", "renamed", "one-more"])
+def test_another_corpus_is_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """Only what is neither at an edge of a file nor shows in its size and time passes unseen."""
+    monkeypatch.setattr("gptvae_cli.data._EDGE_BYTES", 4)
+    text = "\n".join(LINES)
+    build(tmp_path, text)
+    path, config = tmp_path / "corpus.txt", DataConfig(tokenizer="bytes")
+    time = path.stat().st_mtime_ns
+    sources = [str(path)]
+    match change:
+        case "first":
+            path.write_text("X" + text[1:])
+        case "last":
+            path.write_text(text[:-1] + "X")
+        case "longer":
+            path.write_text(text + "\n")
+        case "renamed":
+            sources = [str(path.rename(tmp_path / "corpus.jsonl"))]
+        case "one-more":
+            (tmp_path / "more.txt").write_text("more")
+            sources.append(str(tmp_path / "more.txt"))
+    if change == "touched":
+        os.utime(path, ns=(time, time + 1))
+    elif path.exists():
+        os.utime(path, ns=(time, time))
+    assert Corpus.recall(tmp_path / "cache", sources, config) is None
+
+
+@pytest.mark.parametrize("option", ["valid", "latents_from", "tokenizer"])
+def test_a_file_that_a_setting_names_belongs_to_the_corpus(tmp_path: Path, option: str) -> None:
+    named = tmp_path / "named"
+    text = Tokenizer.train_bpe(LINES, 300).to_json() if option == "tokenizer" else "\n".join(LINES)
+    named.write_text(text)
+    build(tmp_path, "\n".join(LINES), **{option: str(named)})
+    assert recalled(tmp_path, **{option: str(named)}) is not None
+    named.write_text(text.replace("a", "b", 1))
+    assert recalled(tmp_path, **{option: str(named)}) is None
+    named.unlink()
+    assert recalled(tmp_path, **{option: str(named)}) is None
+
+
+def test_standard_input_is_never_recalled(tmp_path: Path) -> None:
+    """What it holds is known only once it is read; its digest tells whether it is the corpus of a run."""
+    config, text = DataConfig(tokenizer="bytes"), "\n".join(LINES).encode()
+    corpus = Corpus.build([], config, tmp_path / "cache", stdin=io.BytesIO(text))
+    assert corpus.fingerprint is None
+    assert Corpus.recall(tmp_path / "cache", [], config) is None
+    assert corpus.is_of([], config, stdin=io.BytesIO(text))
+    assert not corpus.is_of([], config, stdin=io.BytesIO(text[1:]))
+
+
+def test_a_corpus_is_known_by_its_files_or_else_by_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, config = build(tmp_path, "\n".join(LINES)), DataConfig(tokenizer="bytes")
+    path, copy = tmp_path / "corpus.txt", tmp_path / "copy.txt"
+    copy.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert corpus.is_of([str(copy)], config)
+    copy.write_bytes(b"another" + path.read_bytes())
+    assert not corpus.is_of([str(copy)], config)
+    monkeypatch.setattr("gptvae_cli.data.read_texts", None)
+    assert corpus.is_of([str(path)], config), "without reading it"
+
+
+def test_an_interrupted_cache_is_none_and_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a whole one of another corpus, too, whose list of files would else vouch for it."""
+    monkeypatch.setattr("gptvae_cli.data._PIECE_CHARS", 1000)
+    text = "\n".join(LINES)
+    build(tmp_path, "another\ncorpus\nthan\nthat")
+
+    def interrupt(characters: int) -> None:
+        if characters > sum(map(len, LINES)) / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, text, on_progress=interrupt)
+    assert (tmp_path / "cache" / "train.tokens").stat().st_size > 0
+    assert recalled(tmp_path) is None
+    with pytest.raises(CheckpointError):
+        Corpus.open(tmp_path / "cache", Tokenizer.bytes())
+    corpus = build(tmp_path, text)
+    assert Counter(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == Counter(LINES)
+    assert recalled(tmp_path) is not None
+
+
+def test_a_damaged_cache_is_not_recalled(tmp_path: Path) -> None:
+    build(tmp_path, "\n".join(LINES))
+    for path in sorted((tmp_path / "cache").iterdir()):
+        content = path.read_bytes()
+        for damaged in (content[:-2], content + b"x", b""):
+            path.write_bytes(damaged)
+            assert recalled(tmp_path) is None, path.name
+        path.write_bytes(content)
+        assert recalled(tmp_path) is not None
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+MANY_ROWS = """
+import resource, sys
+from pathlib import Path
+from gptvae_cli import data
+from gptvae_cli.config import DataConfig, ModelConfig
+
+data._SAMPLE_CHARS = data._PIECE_CHARS = 2**16
+corpus, folder = Path(sys.argv[1]), Path(sys.argv[2])
+config = DataConfig(tokenizer="bytes")
+model = ModelConfig(num_tokens=259, dim=32, depth=1, enc_depth=1, max_seq_len=32, dim_latent=4, heads=2,
+                    pad_id=256, bos_id=257, eos_id=258)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+
+def begin(count):
+    corpus.write_bytes(b"".join(b"%x\\n" % i for i in range(min(count, 10_000))) * max(1, count // 10_000))
+    tokens = data.Corpus.build([str(corpus)], config, folder)
+    rows = data.Rows(tokens.train, model, window=False)
+    next(iter(data.Epoch(rows, 2048, 0, 0).batches()))
+    assert len(tokens.train) + len(tokens.valid) == count
+
+begin(50_000)
+before = peak()
+begin(1_000_000)
+print(peak() - before)
+"""
+
+
+def test_a_million_rows_take_no_more_memory_than_fifty_thousand(tmp_path: Path) -> None:
+    """Peak memory of building the cache and taking the first batch. Arrays over all rows, and a plan of the whole
+    epoch, took 134 MB here."""
+    arguments = [sys.executable, "-c", MANY_ROWS, str(tmp_path / "corpus.txt"), str(tmp_path / "cache")]
+    ran = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert int(ran.stdout) < 30e6
 
 
 # The digest -----------------------------------------------------------------------------------------------------------

@@ -366,6 +366,36 @@ def test_what_cannot_start_loses_nothing(
     assert contents(folder) == before
 
 
+def test_the_tokens_of_the_same_corpus_are_used_again(folder: Path, corpus: str) -> None:
+    """By a run that replaces one, and by one whose first start was interrupted; its weights are those of a new one."""
+    first = finish(begin(folder, [corpus]))
+    expected, before = first.learner.tensors(), (folder / "cache" / "corpus.json").stat()
+    for leftover in (["model.safetensors", "state.safetensors", "metrics.jsonl"], []):
+        for name in leftover:
+            (folder / name).unlink()
+        (folder / "cache.part").mkdir(exist_ok=True)
+        (folder / "cache.part" / "train.tokens").write_bytes(b"half")
+        job = finish(begin(folder, [corpus]))
+        assert names(folder) == {"model.safetensors", "state.safetensors", "metrics.jsonl", "cache"}
+        assert any("were not made again" in note for note in job.notes)
+        assert (folder / "cache" / "corpus.json").stat().st_mtime_ns == before.st_mtime_ns
+        assert job.corpus.facts == first.corpus.facts
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in job.learner.tensors().items())
+    assert not any("were not made again" in note for note in first.notes)
+
+
+def test_the_tokens_of_another_corpus_go(folder: Path, corpus: str) -> None:
+    """Also those that no file of the new ones replaces."""
+    sources = Path(corpus).with_name("sources.txt")
+    sources.write_text("\n".join(LINES))
+    begin(folder, [corpus], data={"latents_from": str(sources)})
+    Path(corpus).write_text("\n".join(LINES[::-1]))
+    job = begin(folder, [corpus])
+    assert names(folder / "cache") == CORPUS_FILES
+    assert not any("were not made again" in note for note in job.notes)
+    assert job.corpus.facts.digest == json.loads((folder / "cache" / "corpus.json").read_text())["facts"]["digest"]
+
+
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
