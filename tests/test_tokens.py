@@ -79,7 +79,12 @@ def test_words_that_are_forgotten_are_learnt_again(bpe: Tokenizer, monkeypatch: 
 def test_a_word_goes_to_the_library_once(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     library: Callable[[Sequence[str]], list[list[int]]] = bpe.encode_batch
-    monkeypatch.setattr(bpe, "encode_batch", lambda texts: asked.extend(texts) or library(texts))
+
+    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
+        asked.extend(texts)
+        return library(texts)
+
+    monkeypatch.setattr(bpe, "encode_batch", encode_batch)
     bulk = BulkTokenizer(bpe)
     bulk(["to be or not to be", "to be"])
     bulk(["not to be"])
