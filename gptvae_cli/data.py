@@ -1,4 +1,4 @@
-"""Corpora as tokens: a memory-mapped cache, rows of it, and batches of rows.
+"""Corpora as tokens: a cache of them on disk, rows of it, and batches of rows.
 
 Texts are read once, tokenised in pieces and appended to flat files, so that neither the corpus nor its tokens have
 to fit in memory. Which rows make up which batch is a pure function of seed and epoch.
@@ -10,31 +10,41 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig
+from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig, to_dict
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch
+from gptvae_cli.shuffle import shuffled
+from gptvae_cli.sources import STDIN, expand
 from gptvae_cli.text import Repairs, read_texts
 from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
+from gptvae_cli.tokens import BulkTokenizer, Ints, Tokens, TokenStore, TokenWriter
 
-Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 _SAMPLE_CHARS = 32 * 2**20
 """How much text a tokenizer is chosen by and trained on."""
 _PIECE_CHARS = 2**20
 """How much text is tokenised at a time."""
+_TEXT_CHARS = 16
+"""What a text counts besides its characters: as an object it takes some 100 bytes, however short it is."""
 _POOL_BATCHES = 64
 """Batches whose rows are sorted by length together: more means less padding, and batches more alike in length."""
+_EDGE_BYTES = 2**20
+"""How much of the beginning and of the end of a file is looked at to recognise it."""
+_FACTS_NAME, _TOKENIZER_NAME = "corpus.json", "tokenizer.json"
+_CACHE_FORMAT = 1
 
 
 # The cache -----------------------------------------------------------------------------------------------------------
@@ -61,69 +71,16 @@ class CorpusFacts:
     replaced: int = 0
 
 
-class TokenStore:
-    """Rows of tokens in two flat files: `NAME.tokens` (uint16 or uint32) and `NAME.offsets` (int64, N + 1)."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        try:
-            self.offsets: Ints = np.fromfile(folder / f"{name}.offsets", dtype="<i8")
-            path = folder / f"{name}.tokens"
-            size, count = path.stat().st_size, int(self.offsets[-1])
-            if size not in (2 * count, 4 * count):
-                raise ValueError(f"{count} tokens in {size} bytes")
-            dtype = np.dtype("<u2" if size == 2 * count else "<u4")
-            self.tokens = np.memmap(path, dtype, "r") if count else np.zeros(0, dtype)
-        except (OSError, IndexError, ValueError) as error:
-            raise _broken_cache(folder) from error
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> Ints:
-        """Tokens of every row, BOS and EOS not counted [N]."""
-        return np.diff(self.offsets)
-
-
-def _broken_cache(folder: Path) -> CheckpointError:
-    return CheckpointError(
-        f"the token cache {folder} is missing or damaged", hint="give the corpus again, with --force"
-    )
-
-
-class _StoreWriter:
-    def __init__(self, folder: Path, name: str, num_tokens: int) -> None:
-        self.path = folder / name
-        self.dtype = np.dtype("<u2" if num_tokens <= 2**16 else "<u4")
-        self.file = (folder / f"{name}.tokens").open("wb")
-        self.offsets = [0]
-
-    def append(self, *pieces: Sequence[int]) -> None:
-        """One row, in one or several pieces."""
-        for piece in pieces:
-            self.file.write(np.asarray(piece, dtype=self.dtype).tobytes())
-        self.offsets.append(self.offsets[-1] + sum(map(len, pieces)))
-
-    def pop(self) -> npt.NDArray[Any]:
-        """Takes the last row back."""
-        stop = self.offsets.pop()
-        self.file.flush()
-        tokens = np.fromfile(f"{self.path}.tokens", self.dtype)[self.offsets[-1] : stop]
-        self.file.truncate(self.offsets[-1] * self.dtype.itemsize)
-        self.file.seek(0, 2)
-        return tokens
-
-    def close(self) -> None:
-        self.file.close()
-        np.asarray(self.offsets, dtype="<i8").tofile(f"{self.path}.offsets")
-
-
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised corpus: what to train on, what is held out, and what the encoder reads where that differs."""
+    """A tokenised corpus: what to train on, what is held out, and what the encoder reads where that differs.
+
+    `fingerprint` is that of the files it was made of, as `fingerprint` gives it.
+    """
 
     tokenizer: Tokenizer
     facts: CorpusFacts
+    fingerprint: str | None
     train: TokenStore
     valid: TokenStore
     train_source: TokenStore | None
@@ -131,20 +88,46 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: Path, tokenizer: Tokenizer) -> Corpus:
-        """The corpus that `build` left in a folder."""
+        """The corpus that `build` left in a folder.
+
+        Raises:
+            CheckpointError: for a folder that holds none, or not all of it.
+        """
         try:
-            facts = CorpusFacts(**json.loads((folder / "corpus.json").read_text("utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise _broken_cache(folder) from error
-        paired = (folder / "train.source.offsets").exists()
-        return cls(
-            tokenizer,
-            facts,
-            TokenStore(folder, "train"),
-            TokenStore(folder, "valid"),
-            TokenStore(folder, "train.source") if paired else None,
-            TokenStore(folder, "valid.source") if paired else None,
-        )
+            content = json.loads((folder / _FACTS_NAME).read_text("utf-8"))
+            facts, sizes = CorpusFacts(**content["facts"]), content["sizes"]
+            if sizes != _sizes(folder):
+                raise ValueError("a file is missing, or has changed its size")
+            stores = {Path(name).stem: None for name in sizes if name.endswith(".tokens")}
+            opened = {name: TokenStore(folder, name) for name in stores}
+            return cls(
+                tokenizer,
+                facts,
+                content["fingerprint"],
+                opened["train"],
+                opened["valid"],
+                opened.get("train.source"),
+                opened.get("valid.source"),
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(
+                f"the token cache {folder} is missing or damaged", hint="give the corpus again, with --force"
+            ) from error
+
+    @classmethod
+    def recall(cls, folder: Path, sources: Sequence[str], config: DataConfig) -> Corpus | None:
+        """The corpus that `build` left in a folder, if it was made of these sources as they are now.
+
+        Sources are recognised by their `fingerprint`. None for a cache of other sources or settings, a damaged one,
+        one of standard input, or none.
+        """
+        try:
+            content = json.loads((folder / _FACTS_NAME).read_text("utf-8"))
+            if content["fingerprint"] is None or content["fingerprint"] != fingerprint(sources, config):
+                return None
+            return cls.open(folder, Tokenizer.from_json((folder / _TOKENIZER_NAME).read_text("utf-8")))
+        except (OSError, ValueError, TypeError, KeyError, CheckpointError):
+            return None
 
     @classmethod
     def build(
@@ -157,6 +140,8 @@ class Corpus:
         on_progress: Callable[[int], None] | None = None,
     ) -> Corpus:
         """Reads texts, makes or loads the tokenizer, and writes the cache.
+
+        The file that says what the cache holds is written last: without it there is no cache, only leftovers of one.
 
         Args:
             sources: files, folders or `-`; none is stdin.
@@ -175,17 +160,27 @@ class Corpus:
                 hint="leave --valid out, or say for example --valid 0.05",
             )
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in [_FACTS_NAME, *_sizes(folder)]:
+            (folder / stale).unlink(missing_ok=True)
+        # Before they are read: what changes meanwhile will not be recognised.
+        mark = fingerprint(sources, config)
         repairs = Repairs()
         pairs = _NotEmpty(_pairs(sources, config, stdin, repairs))
         sample = _take(pairs, _SAMPLE_CHARS)
         tokenizer, reason = _make_tokenizer(config, sample)
+        texts = chain(sample, pairs)
+        del sample  # or it would stay in memory until all is read
         read = _Reader(folder, tokenizer, config, repairs)
         try:
-            read.all(chain(sample, pairs), on_progress)
+            read.all(texts, on_progress)
         finally:
             read.close()
+        (folder / _TOKENIZER_NAME).write_text(tokenizer.to_json(), "utf-8")
         facts = CorpusFacts(read.texts, pairs.empty, read.characters, read.digest.hexdigest(), reason, repairs.count)
-        (folder / "corpus.json").write_text(json.dumps(asdict(facts), indent=1), "utf-8")
+        content = {"fingerprint": mark, "facts": asdict(facts), "sizes": _sizes(folder)}
+        part = folder / f"{_FACTS_NAME}.part"
+        part.write_text(json.dumps(content, indent=1), "utf-8")
+        part.replace(folder / _FACTS_NAME)
         corpus = cls.open(folder, tokenizer)
         if len(corpus.train) < 2 and config.unit != "window":
             found = f"{len(corpus.train) + len(corpus.valid)} non-empty text(s)"
@@ -194,20 +189,77 @@ class Corpus:
                 " and one to hold out",
                 hint=f"a text is a {config.unit} here; --unit line|paragraph|file|window says otherwise",
             )
-        if len(corpus.train.tokens) < 2:
+        if corpus.train.count < 2:
             raise DataError(f"found no text to train on in {', '.join(sources) or 'standard input'}")
         return corpus
 
+    def is_of(self, sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO | None = None) -> bool:
+        """Whether these sources hold this corpus: by their fingerprint, else by reading all of them.
+
+        Raises:
+            DataError: for sources that cannot be read.
+        """
+        if self.fingerprint is not None and self.fingerprint == fingerprint(sources, config):
+            return True
+        return corpus_digest(sources, config, stdin=stdin) == self.facts.digest
+
+
+def is_cache_file(name: str) -> bool:
+    """Whether `build` writes a file of this name."""
+    return name in (_FACTS_NAME, _TOKENIZER_NAME, f"{_FACTS_NAME}.part") or Path(name).suffix in (".tokens", ".offsets")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The bytes of every file of the cache but the one that lists them."""
+    files = [path for path in folder.iterdir() if is_cache_file(path.name) and not path.name.startswith(_FACTS_NAME)]
+    return {path.name: path.stat().st_size for path in sorted(files)}
+
+
+def fingerprint(sources: Sequence[str], config: DataConfig) -> str | None:
+    """What files and settings are recognised by without reading all of them.
+
+    It holds the settings, and of every file (those of the corpus, and those that the settings name) its name, size,
+    time of change, and first and last MiB. A file that is changed in its middle and then given its old time back
+    is not noticed.
+
+    Returns:
+        None where standard input is read, which must be read to be known, or where a file cannot be.
+
+    Raises:
+        DataError: for a source that is missing.
+    """
+    files = expand(sources or [STDIN])
+    if STDIN in files:
+        return None
+    named = [config.valid if config.valid_share is None else None, config.latents_from]
+    if config.tokenizer not in ("auto", "bytes", "bpe"):
+        named.append(config.tokenizer)
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        marks = [_file_mark(Path(file)) for file in [*files, *filter(None, named)]]
+    except OSError:
+        return None
+    digest.update(json.dumps([_CACHE_FORMAT, to_dict(config), marks]).encode("utf-8"))
+    return digest.hexdigest()
+
+
+def _file_mark(path: Path) -> list[str | int]:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        digest.update(file.read(_EDGE_BYTES))
+        file.seek(max(0, found.st_size - _EDGE_BYTES))
+        digest.update(file.read(_EDGE_BYTES))
+    return [path.name, found.st_size, found.st_mtime_ns, digest.hexdigest()]
+
 
 class _Reader:
-    """Routes texts to the stores, and counts."""
+    """Routes texts to the files, and counts."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig, repairs: Repairs) -> None:
         names = ["train", "valid"] + (["train.source", "valid.source"] if config.latents_from else [])
-        for stale in folder.glob("*.offsets"):
-            stale.unlink()
-        self.stores = {name: _StoreWriter(folder, name, tokenizer.num_tokens) for name in names}
-        self.tokenizer, self.config, self.repairs = tokenizer, config, repairs
+        self.files = {name: TokenWriter(folder, name, tokenizer.num_tokens) for name in names}
+        self.tokenize, self.config, self.repairs = BulkTokenizer(tokenizer), config, repairs
         self.texts = self.characters = 0
         self.digest = hashlib.blake2b(digest_size=16)
 
@@ -216,72 +268,74 @@ class _Reader:
         while piece := _take(pairs, _PIECE_CHARS):
             self.texts += len(piece)
             self.characters += sum(len(text) for text, _ in piece)
-            for text, _ in piece:
-                _add_text(self.digest, text)
+            encoded = [text.encode("utf-8") for text, _ in piece]
+            _update(self.digest, encoded)
             if self.config.unit == "window":
                 for text, _ in piece:
                     self._window(text, share)
             else:
-                self._rows(piece, share)
+                held_out = np.array([share is not None and _hash_share(text) < share for text in encoded], dtype=bool)
+                self._rows("", [text for text, _ in piece], held_out)
+                if self.config.latents_from:
+                    self._rows(".source", [source for _, source in piece], held_out)
             if on_progress is not None:
                 on_progress(self.characters)
         if share is None:
             self._valid_file()
-        elif self.stores["valid"].offsets == [0] and len(self.stores["train"].offsets) > 1:
+        elif self.files["valid"].rows == 0 < self.files["train"].rows:
             # Too few texts for the share to hit one: the last one is held out.
-            for store in self.stores.values():
-                if store.path.name.startswith("train"):
-                    self.stores[store.path.name.replace("train", "valid")].append(store.pop().tolist())
+            for name in [name for name in self.files if name.startswith("train")]:
+                last = self.files[name].pop()
+                self.files[name.replace("train", "valid")].append(last, np.array([len(last)]))
 
     def close(self) -> None:
-        for store in self.stores.values():
-            store.close()
+        for file in self.files.values():
+            file.close()
 
-    def _rows(self, pairs: Sequence[tuple[str, str]], share: float | None) -> None:
-        ids = self._tokens([text for text, _ in pairs])
-        sources = self._tokens([source for _, source in pairs]) if self.config.latents_from else []
-        for i, (text, _) in enumerate(pairs):
-            name = "valid" if share is not None and _hash_share(text) < share else "train"
-            self.stores[name].append(ids[i])
-            if sources:
-                self.stores[f"{name}.source"].append(sources[i])
-
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """No model can read more of a text than this."""
-        return self.tokenizer.encode_batch(texts, longest=LONGEST_SEQUENCE)
+    def _rows(self, ending: str, texts: Sequence[str], held_out: Bools) -> None:
+        tokens, lengths_N = self.tokenize(texts, longest=LONGEST_SEQUENCE)  # more of a text no model can read
+        held_out_tokens = np.repeat(held_out, lengths_N)
+        self.files[f"train{ending}"].append(tokens[~held_out_tokens], lengths_N[~held_out])
+        self.files[f"valid{ending}"].append(tokens[held_out_tokens], lengths_N[held_out])
 
     def _window(self, text: str, share: float | None) -> None:
-        """A running text is tokenised in pieces that end at a line break, and its tail is held out."""
-        ids = np.array([i for piece in self.tokenizer.encode_batch(list(pieces(text))) for i in piece], dtype=np.int64)
-        held_out = 0 if share is None else max(1, round(len(ids) * share))
-        self.stores["train"].append(ids[: len(ids) - held_out].tolist())
+        """A running text, whose tail is held out."""
+        tokens = self._running(text)
+        held_out = 0 if share is None else max(1, round(len(tokens) * share))
+        kept = len(tokens) - held_out
+        self.files["train"].append(tokens[:kept], np.array([kept]))
         if held_out:
-            self.stores["valid"].append(ids[len(ids) - held_out :].tolist())
+            self.files["valid"].append(tokens[kept:], np.array([held_out]))
+
+    def _running(self, text: str) -> Tokens:
+        """The tokens of a long text, made in pieces."""
+        tokens: Tokens = np.concatenate([self.tokenize([piece])[0] for piece in pieces(text)])
+        return tokens
 
     def _valid_file(self) -> None:
         pairs = ((text, "") for text in _read([self.config.valid], self.config, repairs=self.repairs) if text)
         while piece := _take(pairs, _PIECE_CHARS):
-            for text, _ in piece if self.config.unit == "window" else []:
-                self.stores["valid"].append(*self.tokenizer.encode_batch(list(pieces(text))))
-            if self.config.unit != "window":
-                for ids in self._tokens([text for text, _ in piece]):
-                    self.stores["valid"].append(ids)
-        if self.stores["valid"].offsets == [0]:
+            if self.config.unit == "window":
+                for text, _ in piece:
+                    tokens = self._running(text)
+                    self.files["valid"].append(tokens, np.array([len(tokens)]))
+            else:
+                self.files["valid"].append(*self.tokenize([text for text, _ in piece], longest=LONGEST_SEQUENCE))
+        if self.files["valid"].rows == 0:
             raise DataError(f"found no text in the validation file {self.config.valid}")
 
 
 def corpus_digest(sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO | None = None) -> str:
     """The digest that `CorpusFacts` holds, of a corpus as it is now."""
     digest = hashlib.blake2b(digest_size=16)
-    for text, _ in _pairs(sources, config, stdin, Repairs()):
-        if text:
-            _add_text(digest, text)
+    pairs = _NotEmpty(_pairs(sources, config, stdin, Repairs()))
+    while piece := _take(pairs, _PIECE_CHARS):
+        _update(digest, [text.encode("utf-8") for text, _ in piece])
     return digest.hexdigest()
 
 
-def _add_text(digest: hashlib.blake2b, text: str) -> None:
-    digest.update(text.encode("utf-8"))
-    digest.update(b"\xff")
+def _update(digest: hashlib.blake2b, texts: Sequence[bytes]) -> None:
+    digest.update(b"".join(text + b"\xff" for text in texts))  # a byte that UTF-8 never holds ends a text
 
 
 def _read(
@@ -330,11 +384,11 @@ class _NotEmpty(Iterator[tuple[str, str]]):
 
 
 def _take(pairs: Iterator[tuple[str, str]], characters: int) -> list[tuple[str, str]]:
-    """The next texts, until they hold this many characters; none at the end."""
+    """The next texts, until they hold about this many characters; none at the end."""
     taken: list[tuple[str, str]] = []
     for pair in pairs:
         taken.append(pair)
-        characters -= len(pair[0]) + len(pair[1]) + 1
+        characters -= len(pair[0]) + len(pair[1]) + _TEXT_CHARS
         if characters <= 0:
             break
     return taken
@@ -352,18 +406,47 @@ def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tu
     return Tokenizer.train_bpe(texts, config.vocab_size or choice.vocab_size), reason
 
 
-def _hash_share(text: str) -> float:
+def _hash_share(text: bytes) -> float:
     """A number in [0, 1) that depends on the text alone: equal texts are held out together."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") / 2**64
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
 
 
 # Rows and batches ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Which tokens of a store make up rows.
+
+    Args:
+        index_N: the rows' numbers.
+        starts_N: their first tokens.
+        lengths_N: their tokens, BOS and EOS not counted.
+        whole_N: whether EOS follows.
+    """
+
+    index_N: Ints
+    starts_N: Ints
+    lengths_N: Ints
+    whole_N: Bools
+
+    @property
+    def widths_N(self) -> Ints:
+        """Tokens of every row, BOS and EOS counted."""
+        return self.lengths_N + 1 + self.whole_N
+
+    def __len__(self) -> int:
+        return len(self.index_N)
+
+    def __getitem__(self, chosen: Ints) -> Spans:
+        return Spans(self.index_N[chosen], self.starts_N[chosen], self.lengths_N[chosen], self.whole_N[chosen])
+
+
 class Rows:
     """Sequences `BOS text EOS` over a store: its rows, or, with `window`, crops of all of it as one running text.
 
-    A text longer than the model is cut and has no EOS, as has a crop.
+    A text longer than the model is cut and has no EOS, as has a crop. The number of rows is that of the texts, or of
+    the crops that cover the running text.
     """
 
     def __init__(
@@ -371,129 +454,133 @@ class Rows:
     ) -> None:
         self.store, self.source, self.config, self.window = store, source, config, window
         self.longest = config.max_seq_len - 1
-        if window:
-            self.crop = min(self.longest, len(store.tokens))
+        self.crop = max(1, min(self.longest, store.count))
 
-    @property
-    def cut(self) -> int:
-        """Texts that are longer than the model, or whose source is."""
+    def __len__(self) -> int:
+        return -(-self.store.count // self.crop) if self.window else len(self.store)
+
+    def count_cut(self) -> int:
+        """Texts that are longer than the model, or whose source is. Reads the length of every text."""
         if self.window:
             return 0
-        longest = self.store.lengths
-        if self.source is not None:
-            longest = np.maximum(longest, self.source.lengths)
-        return int((longest + 2 > self.config.max_seq_len).sum())
+        sources = self.store.lengths() if self.source is None else self.source.lengths()
+        longest = (np.maximum(*both) for both in zip(self.store.lengths(), sources, strict=True))
+        return sum(int((lengths_N + 2 > self.config.max_seq_len).sum()) for lengths_N in longest)
 
-    def spans(self, seed: int | None = None, epoch: int = 0) -> tuple[Ints, Ints]:
-        """Where the rows of an epoch start and stop in the store, specials not counted.
+    def spans(self, index_N: Ints) -> Spans:
+        """The rows of these numbers; crops stand one after another."""
+        if self.window:
+            return self._crops(index_N, self.crop * index_N)
+        return self._texts(self.store, index_N)
 
-        Args:
-            seed: for crops: random places, anew in every epoch; None is consecutive places.
-        """
-        offsets = self.store.offsets
-        if not self.window:
-            starts, stops = offsets[:-1], offsets[1:]
-            whole = stops - starts + 2 <= self.config.max_seq_len
-            return starts, np.where(whole, stops, starts + self.longest)
-        total = len(self.store.tokens)
-        if seed is None:
-            starts = np.arange(0, total, self.crop)
-            return starts, np.minimum(starts + self.crop, total)
-        starts = stream(seed, Purpose.ORDER, epoch, 1).integers(0, total - self.crop + 1, max(1, total // self.crop))
-        return starts, starts + self.crop
+    def drawn(self, seed: int, epoch: int, first: int, stop: int) -> Spans:
+        """The rows from `first` to `stop` in the order of an epoch; crops stand at random places, anew in each."""
+        if self.window:
+            random = stream(seed, Purpose.ORDER, epoch, 1 + first)
+            starts_N = random.integers(0, self.store.count - self.crop + 1, stop - first)
+            return self._crops(np.arange(first, stop), starts_N)
+        return self.spans(shuffled(np.arange(first, stop), len(self), stream(seed, Purpose.ORDER, epoch)))
 
-    def batch(self, starts: Ints, stops: Ints, index: Ints) -> Batch:
-        """The rows at these indices, padded to the longest."""
-        rows = [self._row(self.store, int(starts[i]), int(stops[i])) for i in index]
-        tokens_BT = _pad(rows, self.config.pad_id)
+    def batch(self, spans: Spans) -> Batch:
+        """These rows, padded to the longest."""
         source_BT = None
         if self.source is not None:
-            source_BT = _pad([self._source_row(int(i)) for i in index], self.config.pad_id)
-        return Batch(tokens_BT, source_BT, sum(len(row) - 1 for row in rows))
+            source_BT = self._padded(self.source, self._texts(self.source, spans.index_N))
+        return Batch(self._padded(self.store, spans), source_BT, int((spans.widths_N - 1).sum()))
 
-    def _source_row(self, i: int) -> Ints:
-        assert self.source is not None
-        start, stop = int(self.source.offsets[i]), int(self.source.offsets[i + 1])
-        return self._row(self.source, start, stop if self._fits(start, stop) else start + self.longest)
+    def mean_width(self) -> float:
+        """Tokens of a row, about, BOS and EOS counted."""
+        return min(self.config.max_seq_len, 2 + self.store.count / max(1, len(self)))
 
-    def _row(self, store: TokenStore, start: int, stop: int) -> Ints:
-        whole = not self.window and self._fits(start, stop)
-        row = np.empty(stop - start + 1 + whole, dtype=np.int64)
-        row[0] = self.config.bos_id
-        row[1 : 1 + stop - start] = store.tokens[start:stop]
-        if whole:
-            row[-1] = self.config.eos_id
-        return row
+    def _texts(self, store: TokenStore, index_N: Ints) -> Spans:
+        starts_N, lengths_N = store.spans(index_N)
+        # A text that is cut has no room for EOS.
+        whole_N = lengths_N + 2 <= self.config.max_seq_len
+        return Spans(index_N, starts_N, np.where(whole_N, lengths_N, self.longest), whole_N)
 
-    def _fits(self, start: int, stop: int) -> bool:
-        """Whether the text has room for BOS and EOS; a text that is cut to `longest` has not."""
-        return stop - start + 2 <= self.config.max_seq_len
+    def _crops(self, index_N: Ints, starts_N: Ints) -> Spans:
+        lengths_N = np.minimum(self.crop, self.store.count - starts_N)
+        return Spans(index_N, starts_N, lengths_N, np.zeros(len(index_N), dtype=bool))
+
+    def _padded(self, store: TokenStore, spans: Spans) -> torch.Tensor:
+        config, widths_B = self.config, spans.widths_N
+        tokens_BT = np.full((len(spans), int(widths_B.max())), config.pad_id, dtype=np.int64)
+        tokens_BT[:, 0] = config.bos_id
+        text_BT = np.arange(tokens_BT.shape[1] - 1) < spans.lengths_N[:, None]
+        tokens_BT[:, 1:][text_BT] = store.read(spans.starts_N, spans.lengths_N)
+        tokens_BT[spans.whole_N, widths_B[spans.whole_N] - 1] = config.eos_id
+        return torch.from_numpy(tokens_BT)
 
 
-def plan_batches(lengths: Ints, batch_tokens: int, order: np.random.Generator | None) -> list[Ints]:
+def plan_batches(widths_N: Ints, batch_tokens: int) -> list[Ints]:
     """Cuts rows into batches of about `batch_tokens` tokens, padding counted, of rows about equally long.
 
-    Rows are shuffled, sorted by length within pools of many batches, cut, and the batches shuffled. Without
-    `order` all rows form one pool in their own order, sorted by length: for evaluation.
-
     Args:
-        lengths: tokens of every row [N].
+        widths_N: tokens of every row.
         batch_tokens: the most a batch may hold; a longer row is a batch of its own.
-        order: draws the shuffle.
 
     Returns:
-        Indices of rows, one array a batch; every row is in exactly one.
+        Indices of rows, one array a batch, in order of length; every row is in exactly one.
     """
-    count = len(lengths)
-    shuffled = np.arange(count) if order is None else order.permutation(count)
-    pool = count
-    if order is not None:
-        mean = max(1.0, float(lengths.mean()))
-        pool = max(1, int(_POOL_BATCHES * batch_tokens / mean))
+    order = np.argsort(widths_N, kind="stable")
+    sorted_N = widths_N[order]
     batches: list[Ints] = []
-    for begin in range(0, count, max(1, pool)):
-        rows = shuffled[begin : begin + pool]
-        rows = rows[np.argsort(lengths[rows], kind="stable")]
-        start = 0
-        while start < len(rows):
-            # Rows are in order of length, so the last one of a batch sets its width.
-            stop = start + 1
-            while stop < len(rows) and (stop + 1 - start) * lengths[rows[stop]] <= batch_tokens:
-                stop += 1
-            batches.append(rows[start:stop])
-            start = stop
-    if order is not None:
-        batches = [batches[i] for i in order.permutation(len(batches))]
+    start = 0
+    while start < len(order):
+        # Rows are in order of length, so the last one of a batch sets its width.
+        next_N = sorted_N[start : start + max(1, batch_tokens // max(1, int(sorted_N[start])))]
+        fitting = int(np.searchsorted(next_N * np.arange(1, len(next_N) + 1), batch_tokens, side="right"))
+        batches.append(order[start : start + max(1, fitting)])
+        start += max(1, fitting)
     return batches
 
 
-def padding_share(lengths: Ints, batches: Iterable[Ints]) -> float:
+def padding_share(batches: Iterable[Spans]) -> float:
     """Share of the tokens of these batches that is padding."""
-    padded = sum(len(rows) * int(lengths[rows].max()) for rows in batches)
-    return 1 - int(lengths.sum()) / max(1, padded)
+    tokens = padded = 0
+    for spans in batches:
+        tokens += int(spans.widths_N.sum())
+        padded += len(spans) * int(spans.widths_N.max())
+    return 1 - tokens / max(1, padded)
 
 
 class Epoch:
-    """The batches of one pass over the rows, a pure function of seed and epoch; its length is their number."""
+    """One pass over the rows, in batches: a pure function of seed and epoch.
+
+    All rows are shuffled; pools of many batches follow each other in that order; the rows of a pool are sorted by
+    length and cut into batches, and these are shuffled. Only one pool is ever in memory.
+    """
 
     def __init__(self, rows: Rows, batch_tokens: int, seed: int, epoch: int) -> None:
-        self.rows = rows
-        self.starts, self.stops = rows.spans(seed, epoch)
-        self.plan = plan_batches(self.stops - self.starts + 2, batch_tokens, stream(seed, Purpose.ORDER, epoch))
+        self.rows, self.batch_tokens, self.seed, self.epoch = rows, batch_tokens, seed, epoch
+        pools = -(-len(rows) // max(1, int(_POOL_BATCHES * batch_tokens / rows.mean_width())))
+        # Pools of one size: a small one at the end would have more padding.
+        self.pool_rows = max(1, -(-len(rows) // max(1, pools)))
 
-    def __len__(self) -> int:
-        return len(self.plan)
+    def spans(self, skip: int = 0) -> Iterator[Spans]:
+        """The rows of each batch, in order.
+
+        Args:
+            skip: rows that the batches before the first one hold. Pools among them cost nothing.
+        """
+        for first in range(skip - skip % self.pool_rows, len(self.rows), self.pool_rows):
+            pool = self.rows.drawn(self.seed, self.epoch, first, min(first + self.pool_rows, len(self.rows)))
+            plan = plan_batches(pool.widths_N, self.batch_tokens)
+            done = first
+            for i in stream(self.seed, Purpose.BATCHES, self.epoch, first).permutation(len(plan)):
+                if done >= skip:
+                    yield pool[plan[i]]
+                done += len(plan[i])
 
     def batches(self, skip: int = 0) -> Iterator[Batch]:
-        """The batches behind the first `skip`, in order."""
-        return (self.rows.batch(self.starts, self.stops, index) for index in self.plan[skip:])
+        """The batches behind the first `skip` rows, in order."""
+        return (self.rows.batch(spans) for spans in self.spans(skip))
 
 
 def fixed_batches(rows: Rows, batch_tokens: int, most: int) -> list[Batch]:
     """The first `most` rows, in batches, for evaluation: the same ones every time."""
-    starts, stops = rows.spans()
-    starts, stops = starts[:most], stops[:most]
-    return [rows.batch(starts, stops, index) for index in plan_batches(stops - starts + 2, batch_tokens, None)]
+    spans = rows.spans(np.arange(min(most, len(rows))))
+    return [rows.batch(spans[index]) for index in plan_batches(spans.widths_N, batch_tokens)]
 
 
 def batches_of(
@@ -508,7 +595,7 @@ def batches_of(
         batch_tokens: of a batch, about.
     """
     batches = []
-    for index in plan_batches(np.array([len(row) for row in rows]), batch_tokens, None):
+    for index in plan_batches(np.array([len(row) for row in rows]), batch_tokens):
         chosen = [np.array(rows[i], dtype=np.int64) for i in index]
         source_BT = None
         if sources is not None:

@@ -23,6 +23,7 @@ class Purpose(IntEnum):
     ORDER = 3
     VALIDATION = 4
     IMPORTANCE = 5
+    BATCHES = 6
 
 
 def stream(seed: int, purpose: Purpose, major: int = 0, minor: int = 0) -> np.random.Generator:

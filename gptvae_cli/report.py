@@ -115,7 +115,7 @@ def measured(
         read = None if sources is None else [source for _, source in piece if source is not None]
         batches = batches_of(targets, read, config.pad_id, _BATCH_TOKENS)
         # Batches are in order of length; back[i] is where in them text i is.
-        back = np.argsort(np.concatenate(plan_batches(np.array([*map(len, targets)]), _BATCH_TOKENS, None)))
+        back = np.argsort(np.concatenate(plan_batches(np.array([*map(len, targets)]), _BATCH_TOKENS)))
         keys_N = np.concatenate([keys_of(batch, config.pad_id) for batch in batches])[back]
         plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in targets]
         texts = [checkpoint.tokenizer.decode(ids) for ids in plain]

@@ -18,13 +18,15 @@ import shlex
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from gptvae_cli import __version__, sizing
@@ -42,7 +44,7 @@ from gptvae_cli.checkpoint import (
     write_atomically,
 )
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
-from gptvae_cli.data import Corpus, Rows, corpus_digest, padding_share, plan_batches
+from gptvae_cli.data import Corpus, Epoch, Rows, is_cache_file, padding_share
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
@@ -59,6 +61,8 @@ STATE_SECONDS = 60.0
 METRICS_SECONDS = 5.0
 _NEW_CACHE_NAME = "cache.part"
 _FILES = (MODEL_NAME, STATE_NAME, "state.prev.safetensors", METRICS_NAME)
+_SAMPLE_BATCHES = 256
+"""Batches that padding is told of, and their number estimated by."""
 
 
 @contextmanager
@@ -130,8 +134,7 @@ def _foreign(cache: Path) -> Path | None:
         return None
     if cache.is_symlink() or not cache.is_dir():
         return cache
-    ours = (".tokens", ".offsets")
-    return next((p for p in sorted(cache.iterdir()) if p.name != "corpus.json" and p.suffix not in ours), None)
+    return next((path for path in sorted(cache.iterdir()) if not is_cache_file(path.name)), None)
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -141,13 +144,13 @@ def _remove_unfinished(folder: Path) -> None:
     shutil.rmtree(folder / _NEW_CACHE_NAME, ignore_errors=True)
 
 
-def remove_run(folder: Path) -> None:
+def remove_run(folder: Path, *, keep_cache: bool = False) -> None:
     """Removes what a run left in its folder, and nothing else."""
     # The state first: without its cache it would be of no use, and in the way.
     remove_state(folder / STATE_NAME)
     remove_file(folder / MODEL_NAME)
     remove_file(folder / METRICS_NAME)
-    if (folder / CACHE_NAME).exists():
+    if (folder / CACHE_NAME).exists() and not keep_cache:
         shutil.rmtree(folder / CACHE_NAME)
     remove_companions(folder)
     remove_events(folder)
@@ -289,7 +292,7 @@ class Job:
             "threads": torch.get_num_threads(),
             "corpus": asdict(self.corpus.facts),
             "steps": counters.step,
-            "epochs": round(counters.tokens / max(1, len(self.corpus.train.tokens) + len(self.corpus.train)), 2),
+            "epochs": round(counters.tokens / max(1, self.corpus.train.count + len(self.corpus.train)), 2),
             "seconds": round(counters.seconds, 1),
             "tokens_seen": counters.tokens,
             "validation": None if self.figures is None else asdict(self.figures),
@@ -298,11 +301,9 @@ class Job:
 
     def reconstructions(self, count: int, *, start: int = 0) -> list[tuple[str, str]]:
         """Held-out texts beside the greedy decode of their posterior mean."""
-        count = min(count, len(self.valid.spans()[0]))
-        starts, stops = self.valid.spans()
-        index = (np.arange(count) + start) % len(starts)
+        index = (np.arange(min(count, len(self.valid))) + start) % len(self.valid)
         decode = self.corpus.tokenizer.decode
-        batch = self.valid.batch(starts, stops, index)
+        batch = self.valid.batch(self.valid.spans(index))
         written = reconstruct(self.learner.model, list(batch.encoder_BT), banned=self.banned)
         return [(decode(row.tolist()), decode(ids)) for row, ids in zip(batch.encoder_BT, written, strict=True)]
 
@@ -359,14 +360,16 @@ def start(
         name, reason = sizing.choose_preset(config.max_time, accelerated=device.device.type != "cpu")
     sizes = asdict(sizing.preset(name)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
     new_cache = folder / _NEW_CACHE_NAME
+    earlier = Corpus.recall(folder / CACHE_NAME, sources, data)
     try:
-        corpus = _read_corpus(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
+        corpus = earlier or _read_corpus(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
         model_config = _model_config(corpus, data, sizes)
         torch.manual_seed(config.seed)
         model = GPTVAE.from_config(model_config).to(device.device)
         # Only now, with a corpus and a model in hand, does an earlier run have to go.
-        remove_run(folder)
-        _place_cache(new_cache, folder)
+        remove_run(folder, keep_cache=earlier is not None)
+        if earlier is None:
+            _place_cache(new_cache, folder)
     except BaseException:
         shutil.rmtree(new_cache, ignore_errors=True)
         raise
@@ -377,24 +380,25 @@ def start(
         + f"; {len(corpus.train):,} to train on, {len(corpus.valid):,} held out",
         f"tokenizer: {tokenizer.kind}, {tokenizer.num_tokens:,} tokens ({facts.tokenizer_reason})",
     ]
+    if earlier is not None:
+        notes.append(f"its tokens were in {folder / CACHE_NAME}, and were not made again")
     job = Job(folder, corpus, data, Learner(model, config), precision, notes)
     # From here on the run can be resumed, without its corpus: that may have been a pipe, and have taken hours.
     job.save_state()
-    starts, stops = job.rows.spans(config.seed, 0)
-    lengths = stops - starts + 2
-    plan = plan_batches(lengths, config.batch_tokens, np.random.default_rng(0))
+    sample = list(islice(Epoch(job.rows, config.batch_tokens, config.seed, 0).spans(), _SAMPLE_BATCHES))
+    batches = round(len(job.rows) * len(sample) / sum(map(len, sample)))
     notes += [
         f"model: {name} ({reason}): {sum(p.numel() for p in model.parameters()):,} parameters,"
         f" encoder {model_config.enc_depth} and decoder {model_config.depth} layers of {model_config.dim},"
         f" latent {model_config.dim_latent}, up to {model_config.max_seq_len} tokens",
-        f"batches: {config.batch_tokens:,} tokens, {len(plan):,} an epoch,"
-        f" {100 * padding_share(lengths, plan):.1f} % padding",
+        f"batches: {config.batch_tokens:,} tokens, about {batches:,} an epoch,"
+        f" {100 * padding_share(sample):.1f} % padding",
         f"device: {device.device} ({device.reason}), {_dtype_name(precision)} ({precision.reason})",
     ]
     if note := Repairs(facts.replaced).note:
         notes.append(note)
-    if job.rows.cut:
-        notes.append(f"{job.rows.cut:,} texts are longer than the model and are cut; --max-seq-len sets its length")
+    if cut := job.rows.count_cut():
+        notes.append(f"{cut:,} texts are longer than the model and are cut; --max-seq-len sets its length")
     return job
 
 
@@ -413,7 +417,7 @@ def _unwritable(path: Path, error: OSError) -> GPTVAEError:
 def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, int]) -> ModelConfig:
     """These sizes, with a length that fits the corpus unless there is one."""
     stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
-    long_length = max(int(np.quantile(store.lengths + 2, 0.999, method="higher")) for store in stores)
+    long_length = max(_quantile(store.lengths(), 0.999) for store in stores) + 2
     tokenizer = corpus.tokenizer
     return ModelConfig(
         num_tokens=tokenizer.num_tokens,
@@ -422,6 +426,15 @@ def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, int]) ->
         eos_id=tokenizer.eos_id,
         **{"max_seq_len": sizing.choose_max_seq_len(long_length, data.unit), **sizes},
     )
+
+
+def _quantile(pieces: Iterable[npt.NDArray[np.int64]], share: float) -> int:
+    """The least of these lengths that at most the rest of the share exceeds; what no model reads counts as one."""
+    counts = np.zeros(2**20 + 1, dtype=np.int64)
+    for lengths_N in pieces:
+        counts += np.bincount(np.minimum(lengths_N, 2**20), minlength=len(counts))
+    rank = np.ceil(share * (counts.sum() - 1))
+    return int(np.searchsorted(np.cumsum(counts), rank, side="right"))
 
 
 def _dtype_name(precision: Precision) -> str:
@@ -464,7 +477,7 @@ def resume(
     config = replace(stored, **limits)
     require_log(config.log)
     corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
-    if sources and corpus_digest(sources, data, stdin=stdin) != corpus.facts.digest:
+    if sources and not corpus.is_of(sources, data, stdin=stdin):
         raise DataError(
             f"{', '.join(sources)} is not the corpus that {folder} was trained on",
             hint="--resume needs no corpus; another one needs a run of its own, --out FOLDER",

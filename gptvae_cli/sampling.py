@@ -161,7 +161,7 @@ class Encoder:
         """The posteriors of rows of tokens, computed in batches of rows about equally long."""
         model = self.checkpoint.model
         encodings: dict[int, Encoding] = {}
-        for index in plan_batches(np.array([len(row) for row in rows]), _BATCH_TOKENS, None):
+        for index in plan_batches(np.array([len(row) for row in rows]), _BATCH_TOKENS):
             batch = [torch.tensor(rows[i]) for i in index]
             tokens_BT = pad_sequence(batch, batch_first=True, padding_value=self.config.pad_id).to(model.device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):

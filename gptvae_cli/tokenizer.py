@@ -28,7 +28,7 @@ _LONGEST_WORD = 1000
 """Characters of a word, in training. The time a BPE takes to learn grows with the square of a word's length (a
 word ends at a space, or between letters, digits and signs): 2 MB of DNA on one line take 3 s cut to this length,
 and more than 13 minutes uncut."""
-_PIECE_CHARS = 2**16
+PIECE_CHARS = 2**16
 """Characters that are tokenised at once."""
 
 
@@ -126,9 +126,9 @@ class Tokenizer:
         Raises:
             DataError: for a text that is not valid Unicode, or that a user's tokenizer has no tokens for.
         """
-        short = iter(self._encode([text for text in texts if len(text) <= _PIECE_CHARS]))
+        short = iter(self._encode([text for text in texts if len(text) <= PIECE_CHARS]))
         return [
-            (next(short) if len(text) <= _PIECE_CHARS else self._encode_long(text, longest))[:longest] for text in texts
+            (next(short) if len(text) <= PIECE_CHARS else self._encode_long(text, longest))[:longest] for text in texts
         ]
 
     def _encode_long(self, text: str, longest: int | None) -> list[int]:
@@ -246,8 +246,8 @@ def pieces(text: str) -> Iterator[str]:
     word's end a byte-level BPE makes the same tokens of the pieces as of the whole; elsewhere a token may be split.
     """
     start = 0
-    while len(text) - start > _PIECE_CHARS:
-        most = start + _PIECE_CHARS
+    while len(text) - start > PIECE_CHARS:
+        most = start + PIECE_CHARS
         stop = text.rfind("\n", start, most) + 1 or max(0, text.rfind(" ", start + 1, most)) or most
         yield text[start:stop]
         start = stop

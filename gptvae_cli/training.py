@@ -41,15 +41,14 @@ class Counters:
 
     Args:
         step: optimizer steps taken.
-        epoch, batch: the place in the data of the next batch.
+        epoch: passes over the data that are complete.
         seconds: spent so far, in all sessions of the run.
-        tokens, texts: trained on so far, repeats counted.
+        tokens, texts: trained on so far, repeats counted; the texts tell the place in the data of the next batch.
         best: score of the best model so far, nats per text, see `score`.
     """
 
     step: int = 0
     epoch: int = 0
-    batch: int = 0
     seconds: float = 0.0
     tokens: int = 0
     texts: int = 0
@@ -255,7 +254,6 @@ def train(
     earlier = counters.seconds
     held_out = fixed_batches(valid, config.batch_tokens, VALIDATION_TEXTS)
     micro_tokens = max(1, config.batch_tokens // config.accumulate)
-    epoch = Epoch(rows, micro_tokens, config.seed, counters.epoch)
     last_validation = furthest = 0.0
 
     def progress() -> float:
@@ -265,7 +263,7 @@ def train(
         if config.steps is not None:
             shares.append(counters.step / config.steps)
         if config.epochs is not None:
-            shares.append((counters.epoch + counters.batch / len(epoch)) / config.epochs)
+            shares.append(counters.texts / len(rows) / config.epochs)
         if config.max_time is not None:
             # The last validation has to fit in too, and a few texts to show; the first one says how long it takes.
             shares.append((counters.seconds + 2 * last_validation) / config.max_time)
@@ -291,12 +289,12 @@ def train(
     done = progress() >= 1
     validated = int(progress() * VALIDATIONS)
     while not done:
-        batches = epoch.batches(counters.batch)
+        epoch = Epoch(rows, micro_tokens, config.seed, counters.epoch)
+        batches = epoch.batches(counters.texts - counters.epoch * len(rows))
         # The last step of an epoch may have fewer parts than the others.
         while micro_batches := list(islice(batches, config.accumulate)):
             now = progress()
             beta, learning_rate, norm = _step(learner, micro_batches, now, precision, sums)
-            counters.batch += len(micro_batches)
             counters.tokens += sum(b.target_tokens for b in micro_batches)
             counters.texts += sum(len(b.tokens_BT) for b in micro_batches)
             counters.seconds = earlier + session()
@@ -331,8 +329,7 @@ def train(
             sums = _Sums(time.monotonic())
             if done or stop:
                 return
-        counters.epoch, counters.batch = counters.epoch + 1, 0
-        epoch = Epoch(rows, micro_tokens, config.seed, counters.epoch)
+        counters.epoch += 1
 
 
 def score(figures: Figures, config: TrainConfig) -> float:

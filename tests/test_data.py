@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import pytest
 from torch import Tensor
 
 from gptvae_cli.config import DataConfig, ModelConfig
-from gptvae_cli.data import Corpus, Epoch, Rows, TokenStore, corpus_digest, fixed_batches, padding_share, plan_batches
+from gptvae_cli.data import Corpus, Epoch, Rows, Spans, corpus_digest, fixed_batches, padding_share, plan_batches
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError, ExitCode
 from gptvae_cli.tokenizer import Tokenizer
+from gptvae_cli.tokens import Ints, TokenStore
 
 PAD, BOS, EOS = 256, 257, 258  # of the bytes tokenizer
 LINES = [f"{'abcdefghij' * 3}"[: 1 + i % 23] + str(i) for i in range(400)]
@@ -33,8 +36,13 @@ def build(folder: Path, text: str | bytes, *, on_progress: Callable[[int], None]
 
 def contents(corpus: Corpus, store: TokenStore | None) -> list[str]:
     assert store is not None
-    pieces = (store.tokens[a:b] for a, b in zip(store.offsets[:-1], store.offsets[1:], strict=True))
-    return [corpus.tokenizer.decode(piece.tolist()) for piece in pieces]
+    starts_N, lengths_N = store.spans(np.arange(len(store)))
+    pieces = np.split(store.read(starts_N, lengths_N), np.cumsum(lengths_N)[:-1])
+    return [corpus.tokenizer.decode(piece.tolist()) for piece in pieces[: len(store)]]
+
+
+def lengths_of(store: TokenStore) -> Ints:
+    return np.concatenate(list(store.lengths()))
 
 
 def shape(**changes: int) -> ModelConfig:
@@ -52,8 +60,8 @@ def as_lists(tokens_BT: Tensor) -> list[list[int]]:
 
 
 def all_rows(rows: Rows, seed: int | None = None) -> list[list[int]]:
-    starts, stops = rows.spans(seed)
-    return as_lists(rows.batch(starts, stops, np.arange(len(starts))).tokens_BT)
+    spans = rows.spans(np.arange(len(rows))) if seed is None else rows.drawn(seed, 0, 0, len(rows))
+    return as_lists(rows.batch(spans).tokens_BT)
 
 
 @pytest.fixture
@@ -77,7 +85,7 @@ def test_a_corpus_comes_back_from_its_cache(tmp_path: Path, tokenizer: str) -> N
         assert Counter(kept + held_out) == Counter(lines)
         assert kept == [line for line in lines if line not in held_out], "the order of the corpus is kept"
         assert (len(corpus.train), len(corpus.valid)) == (len(kept), len(held_out))
-        assert corpus.train.lengths.tolist() == [len(ids) for ids in corpus.tokenizer.encode_batch(kept)]
+        assert lengths_of(corpus.train).tolist() == [len(ids) for ids in corpus.tokenizer.encode_batch(kept)]
     assert opened.facts == built.facts
     assert built.facts.texts == len(lines)
     assert built.facts.characters == sum(map(len, lines))
@@ -94,10 +102,11 @@ def test_more_than_65536_tokens_are_stored_without_wrapping_round(tmp_path: Path
     words.save(str(tmp_path / "words.json"))
     corpus = build(tmp_path, "w69999 w1\nw65536 w65535\nw2", tokenizer=str(tmp_path / "words.json"), valid="0.001")
     assert corpus.tokenizer.num_tokens == 70_003
-    assert [*corpus.train.tokens.tolist(), *corpus.valid.tokens.tolist()] == [69999, 1, 65536, 65535, 2]
+    found = [store.read(np.array([0]), np.array([store.count])).tolist() for store in (corpus.train, corpus.valid)]
+    assert found == [[69999, 1, 65536, 65535], [2]]
 
 
-@pytest.mark.parametrize("name", ["train.tokens", "train.offsets", "valid.offsets", "corpus.json"])
+@pytest.mark.parametrize("name", ["train.tokens", "train.offsets", "valid.offsets", "tokenizer.json", "corpus.json"])
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "half"])
 def test_a_damaged_cache_is_an_error_and_not_other_tokens(tmp_path: Path, name: str, damage: str) -> None:
     """Half of a file of two-byte tokens must not pass for one of another width."""
@@ -178,6 +187,182 @@ def test_a_corpus_larger_than_a_piece_loses_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("gptvae_cli.data._SAMPLE_CHARS", 1000)
     corpus = build(tmp_path, "\n".join(LINES))
     assert Counter(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == Counter(LINES)
+
+
+# Using a cache again --------------------------------------------------------------------------------------------------
+
+
+def recalled(folder: Path, **data: Any) -> Corpus | None:
+    return Corpus.recall(folder / "cache", [str(folder / "corpus.txt")], DataConfig(**{"tokenizer": "bytes", **data}))
+
+
+def test_a_corpus_that_did_not_change_is_recalled(tmp_path: Path) -> None:
+    built = build(tmp_path, "\n".join(LINES), tokenizer="bpe", vocab_size=300)
+    again = recalled(tmp_path, tokenizer="bpe", vocab_size=300)
+    assert again is not None
+    assert again.facts == built.facts
+    assert again.tokenizer.to_json() == built.tokenizer.to_json()
+    assert contents(again, again.train) == contents(built, built.train)
+    assert contents(again, again.valid) == contents(built, built.valid)
+
+
+def test_a_file_that_was_moved_is_recalled(tmp_path: Path) -> None:
+    build(tmp_path, "\n".join(LINES))
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "corpus.txt").rename(tmp_path / "elsewhere" / "corpus.txt")
+    assert Corpus.recall(tmp_path / "cache", [str(moved)], DataConfig(tokenizer="bytes")) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unit": "paragraph"},
+        {"valid": "0.1"},
+        {"tokenizer": "bpe"},
+        {"tokenizer": "bpe", "vocab_size": 300},
+        {"latents_from": "corpus.txt"},
+    ],
+    ids=str,
+)
+def test_other_settings_are_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path, "\n".join(LINES))
+    assert recalled(tmp_path) is not None
+    assert recalled(tmp_path, **change) is None
+
+
+@pytest.mark.parametrize("change", ["first", "last", "longer", "touched", "renamed", "one-more"])
+def test_another_corpus_is_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """Only what is neither at an edge of a file nor shows in its size and time passes unseen."""
+    monkeypatch.setattr("gptvae_cli.data._EDGE_BYTES", 4)
+    text = "\n".join(LINES)
+    build(tmp_path, text)
+    path, config = tmp_path / "corpus.txt", DataConfig(tokenizer="bytes")
+    time = path.stat().st_mtime_ns
+    sources = [str(path)]
+    match change:
+        case "first":
+            path.write_text("X" + text[1:])
+        case "last":
+            path.write_text(text[:-1] + "X")
+        case "longer":
+            path.write_text(text + "\n")
+        case "renamed":
+            sources = [str(path.rename(tmp_path / "corpus.jsonl"))]
+        case "one-more":
+            (tmp_path / "more.txt").write_text("more")
+            sources.append(str(tmp_path / "more.txt"))
+    if change == "touched":
+        os.utime(path, ns=(time, time + 1))
+    elif path.exists():
+        os.utime(path, ns=(time, time))
+    assert Corpus.recall(tmp_path / "cache", sources, config) is None
+
+
+@pytest.mark.parametrize("option", ["valid", "latents_from", "tokenizer"])
+def test_a_file_that_a_setting_names_belongs_to_the_corpus(tmp_path: Path, option: str) -> None:
+    named = tmp_path / "named"
+    text = Tokenizer.train_bpe(LINES, 300).to_json() if option == "tokenizer" else "\n".join(LINES)
+    named.write_text(text)
+    data: dict[str, Any] = {option: str(named)}
+    build(tmp_path, "\n".join(LINES), **data)
+    assert recalled(tmp_path, **data) is not None
+    named.write_text(text.replace("a", "b", 1))
+    assert recalled(tmp_path, **data) is None
+    named.unlink()
+    assert recalled(tmp_path, **data) is None
+
+
+def test_standard_input_is_never_recalled(tmp_path: Path) -> None:
+    """What it holds is known only once it is read; its digest tells whether it is the corpus of a run."""
+    config, text = DataConfig(tokenizer="bytes"), "\n".join(LINES).encode()
+    corpus = Corpus.build([], config, tmp_path / "cache", stdin=io.BytesIO(text))
+    assert corpus.fingerprint is None
+    assert Corpus.recall(tmp_path / "cache", [], config) is None
+    assert corpus.is_of([], config, stdin=io.BytesIO(text))
+    assert not corpus.is_of([], config, stdin=io.BytesIO(text[1:]))
+
+
+def test_a_corpus_is_known_by_its_files_or_else_by_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, config = build(tmp_path, "\n".join(LINES)), DataConfig(tokenizer="bytes")
+    path, copy = tmp_path / "corpus.txt", tmp_path / "copy.txt"
+    copy.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert corpus.is_of([str(copy)], config)
+    copy.write_bytes(b"another" + path.read_bytes())
+    assert not corpus.is_of([str(copy)], config)
+    monkeypatch.setattr("gptvae_cli.data.read_texts", None)
+    assert corpus.is_of([str(path)], config), "without reading it"
+
+
+def test_an_interrupted_cache_is_none_and_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a whole one of another corpus, too, whose list of files would else vouch for it."""
+    monkeypatch.setattr("gptvae_cli.data._PIECE_CHARS", 1000)
+    text = "\n".join(LINES)
+    build(tmp_path, "another\ncorpus\nthan\nthat")
+
+    def interrupt(characters: int) -> None:
+        if characters > sum(map(len, LINES)) / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, text, on_progress=interrupt)
+    assert (tmp_path / "cache" / "train.tokens").stat().st_size > 0
+    assert recalled(tmp_path) is None
+    with pytest.raises(CheckpointError):
+        Corpus.open(tmp_path / "cache", Tokenizer.bytes())
+    corpus = build(tmp_path, text)
+    assert Counter(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == Counter(LINES)
+    assert recalled(tmp_path) is not None
+
+
+def test_a_damaged_cache_is_not_recalled(tmp_path: Path) -> None:
+    build(tmp_path, "\n".join(LINES))
+    for path in sorted((tmp_path / "cache").iterdir()):
+        content = path.read_bytes()
+        for damaged in (content[:-2], content + b"x", b""):
+            path.write_bytes(damaged)
+            assert recalled(tmp_path) is None, path.name
+        path.write_bytes(content)
+        assert recalled(tmp_path) is not None
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+MANY_ROWS = """
+import resource, sys
+from pathlib import Path
+from gptvae_cli import data
+from gptvae_cli.config import DataConfig, ModelConfig
+
+data._SAMPLE_CHARS = data._PIECE_CHARS = 2**16
+corpus, folder = Path(sys.argv[1]), Path(sys.argv[2])
+config = DataConfig(tokenizer="bytes")
+model = ModelConfig(num_tokens=259, dim=32, depth=1, enc_depth=1, max_seq_len=32, dim_latent=4, heads=2,
+                    pad_id=256, bos_id=257, eos_id=258)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+
+def begin(count):
+    corpus.write_bytes(b"".join(b"%x\\n" % i for i in range(min(count, 10_000))) * max(1, count // 10_000))
+    tokens = data.Corpus.build([str(corpus)], config, folder)
+    rows = data.Rows(tokens.train, model, window=False)
+    next(iter(data.Epoch(rows, 2048, 0, 0).batches()))
+    assert len(tokens.train) + len(tokens.valid) == count
+
+begin(50_000)
+before = peak()
+begin(1_000_000)
+print(peak() - before)
+"""
+
+
+def test_a_million_rows_take_no_more_memory_than_fifty_thousand(tmp_path: Path) -> None:
+    """Peak memory of building the cache and taking the first batch. Arrays over all rows, and a plan of the whole
+    epoch, took 54 MB here."""
+    arguments = [sys.executable, "-c", MANY_ROWS, str(tmp_path / "corpus.txt"), str(tmp_path / "cache")]
+    ran = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert int(ran.stdout) < 20e6
 
 
 # The digest -----------------------------------------------------------------------------------------------------------
@@ -317,7 +502,7 @@ def test_a_text_that_just_fits_keeps_its_eos_and_a_longer_one_is_cut_without(tmp
     ]
     assert all_rows(rows) == expected
     assert max(map(len, expected)) == longest
-    assert rows.cut == sum(len(text) > longest - 2 for text in texts) == 4
+    assert rows.count_cut() == sum(len(text) > longest - 2 for text in texts) == 4
 
 
 def test_sources_are_cut_by_the_same_rule(tmp_path: Path) -> None:
@@ -327,12 +512,11 @@ def test_sources_are_cut_by_the_same_rule(tmp_path: Path) -> None:
         tmp_path, "\n".join("t" * (i + 1) for i in range(8)), valid="0.0001", latents_from=str(tmp_path / "sources.txt")
     )
     rows = rows_of(corpus, max_seq_len=12)
-    starts, stops = rows.spans()
-    batch = rows.batch(starts, stops, np.arange(7))
+    batch = rows.batch(rows.spans(np.arange(7)))
     assert as_lists(batch.encoder_BT) == [
         [BOS, *text.encode(), EOS] if len(text) <= 10 else [BOS, *text.encode()[:11]] for text in texts
     ]
-    assert rows.cut == 4, "what the encoder does not see is counted too"
+    assert rows.count_cut() == 4, "what the encoder does not see is counted too"
 
 
 def test_a_batch_counts_its_target_tokens(tmp_path: Path) -> None:
@@ -345,28 +529,38 @@ def test_a_batch_counts_its_target_tokens(tmp_path: Path) -> None:
 # Batches --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [None, 0], ids=["evaluation", "training"])
 @pytest.mark.parametrize("batch_tokens", [16, 100, 2048, 10**6])
-def test_every_row_is_in_exactly_one_batch_and_no_batch_is_over_budget(order: int | None, batch_tokens: int) -> None:
-    """But for a row that is longer than the budget, which is a batch of its own."""
+def test_every_row_is_in_exactly_one_batch_and_no_batch_is_over_budget(batch_tokens: int) -> None:
+    """But for a row that is longer than the budget, which is a batch of its own. One row more would be too much."""
     lengths = np.random.default_rng(0).geometric(0.05, 3000) + 2
-    plan = plan_batches(lengths, batch_tokens, None if order is None else np.random.default_rng(order))
+    plan = plan_batches(lengths, batch_tokens)
     assert sorted(np.concatenate(plan).tolist()) == list(range(3000))
     for rows in plan:
         assert len(rows) == 1 or len(rows) * lengths[rows].max() <= batch_tokens
+    for rows, following in pairwise(plan):
+        assert (len(rows) + 1) * lengths[following].min() > batch_tokens
+
+
+@pytest.mark.parametrize("batch_tokens", [16, 100, 2048, 10**6])
+@pytest.mark.parametrize("unit", ["line", "window"])
+def test_an_epoch_is_every_row_once_and_no_batch_is_over_budget(tmp_path: Path, unit: str, batch_tokens: int) -> None:
+    corpus = build(tmp_path, "\n".join(LINES * 5), unit=unit)
+    rows = Rows(corpus.train, shape(), window=unit == "window")
+    batches = list(Epoch(rows, batch_tokens, seed=4, epoch=2).spans())
+    assert sorted(np.concatenate([batch.index_N for batch in batches]).tolist()) == list(range(len(rows)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * batch.widths_N.max() <= batch_tokens
 
 
 def test_the_padding_that_is_told_is_the_padding_that_is_there(tmp_path: Path) -> None:
     rows = rows_of(build(tmp_path, "\n".join(LINES)))
-    lengths = rows.store.lengths + 2
     epoch = Epoch(rows, 300, seed=0, epoch=0)
     padding = tokens = 0
     for batch in epoch.batches():
         padding += int((batch.tokens_BT == PAD).sum())
         tokens += batch.tokens_BT.numel()
-    assert padding_share(lengths, epoch.plan) == pytest.approx(padding / tokens)
-    one_by_one = [np.array([i]) for i in range(len(lengths))]
-    assert padding_share(lengths, one_by_one) == 0
+    assert padding_share(epoch.spans()) == pytest.approx(padding / tokens)
+    assert padding_share(rows.spans(np.array([i])) for i in range(len(rows))) == 0
 
 
 @pytest.mark.parametrize("name", ["tatoeba_eng_train", "zinc_smiles_train", "snli_train", "names_us"])
@@ -376,12 +570,12 @@ def test_padding_of_a_real_corpus_is_below_five_percent(tmp_path: Path, data: Pa
     corpus = build(tmp_path, text, tokenizer="auto")
     rows = Rows(corpus.train, shape(max_seq_len=256, num_tokens=30_000), window=False)
     epoch = Epoch(rows, 2048, seed=0, epoch=0)
-    assert padding_share(corpus.train.lengths + 2, epoch.plan) < 0.05
-    assert len(epoch) > 50
+    assert padding_share(epoch.spans()) < 0.05
+    assert len(list(epoch.spans())) > 50
 
 
 def plan_of(rows: Rows, seed: int, epoch: int) -> list[list[int]]:
-    return [batch.tolist() for batch in Epoch(rows, 256, seed, epoch).plan]
+    return [batch.index_N.tolist() for batch in Epoch(rows, 256, seed, epoch).spans()]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch_alone(tmp_path: Path) -> None:
@@ -403,12 +597,57 @@ def test_batches_of_one_epoch_do_not_come_in_order_of_length(tmp_path: Path) -> 
     assert widths != sorted(widths, reverse=True)
 
 
-def test_an_epoch_goes_on_from_its_middle(tmp_path: Path) -> None:
-    epoch = Epoch(rows_of(build(tmp_path, "\n".join(LINES))), 256, seed=2, epoch=1)
+@pytest.mark.parametrize("unit", ["line", "window"])
+def test_an_epoch_goes_on_from_behind_any_of_its_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """In the middle of a pool, at the seam of two, and at the end."""
+    monkeypatch.setattr("gptvae_cli.data._POOL_BATCHES", 4)
+    corpus = build(tmp_path, "\n".join(LINES), unit=unit)
+    epoch = Epoch(Rows(corpus.train, shape(), window=unit == "window"), 256, seed=2, epoch=1)
     whole = [batch.tokens_BT.tolist() for batch in epoch.batches()]
-    assert len(whole) == len(epoch) > 5
-    for skip in (0, 3, len(whole) - 1, len(whole)):
-        assert [batch.tokens_BT.tolist() for batch in epoch.batches(skip)] == whole[skip:]
+    assert len(whole) > 12
+    skip = 0
+    for done, batch in enumerate(whole):
+        assert [batch.tokens_BT.tolist() for batch in epoch.batches(skip)] == whole[done:]
+        skip += len(batch)
+    assert list(epoch.batches(skip)) == []
+
+
+def test_pools_that_are_skipped_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or to resume late in an epoch of billions of rows would take hours."""
+    monkeypatch.setattr("gptvae_cli.data._POOL_BATCHES", 1)
+    rows = rows_of(build(tmp_path, "\n".join(LINES * 20)))
+    read: list[tuple[int, int]] = []
+    drawn = rows.drawn
+
+    def noted(seed: int, epoch: int, first: int, stop: int) -> Spans:
+        read.append((first, stop))
+        return drawn(seed, epoch, first, stop)
+
+    monkeypatch.setattr(rows, "drawn", noted)
+    epoch = Epoch(rows, 256, seed=0, epoch=0)
+    skip = len(rows) - epoch.pool_rows - len(rows) % epoch.pool_rows
+    list(epoch.batches(skip))
+    assert min(read)[0] == skip
+    read.clear()
+    next(epoch.batches())
+    assert read == [(0, epoch.pool_rows)], "and the first batch needs no pool but its own"
+
+
+def test_lines_that_follow_each_other_are_shuffled_over_the_whole_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Corpora come sorted: a pool that held neighbours would be of one topic."""
+    monkeypatch.setattr("gptvae_cli.data._POOL_BATCHES", 4)
+    rows = rows_of(build(tmp_path, "\n".join(LINES * 20)))
+    epoch = Epoch(rows, 256, seed=0, epoch=0)
+    index_N = np.concatenate([batch.index_N for batch in epoch.spans()])
+    pools = np.split(index_N, range(epoch.pool_rows, len(rows), epoch.pool_rows))
+    assert len(pools) > 50
+    # The mean of a pool is that of the corpus, within five standard deviations of a mean of uniform numbers.
+    tolerance = 5 * len(rows) / (12 * epoch.pool_rows) ** 0.5
+    assert all(abs(pool.mean() - len(rows) / 2) < tolerance for pool in pools[:-1])
 
 
 def test_evaluation_takes_the_first_rows_whatever_the_batch_size(tmp_path: Path) -> None:
@@ -439,20 +678,24 @@ def test_crops_are_pieces_of_the_text_and_as_long_as_the_model(tmp_path: Path) -
     text = "".join(contents(corpus, corpus.train))
     rows = window_rows(corpus, corpus.train)
     crops = all_rows(rows, seed=0)
-    assert len(crops) == len(text) // 32
+    assert len(crops) == -(-len(text) // 32), "as many as cover the text"
     assert all(len(crop) == 33 and crop[0] == BOS and EOS not in crop for crop in crops)
     assert all(corpus.tokenizer.decode(crop) in text for crop in crops)
-    assert rows.cut == 0
+    assert rows.count_cut() == 0
 
 
 def test_crops_fall_everywhere_and_elsewhere_in_every_epoch(tmp_path: Path) -> None:
     corpus = build(tmp_path, RUNNING, unit="window")
     rows = window_rows(corpus, corpus.train)
-    total = len(corpus.train.tokens)
-    starts = [rows.spans(seed=0, epoch=epoch)[0] for epoch in range(30)]
+    total = corpus.train.count
+
+    def starts_of(seed: int, epoch: int) -> Ints:
+        return rows.drawn(seed, epoch, 0, len(rows)).starts_N
+
+    starts = [starts_of(seed=0, epoch=epoch) for epoch in range(30)]
     assert len({tuple(one.tolist()) for one in starts}) == 30
-    assert starts[7].tolist() == rows.spans(seed=0, epoch=7)[0].tolist()
-    assert starts[7].tolist() != rows.spans(seed=1, epoch=7)[0].tolist()
+    assert starts[7].tolist() == starts_of(seed=0, epoch=7).tolist()
+    assert starts[7].tolist() != starts_of(seed=1, epoch=7).tolist()
     seen = np.zeros(total, dtype=int)
     for start in np.concatenate(starts):
         seen[start : start + 32] += 1

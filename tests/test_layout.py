@@ -17,9 +17,9 @@ PACKAGE = Path(gptvae_cli.__file__).parent
 ROWS: list[set[str]] = [
     {
         *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"),
-        *("bleu", "bootstrap", "probe"),
+        *("shuffle", "bleu", "bootstrap", "probe"),
     },
-    {"latent", "fused"},
+    {"latent", "fused", "tokens"},
     {"decoding"},
     {"model"},
     {"objective"},

@@ -41,7 +41,7 @@ LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a b
 CPU = Device(torch.device("cpu"), "asked for")
 FLOAT32 = Precision(torch.float32, "exact")
 TINY = {"dim": 32, "depth": 1, "enc_depth": 1, "heads": 2, "attn_dim_head": 16, "dim_latent": 8}
-CORPUS_FILES = {"corpus.json", "train.tokens", "train.offsets", "valid.tokens", "valid.offsets"}
+CORPUS_FILES = {"corpus.json", "tokenizer.json", "train.tokens", "train.offsets", "valid.tokens", "valid.offsets"}
 FIGURES = Figures(
     texts=100,
     tokens=1000,
@@ -358,7 +358,7 @@ def test_the_longer_of_texts_and_sources_sets_the_length(folder: Path, corpus: s
     sources.write_text("\n".join(line * 3 for line in LINES))
     job = begin(folder, [corpus], data={"latents_from": str(sources)})
     assert job.model_config.max_seq_len == 56
-    assert job.rows.cut == 0
+    assert job.rows.count_cut() == 0
     assert not any("cut" in note for note in job.notes)
 
 
@@ -436,6 +436,36 @@ def test_what_cannot_start_loses_nothing(
     with pytest.raises(error):
         begin(folder, change.pop("sources", [corpus]), **change)
     assert contents(folder) == before
+
+
+def test_the_tokens_of_the_same_corpus_are_used_again(folder: Path, corpus: str) -> None:
+    """By a run that replaces one, and by one whose first start was interrupted; its weights are those of a new one."""
+    first = finish(begin(folder, [corpus]))
+    expected, before = first.learner.tensors(), (folder / "cache" / "corpus.json").stat()
+    for leftover in (["model.safetensors", "state.safetensors", "metrics.jsonl"], []):
+        for name in leftover:
+            (folder / name).unlink()
+        (folder / "cache.part").mkdir(exist_ok=True)
+        (folder / "cache.part" / "train.tokens").write_bytes(b"half")
+        job = finish(begin(folder, [corpus]))
+        assert names(folder) == {"model.safetensors", "state.safetensors", "metrics.jsonl", "cache"}
+        assert any("were not made again" in note for note in job.notes)
+        assert (folder / "cache" / "corpus.json").stat().st_mtime_ns == before.st_mtime_ns
+        assert job.corpus.facts == first.corpus.facts
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in job.learner.tensors().items())
+    assert not any("were not made again" in note for note in first.notes)
+
+
+def test_the_tokens_of_another_corpus_go(folder: Path, corpus: str) -> None:
+    """Also those that no file of the new ones replaces."""
+    sources = Path(corpus).with_name("sources.txt")
+    sources.write_text("\n".join(LINES))
+    begin(folder, [corpus], data={"latents_from": str(sources)})
+    Path(corpus).write_text("\n".join(LINES[::-1]))
+    job = begin(folder, [corpus])
+    assert names(folder / "cache") == CORPUS_FILES
+    assert not any("were not made again" in note for note in job.notes)
+    assert job.corpus.facts.digest == json.loads((folder / "cache" / "corpus.json").read_text())["facts"]["digest"]
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------

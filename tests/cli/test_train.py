@@ -132,7 +132,9 @@ def test_a_second_run_needs_to_be_told_what_to_do_with_the_first(train: Train, n
     before = (out / "model.safetensors").read_bytes()
     assert_fails(train(names), 2, "holds a run already", "--resume", "--force")
     assert (out / "model.safetensors").read_bytes() == before
-    assert train(names, "--force", "--seed", "7").exit_code == 0
+    again = train(names, "--force", "--seed", "7")
+    assert again.exit_code == 0
+    assert f"its tokens were in {out / 'cache'}, and were not made again" in again.stderr
     assert read_header(out / "model.safetensors").training["train"]["seed"] == 7
 
 
