@@ -109,7 +109,9 @@ def test_it_needs_the_corpus_of_the_model(model: Path, tmp_path: Path) -> None:
         of(Path(alone))
     assert "--baseline" in str(caught.value.hint)
     facts = model.parent / "cache/corpus.json"
-    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"digest": "0"}))
+    content = json.loads(facts.read_text())
+    content["facts"]["digest"] = "0"
+    facts.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="is not the corpus"):
         of(model)
 

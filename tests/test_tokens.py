@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -78,11 +78,11 @@ def test_words_that_are_forgotten_are_learnt_again(bpe: Tokenizer, monkeypatch: 
 
 def test_a_word_goes_to_the_library_once(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    library: Callable[[Sequence[str]], list[list[int]]] = bpe.encode_batch
+    library = bpe.encode_batch
 
-    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(texts: Sequence[str], *, longest: int | None = None) -> list[list[int]]:
         asked.extend(texts)
-        return library(texts)
+        return library(texts, longest=longest)
 
     monkeypatch.setattr(bpe, "encode_batch", encode_batch)
     bulk = BulkTokenizer(bpe)

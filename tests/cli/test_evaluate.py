@@ -221,8 +221,9 @@ def test_a_baseline_of_another_model_is_replaced(run: Path) -> None:
 def test_a_baseline_needs_a_run_folder_with_its_corpus(run: Path, evaluate: Evaluate) -> None:
     assert_fails(evaluate("--with-baseline"), 3, "corpus", "cache", "--baseline baseline")
     assert_fails(with_baseline("--baseline", "run"), 2, "--baseline", "--with-baseline")
-    facts = json.loads((run / "cache/corpus.json").read_text())
-    (run / "cache/corpus.json").write_text(json.dumps(facts | {"digest": "0" * 32}))
+    content = json.loads((run / "cache/corpus.json").read_text())
+    content["facts"]["digest"] = "0" * 32
+    (run / "cache/corpus.json").write_text(json.dumps(content))
     assert_fails(with_baseline(), 3, "cache", "not the corpus")
     shutil.rmtree(run / "cache")
     assert_fails(with_baseline(), 3, "run/cache", "is not there", "--latents-dropout-prob 1")

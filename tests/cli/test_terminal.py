@@ -39,6 +39,8 @@ CONTROLS = [
 ]
 HOSTILE = "".join(CONTROLS)
 NAME = HOSTILE.replace("/", "").replace("\0", "") + "\udcff"
+UNICODE_NAME = NAME.replace("\udcff", "")
+"""TOML holds no other."""
 OURS = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[[0-9]*[AK]|\x1b\[2K")
 """What rich writes: colours, and the moves of a live display."""
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f]")
@@ -108,7 +110,7 @@ def _read(leader: int) -> bytes:
         ["evaluate", f"{NAME}.txt", "--samples", "1"],
         ["evaluate", f"{NAME}.txt", "--samples", "1", "--json"],
         ["info"],
-        ["train", f"{NAME}.txt", "--print-config", "--out", f"{NAME}-out"],
+        ["train", f"{UNICODE_NAME}.txt", "--print-config", "--out", f"{UNICODE_NAME}-out"],
     ],
     ids=lambda arguments: " ".join(argument for argument in arguments if argument.isprintable()),
 )

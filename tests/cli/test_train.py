@@ -627,7 +627,7 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
 
 
-@pytest.mark.parametrize("place", ["gptvae_cli.text.Tokenizer.encode_batch", "gptvae_cli.run._remove_run"])
+@pytest.mark.parametrize("place", ["gptvae_cli.tokens.BulkTokenizer.__call__", "gptvae_cli.run.remove_run"])
 def test_a_stop_while_the_corpus_is_read_leaves_nothing(
     train: Train, names: Path, out: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

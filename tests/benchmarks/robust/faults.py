@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 from gptvae_cli import checkpoint, run, sampling, training
 from gptvae_cli.cli import app
 from gptvae_cli.header import STATE_NAME
-from gptvae_cli.tokenizer import Tokenizer
+from gptvae_cli.tokens import BulkTokenizer
 
 Action = Callable[..., object]
 """What goes wrong; gets what the wrapped function gets."""
@@ -118,7 +118,7 @@ def after_step(count: int) -> Moment:
 
 
 READING: dict[str, Moment] = {
-    "reading the corpus": before(Tokenizer, "encode_batch"),
+    "reading the corpus": before(BulkTokenizer, "__call__"),
     "the corpus is read": before(run, "_place_cache"),
 }
 TRAINING: dict[str, Moment] = {
