@@ -15,7 +15,7 @@ import torch
 from gptvae_cli import run
 from gptvae_cli.checkpoint import load_state
 from gptvae_cli.config import TrainConfig, from_dict
-from gptvae_cli.data import Corpus
+from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, GPTVAEError
 from gptvae_cli.header import MODEL_NAME, STATE_NAME, ModelHeader, read_header

@@ -44,7 +44,8 @@ from gptvae_cli.checkpoint import (
     write_atomically,
 )
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
-from gptvae_cli.data import Corpus, Epoch, Rows, is_cache_file, padding_share
+from gptvae_cli.corpus import Corpus, is_cache_file
+from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct

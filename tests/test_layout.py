@@ -20,6 +20,7 @@ ROWS: list[set[str]] = [
         *("shuffle", "bleu", "bootstrap", "probe"),
     },
     {"latent", "fused", "tokens"},
+    {"corpus"},
     {"decoding"},
     {"model"},
     {"objective"},

@@ -15,7 +15,8 @@ import torch
 from torch.testing import assert_close
 
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig
-from gptvae_cli.data import Corpus, Epoch, Rows
+from gptvae_cli.corpus import Corpus
+from gptvae_cli.data import Epoch, Rows
 from gptvae_cli.errors import CheckpointError, DivergedError, ExitCode
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.model import GPTVAE

@@ -1,0 +1,470 @@
+"""Corpora as tokens: what is kept, what is held out, and when tokens are used again."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptvae_cli.config import DataConfig, ModelConfig
+from gptvae_cli.corpus import Corpus, corpus_digest
+from gptvae_cli.data import Epoch, Rows
+from gptvae_cli.errors import CheckpointError, ConfigError, DataError, ExitCode
+from gptvae_cli.tokenizer import Tokenizer
+from gptvae_cli.tokens import Ints, TokenStore
+
+PAD, BOS, EOS = 256, 257, 258  # of the bytes tokenizer
+LINES = [f"{'abcdefghij' * 3}"[: 1 + i % 23] + str(i) for i in range(400)]
+
+
+def build(folder: Path, text: str | bytes, *, on_progress: Callable[[int], None] | None = None, **data: Any) -> Corpus:
+    """The corpus of a text file in bytes, with its cache in `folder/cache`."""
+    path = folder / "corpus.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    config = DataConfig(**{"tokenizer": "bytes", **data})
+    return Corpus.build([str(path)], config, folder / "cache", on_progress=on_progress)
+
+
+def contents(corpus: Corpus, store: TokenStore | None) -> list[str]:
+    assert store is not None
+    starts_N, lengths_N = store.spans(np.arange(len(store)))
+    pieces = np.split(store.read(starts_N, lengths_N), np.cumsum(lengths_N)[:-1])
+    return [corpus.tokenizer.decode(piece.tolist()) for piece in pieces[: len(store)]]
+
+
+def lengths_of(store: TokenStore) -> Ints:
+    return np.concatenate(list(store.lengths()))
+
+
+def shape(**changes: int) -> ModelConfig:
+    fields = {"dim": 32, "depth": 1, "enc_depth": 1, "max_seq_len": 32, "dim_latent": 4, "heads": 2}
+    specials = {"num_tokens": 259, "pad_id": PAD, "bos_id": BOS, "eos_id": EOS}
+    return ModelConfig(**{**fields, **specials, **changes})
+
+
+def rows_of(corpus: Corpus, **changes: int) -> Rows:
+    return Rows(corpus.train, shape(**changes), window=False, source=corpus.train_source)
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_corpus_comes_back_from_its_cache(tmp_path: Path, tokenizer: str) -> None:
+    lines = ["plain", "Füße 走る", "\t tab and spaces ", "a", "\x00 nul", *LINES]
+    built = build(tmp_path, "\n".join(lines), tokenizer=tokenizer, vocab_size=300)
+    opened = Corpus.open(tmp_path / "cache", Tokenizer.from_json(built.tokenizer.to_json()))
+    for corpus in (built, opened):
+        kept, held_out = contents(corpus, corpus.train), contents(corpus, corpus.valid)
+        assert Counter(kept + held_out) == Counter(lines)
+        assert kept == [line for line in lines if line not in held_out], "the order of the corpus is kept"
+        assert (len(corpus.train), len(corpus.valid)) == (len(kept), len(held_out))
+        assert lengths_of(corpus.train).tolist() == [len(ids) for ids in corpus.tokenizer.encode_batch(kept)]
+    assert opened.facts == built.facts
+    assert built.facts.texts == len(lines)
+    assert built.facts.characters == sum(map(len, lines))
+    assert built.tokenizer.kind == tokenizer
+
+
+def test_more_than_65536_tokens_are_stored_without_wrapping_round(tmp_path: Path) -> None:
+    """The cache is of two bytes a token where that is enough and of four where it is not."""
+    vocab = {f"w{i}": i for i in range(70_000)}
+    import tokenizers
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.save(str(tmp_path / "words.json"))
+    corpus = build(tmp_path, "w69999 w1\nw65536 w65535\nw2", tokenizer=str(tmp_path / "words.json"), valid="0.001")
+    assert corpus.tokenizer.num_tokens == 70_003
+    found = [store.read(np.array([0]), np.array([store.count])).tolist() for store in (corpus.train, corpus.valid)]
+    assert found == [[69999, 1, 65536, 65535], [2]]
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "train.offsets", "valid.offsets", "tokenizer.json", "corpus.json"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "half"])
+def test_a_damaged_cache_is_an_error_and_not_other_tokens(tmp_path: Path, name: str, damage: str) -> None:
+    """Half of a file of two-byte tokens must not pass for one of another width."""
+    corpus = build(tmp_path, "\n".join(LINES))
+    path = tmp_path / "cache" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[: {"empty": 0, "cut": len(content) - 2, "half": len(content) // 2}[damage]])
+    with pytest.raises(CheckpointError, match="cache is missing or damaged") as caught:
+        Corpus.open(tmp_path / "cache", corpus.tokenizer)
+    assert caught.value.exit_code == ExitCode.BAD_INPUT
+    assert "--force" in str(caught.value.hint)
+
+
+def test_a_cache_of_pairs_leaves_nothing_to_a_corpus_without_pairs(tmp_path: Path) -> None:
+    """Its sources would otherwise be read as those of the new corpus."""
+    (tmp_path / "others").write_text("\n".join(LINES))
+    assert build(tmp_path, "\n".join(LINES), latents_from=str(tmp_path / "others")).train_source is not None
+    assert build(tmp_path, "\n".join(LINES)).train_source is None
+
+
+def test_empty_texts_are_dropped_and_counted(tmp_path: Path) -> None:
+    corpus = build(tmp_path, "\n\na\n\nb\n\nc\n\n")
+    assert sorted(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == ["a", "b", "c"]
+    assert (corpus.facts.texts, corpus.facts.empty) == (3, 5), "what follows the last line break is no text"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", "0 non-empty"), ("\n\n\n", "0 non-empty"), ("one", "1 non-empty"), ("one\ntwo\n", "2 non-empty")],
+    ids=["empty-file", "empty-lines", "one-text", "two-texts"],
+)
+def test_too_few_texts_are_an_error_that_tells_what_a_text_is(tmp_path: Path, text: str, found: str) -> None:
+    """Two to train on and one to hold out are the least."""
+    with pytest.raises(DataError, match=found) as caught:
+        build(tmp_path, text)
+    assert "a text is a line here" in str(caught.value.hint)
+    assert caught.value.exit_code == ExitCode.BAD_INPUT
+
+
+def test_three_texts_are_enough(tmp_path: Path) -> None:
+    corpus = build(tmp_path, "one\ntwo\nthree\n")
+    assert (len(corpus.train), len(corpus.valid)) == (2, 1)
+    assert sorted(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == ["one", "three", "two"]
+
+
+@pytest.mark.parametrize("unit", ["paragraph", "file"])
+def test_units_decide_what_is_one_text(tmp_path: Path, unit: str) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(6):
+        (folder / f"{i}.txt").write_text(f"first {i}\n\nsecond\nof {i}\n")
+    config = DataConfig(unit=unit, tokenizer="bytes", valid="0.2")  # type: ignore[arg-type]
+    corpus = Corpus.build([str(folder)], config, tmp_path / "cache")
+    found = sorted(contents(corpus, corpus.train) + contents(corpus, corpus.valid))
+    halves = [f"first {i}" for i in range(6)] + [f"second\nof {i}" for i in range(6)]
+    assert found == (halves if unit == "paragraph" else [f"first {i}\n\nsecond\nof {i}" for i in range(6)])
+
+
+def test_standard_input_is_a_corpus(tmp_path: Path) -> None:
+    config = DataConfig(tokenizer="bytes")
+    corpus = Corpus.build([], config, tmp_path, stdin=io.BytesIO("\n".join(LINES).encode()))
+    assert corpus.facts.texts == len(LINES)
+    assert corpus.facts.digest == build(tmp_path, "\n".join(LINES)).facts.digest
+
+
+def test_progress_is_told_in_characters(tmp_path: Path) -> None:
+    seen: list[int] = []
+    build(tmp_path, "\n".join(LINES), on_progress=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == sum(map(len, LINES))
+
+
+def test_a_corpus_larger_than_a_piece_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at the seams of the pieces, nor between the sample that the tokenizer learns from and the rest."""
+    monkeypatch.setattr("gptvae_cli.corpus._PIECE_CHARS", 100)
+    monkeypatch.setattr("gptvae_cli.corpus._SAMPLE_CHARS", 1000)
+    corpus = build(tmp_path, "\n".join(LINES))
+    assert Counter(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == Counter(LINES)
+
+
+# Using a cache again --------------------------------------------------------------------------------------------------
+
+
+def recalled(folder: Path, **data: Any) -> Corpus | None:
+    return Corpus.recall(folder / "cache", [str(folder / "corpus.txt")], DataConfig(**{"tokenizer": "bytes", **data}))
+
+
+def test_a_corpus_that_did_not_change_is_recalled(tmp_path: Path) -> None:
+    built = build(tmp_path, "\n".join(LINES), tokenizer="bpe", vocab_size=300)
+    again = recalled(tmp_path, tokenizer="bpe", vocab_size=300)
+    assert again is not None
+    assert again.facts == built.facts
+    assert again.tokenizer.to_json() == built.tokenizer.to_json()
+    assert contents(again, again.train) == contents(built, built.train)
+    assert contents(again, again.valid) == contents(built, built.valid)
+
+
+def test_a_file_that_was_moved_is_recalled(tmp_path: Path) -> None:
+    build(tmp_path, "\n".join(LINES))
+    (tmp_path / "elsewhere").mkdir()
+    moved = (tmp_path / "corpus.txt").rename(tmp_path / "elsewhere" / "corpus.txt")
+    assert Corpus.recall(tmp_path / "cache", [str(moved)], DataConfig(tokenizer="bytes")) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unit": "paragraph"},
+        {"valid": "0.1"},
+        {"tokenizer": "bpe"},
+        {"tokenizer": "bpe", "vocab_size": 300},
+        {"latents_from": "corpus.txt"},
+    ],
+    ids=str,
+)
+def test_other_settings_are_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    build(tmp_path, "\n".join(LINES))
+    assert recalled(tmp_path) is not None
+    assert recalled(tmp_path, **change) is None
+
+
+@pytest.mark.parametrize("change", ["first", "last", "longer", "touched", "renamed", "one-more"])
+def test_another_corpus_is_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """Only what is neither at an edge of a file nor shows in its size and time passes unseen."""
+    monkeypatch.setattr("gptvae_cli.corpus._EDGE_BYTES", 4)
+    text = "\n".join(LINES)
+    build(tmp_path, text)
+    path, config = tmp_path / "corpus.txt", DataConfig(tokenizer="bytes")
+    time = path.stat().st_mtime_ns
+    sources = [str(path)]
+    match change:
+        case "first":
+            path.write_text("X" + text[1:])
+        case "last":
+            path.write_text(text[:-1] + "X")
+        case "longer":
+            path.write_text(text + "\n")
+        case "renamed":
+            sources = [str(path.rename(tmp_path / "corpus.jsonl"))]
+        case "one-more":
+            (tmp_path / "more.txt").write_text("more")
+            sources.append(str(tmp_path / "more.txt"))
+    if change == "touched":
+        os.utime(path, ns=(time, time + 1))
+    elif path.exists():
+        os.utime(path, ns=(time, time))
+    assert Corpus.recall(tmp_path / "cache", sources, config) is None
+
+
+@pytest.mark.parametrize("option", ["valid", "latents_from", "tokenizer"])
+def test_a_file_that_a_setting_names_belongs_to_the_corpus(tmp_path: Path, option: str) -> None:
+    named = tmp_path / "named"
+    text = Tokenizer.train_bpe(LINES, 300).to_json() if option == "tokenizer" else "\n".join(LINES)
+    named.write_text(text)
+    data: dict[str, Any] = {option: str(named)}
+    build(tmp_path, "\n".join(LINES), **data)
+    assert recalled(tmp_path, **data) is not None
+    named.write_text(text.replace("a", "b", 1))
+    assert recalled(tmp_path, **data) is None
+    named.unlink()
+    assert recalled(tmp_path, **data) is None
+
+
+def test_standard_input_is_never_recalled(tmp_path: Path) -> None:
+    """What it holds is known only once it is read; its digest tells whether it is the corpus of a run."""
+    config, text = DataConfig(tokenizer="bytes"), "\n".join(LINES).encode()
+    corpus = Corpus.build([], config, tmp_path / "cache", stdin=io.BytesIO(text))
+    assert corpus.fingerprint is None
+    assert Corpus.recall(tmp_path / "cache", [], config) is None
+    assert corpus.is_of([], config, stdin=io.BytesIO(text))
+    assert not corpus.is_of([], config, stdin=io.BytesIO(text[1:]))
+
+
+def test_a_corpus_is_known_by_its_files_or_else_by_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, config = build(tmp_path, "\n".join(LINES)), DataConfig(tokenizer="bytes")
+    path, copy = tmp_path / "corpus.txt", tmp_path / "copy.txt"
+    copy.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert corpus.is_of([str(copy)], config)
+    copy.write_bytes(b"another" + path.read_bytes())
+    assert not corpus.is_of([str(copy)], config)
+    monkeypatch.setattr("gptvae_cli.corpus.read_texts", None)
+    assert corpus.is_of([str(path)], config), "without reading it"
+
+
+def test_an_interrupted_cache_is_none_and_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a whole one of another corpus, too, whose list of files would else vouch for it."""
+    monkeypatch.setattr("gptvae_cli.corpus._PIECE_CHARS", 1000)
+    text = "\n".join(LINES)
+    build(tmp_path, "another\ncorpus\nthan\nthat")
+
+    def interrupt(characters: int) -> None:
+        if characters > sum(map(len, LINES)) / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, text, on_progress=interrupt)
+    assert (tmp_path / "cache" / "train.tokens").stat().st_size > 0
+    assert recalled(tmp_path) is None
+    with pytest.raises(CheckpointError):
+        Corpus.open(tmp_path / "cache", Tokenizer.bytes())
+    corpus = build(tmp_path, text)
+    assert Counter(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == Counter(LINES)
+    assert recalled(tmp_path) is not None
+
+
+def test_a_damaged_cache_is_not_recalled(tmp_path: Path) -> None:
+    build(tmp_path, "\n".join(LINES))
+    for path in sorted((tmp_path / "cache").iterdir()):
+        content = path.read_bytes()
+        for damaged in (content[:-2], content + b"x", b""):
+            path.write_bytes(damaged)
+            assert recalled(tmp_path) is None, path.name
+        path.write_bytes(content)
+        assert recalled(tmp_path) is not None
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+MANY_ROWS = """
+import resource, sys
+from pathlib import Path
+from gptvae_cli import corpus as cache
+from gptvae_cli import data
+from gptvae_cli.config import DataConfig, ModelConfig
+
+cache._SAMPLE_CHARS = cache._PIECE_CHARS = 2**16
+corpus, folder = Path(sys.argv[1]), Path(sys.argv[2])
+config = DataConfig(tokenizer="bytes")
+model = ModelConfig(num_tokens=259, dim=32, depth=1, enc_depth=1, max_seq_len=32, dim_latent=4, heads=2,
+                    pad_id=256, bos_id=257, eos_id=258)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+
+def begin(count):
+    corpus.write_bytes(b"".join(b"%x\\n" % i for i in range(min(count, 10_000))) * max(1, count // 10_000))
+    tokens = cache.Corpus.build([str(corpus)], config, folder)
+    rows = data.Rows(tokens.train, model, window=False)
+    next(iter(data.Epoch(rows, 2048, 0, 0).batches()))
+    assert len(tokens.train) + len(tokens.valid) == count
+
+begin(50_000)
+before = peak()
+begin(1_000_000)
+print(peak() - before)
+"""
+
+
+def test_a_million_rows_take_no_more_memory_than_fifty_thousand(tmp_path: Path) -> None:
+    """Peak memory of building the cache and taking the first batch. Arrays over all rows, and a plan of the whole
+    epoch, took 54 MB here."""
+    arguments = [sys.executable, "-c", MANY_ROWS, str(tmp_path / "corpus.txt"), str(tmp_path / "cache")]
+    ran = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert int(ran.stdout) < 20e6
+
+
+# The digest -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_digest_recognises_a_corpus_whatever_file_it_is_in(tmp_path: Path) -> None:
+    facts = build(tmp_path, "\n".join(LINES)).facts
+    config = DataConfig()
+    (tmp_path / "other.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(LINES).encode() + b"\r\n\r\n")
+    assert corpus_digest([str(tmp_path / "other.txt")], config) == facts.digest
+    assert corpus_digest(["-"], config, stdin=io.BytesIO("\n".join(LINES).encode())) == facts.digest
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [LINES[:-1], [*LINES, "one more"], [LINES[1], LINES[0], *LINES[2:]], [LINES[0] + LINES[1], *LINES[2:]]],
+    ids=["fewer", "more", "another-order", "joined"],
+)
+def test_the_digest_tells_corpora_apart(tmp_path: Path, lines: list[str]) -> None:
+    facts = build(tmp_path, "\n".join(LINES)).facts
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(lines))
+    assert corpus_digest([str(other)], DataConfig()) != facts.digest
+
+
+# Held-out texts -------------------------------------------------------------------------------------------------------
+
+
+def test_about_the_share_is_held_out(tmp_path: Path) -> None:
+    """Within four standard deviations of a binomial."""
+    lines = [f"line {i}" for i in range(5000)]
+    for share in (0.05, 0.3):
+        corpus = build(tmp_path, "\n".join(lines), valid=str(share))
+        assert abs(len(corpus.valid) - 5000 * share) < 4 * (5000 * share * (1 - share)) ** 0.5
+
+
+def test_equal_texts_are_held_out_together_or_not_at_all(tmp_path: Path) -> None:
+    """A text that is in both parts would make the held-out figures too good."""
+    lines = [f"line {i % 97}" for i in range(2000)]
+    corpus = build(tmp_path, "\n".join(lines), valid="0.3")
+    kept, held_out = set(contents(corpus, corpus.train)), set(contents(corpus, corpus.valid))
+    assert kept & held_out == set()
+    assert len(kept) + len(held_out) == 97
+    assert len(held_out) > 10
+
+
+def test_the_split_does_not_depend_on_the_other_texts(tmp_path: Path) -> None:
+    alone = build(tmp_path, "\n".join(LINES), valid="0.2")
+    expected = set(contents(alone, alone.valid))
+    more = build(tmp_path, "\n".join([f"another {i}" for i in range(100)] + LINES[::-1]), valid="0.2")
+    assert set(contents(more, more.valid)) & set(LINES) == expected
+
+
+def test_a_file_of_held_out_texts_leaves_the_corpus_whole(tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("x\n\ny\n")
+    corpus = build(tmp_path, "\n".join(LINES), valid=str(tmp_path / "held.txt"))
+    assert contents(corpus, corpus.train) == LINES
+    assert contents(corpus, corpus.valid) == ["x", "y"]
+
+
+def test_a_file_of_held_out_texts_must_have_one(tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("\n\n")
+    with pytest.raises(DataError, match=r"no text in the validation file .*held\.txt"):
+        build(tmp_path, "\n".join(LINES), valid=str(tmp_path / "held.txt"))
+    with pytest.raises(DataError, match="nowhere"):
+        build(tmp_path, "\n".join(LINES), valid=str(tmp_path / "nowhere.txt"))
+
+
+# Aligned texts --------------------------------------------------------------------------------------------------------
+
+
+def test_texts_and_their_sources_stay_together(tmp_path: Path) -> None:
+    """Through the split, the dropping of empty texts and the shuffling. An empty source stays: it is a text that the
+    encoder reads as nothing."""
+    targets = [f"target {i}" if i % 7 else "" for i in range(300)]
+    sources = [f"source {i}" if i % 5 else "" for i in range(300)]
+    (tmp_path / "sources.txt").write_text("\n".join(sources) + "\n")
+    corpus = build(
+        tmp_path, "\n".join(targets) + "\n", latents_from=str(tmp_path / "sources.txt"), valid="0.2", vocab_size=300
+    )
+    pairs = {target: source for target, source in zip(targets, sources, strict=True) if target}
+    seen = 0
+    for store, source in ((corpus.train, corpus.train_source), (corpus.valid, corpus.valid_source)):
+        found = list(zip(contents(corpus, store), contents(corpus, source), strict=True))
+        assert all(pairs[target] == source for target, source in found)
+        seen += len(found)
+    assert seen == len(pairs) == corpus.facts.texts
+    assert corpus.facts.empty == 300 - len(pairs)
+    decode = corpus.tokenizer.decode
+    for batch in Epoch(rows_of(corpus), 200, seed=1, epoch=0).batches():
+        for target_T, source_T in zip(batch.tokens_BT.tolist(), batch.encoder_BT.tolist(), strict=True):
+            assert pairs[decode(target_T)] == decode(source_T)
+            assert [token for token in source_T if token != PAD][-1] == EOS
+    assert corpus.facts.digest == corpus_digest(
+        [str(tmp_path / "corpus.txt")], DataConfig(latents_from=str(tmp_path / "sources.txt"))
+    )
+
+
+def test_the_last_text_takes_its_source_along_when_it_alone_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "sources.txt").write_text("1\n22\n333\n")
+    corpus = build(tmp_path, "one\ntwo\nthree\n", latents_from=str(tmp_path / "sources.txt"), valid="0.0001")
+    assert contents(corpus, corpus.valid) == ["three"]
+    assert contents(corpus, corpus.valid_source) == ["333"]
+    assert contents(corpus, corpus.train) == ["one", "two"]
+    assert contents(corpus, corpus.train_source) == ["1", "22"]
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(9, "corpus has more than 9 texts, .*sources.txt has 9"), (11, "sources.txt has more texts than the corpus")],
+)
+def test_unequal_numbers_of_texts_and_sources_are_an_error(tmp_path: Path, count: int, message: str) -> None:
+    (tmp_path / "sources.txt").write_text("source\n" * count)
+    with pytest.raises(DataError, match=message) as caught:
+        build(tmp_path, "target\n" * 10, latents_from=str(tmp_path / "sources.txt"))
+    assert "in the same order" in str(caught.value.hint)
+
+
+def test_a_validation_file_has_no_texts_for_the_encoder(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("\n".join(LINES))
+    with pytest.raises(ConfigError, match=r"valid is .*x\.txt.*must be a share"):
+        build(tmp_path, "\n".join(LINES), latents_from=str(tmp_path / "x.txt"), valid=str(tmp_path / "x.txt"))
