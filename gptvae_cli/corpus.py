@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -25,7 +27,7 @@ from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.sources import STDIN, expand
 from gptvae_cli.text import Repairs, read_texts
 from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
-from gptvae_cli.tokens import BulkTokenizer, Tokens, TokenStore, TokenWriter
+from gptvae_cli.tokens import BulkTokenizer, Ints, TokenizerPool, Tokens, TokenStore, TokenWriter
 
 Bools = npt.NDArray[np.bool_]
 
@@ -33,6 +35,8 @@ _SAMPLE_CHARS = 32 * 2**20
 """How much text a tokenizer is chosen by and trained on."""
 _PIECE_CHARS = 2**20
 """How much text is tokenised at a time."""
+_POOL_CHARS = 32 * 2**20
+"""How much text is worth the second that processes take to start."""
 _TEXT_CHARS = 16
 """What a text counts besides its characters: as an object it takes some 100 bytes, however short it is."""
 _EDGE_BYTES = 2**20
@@ -235,6 +239,8 @@ def fingerprint(sources: Sequence[str], config: DataConfig) -> str | None:
 
 
 def _file_mark(path: Path) -> list[str | int]:
+    if not path.is_file():  # what is read of a pipe is gone
+        raise OSError(f"{path} is no regular file")
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         found = os.fstat(file.fileno())
@@ -251,6 +257,8 @@ class _Reader:
         names = ["train", "valid"] + (["train.source", "valid.source"] if config.latents_from else [])
         self.files = {name: TokenWriter(folder, name, tokenizer.num_tokens) for name in names}
         self.tokenize, self.config, self.repairs = BulkTokenizer(tokenizer), config, repairs
+        self.pool: TokenizerPool | None = None
+        self.waiting: deque[tuple[str, Bools]] = deque()
         self.texts = self.characters = 0
         self.digest = hashlib.blake2b(digest_size=16)
 
@@ -271,6 +279,10 @@ class _Reader:
                     self._rows(".source", [source for _, source in piece], held_out)
             if on_progress is not None:
                 on_progress(self.characters)
+            if self.pool is None and self.characters >= _POOL_CHARS and (processes := _processors()) > 1:
+                self.pool = TokenizerPool(self.tokenize.tokenizer, processes)
+        while self.waiting:
+            self._take_rows()
         if share is None:
             self._valid_file()
         elif self.files["valid"].rows == 0 < self.files["train"].rows:
@@ -280,11 +292,27 @@ class _Reader:
                 self.files[name.replace("train", "valid")].append(last, np.array([len(last)]))
 
     def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
         for file in self.files.values():
             file.close()
 
     def _rows(self, ending: str, texts: Sequence[str], held_out: Bools) -> None:
-        tokens, lengths_N = self.tokenize(texts, longest=LONGEST_SEQUENCE)  # more of a text no model can read
+        """Texts that are held out or not, which a pool returns later."""
+        longest = LONGEST_SEQUENCE  # more of a text no model can read
+        if self.pool is None:
+            self._write(ending, held_out, *self.tokenize(texts, longest=longest))
+            return
+        while self.pool.full:
+            self._take_rows()
+        self.pool.put(texts, longest=longest)
+        self.waiting.append((ending, held_out))
+
+    def _take_rows(self) -> None:
+        assert self.pool is not None
+        self._write(*self.waiting.popleft(), *self.pool.take())
+
+    def _write(self, ending: str, held_out: Bools, tokens: Tokens, lengths_N: Ints) -> None:
         held_out_tokens = np.repeat(held_out, lengths_N)
         self.files[f"train{ending}"].append(tokens[~held_out_tokens], lengths_N[~held_out])
         self.files[f"valid{ending}"].append(tokens[held_out_tokens], lengths_N[held_out])
@@ -314,6 +342,11 @@ class _Reader:
                 self.files["valid"].append(*self.tokenize([text for text, _ in piece], longest=LONGEST_SEQUENCE))
         if self.files["valid"].rows == 0:
             raise DataError(f"found no text in the validation file {self.config.valid}")
+
+
+def _processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def corpus_digest(sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO | None = None) -> str:

@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,40 @@ def test_a_corpus_larger_than_a_piece_loses_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("gptvae_cli.corpus._SAMPLE_CHARS", 1000)
     corpus = build(tmp_path, "\n".join(LINES))
     assert Counter(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == Counter(LINES)
+
+
+def test_processes_write_the_very_cache_that_one_process_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the corpus, pairs and held-out texts included; a BPE, and a tokenizer of a user's own."""
+    lines = [f"{i} times {'the same words again' if i % 3 else 'others'}" for i in range(3000)]
+    (tmp_path / "sources.txt").write_text("\n".join(line[::-1] for line in lines))
+    Tokenizer.train_bpe(lines, 300)._tokenizer.save(str(tmp_path / "own.json"))
+    monkeypatch.setattr("gptvae_cli.corpus._PIECE_CHARS", 4000)
+    written: dict[tuple[str, int], dict[str, bytes]] = {}
+    for processes in (1, 2):
+        monkeypatch.setattr("gptvae_cli.corpus._processors", lambda count=processes: count)
+        for tokenizer, start in (("bpe", 5000), (str(tmp_path / "own.json"), 0)):
+            monkeypatch.setattr("gptvae_cli.corpus._POOL_CHARS", start)
+            build(tmp_path, "\n".join(lines), tokenizer=tokenizer, latents_from=str(tmp_path / "sources.txt"))
+            files = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+            written[tokenizer, processes] = {name: files[name] for name in files if name != "corpus.json"}
+    for tokenizer in ("bpe", str(tmp_path / "own.json")):
+        assert len(written[tokenizer, 1]) == 9
+        assert written[tokenizer, 1] == written[tokenizer, 2]
+
+
+def test_a_corpus_may_come_through_a_named_pipe(tmp_path: Path) -> None:
+    """Of which nothing is lost by looking at what it is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    text = "".join(f"{line}\n" for line in LINES)
+    writer = threading.Thread(target=lambda: pipe.write_text(text))
+    writer.start()
+    corpus = Corpus.build([str(pipe)], DataConfig(tokenizer="bytes"), tmp_path / "cache")
+    writer.join()
+    assert corpus.facts.texts == len(LINES)
+    assert corpus.fingerprint is None
 
 
 # Using a cache again --------------------------------------------------------------------------------------------------

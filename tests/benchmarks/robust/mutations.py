@@ -223,7 +223,8 @@ def mutated_safetensors(content: bytes, chance: random.Random) -> tuple[bytes, b
         except (KeyError, TypeError, ValueError):
             signed = False
         else:
-            place = [name for name, _ in header].index("__metadata__")
+            # The last of several, as `checksum` takes it.
+            place = max(i for i, (name, _) in enumerate(header) if name == "__metadata__")
             fields = Object((name, text) for name, text in header[place][1] if name != "sha256")
             header[place] = ("__metadata__", Object([*fields, ("sha256", signature)]))
     raw = dumped(header).encode()
