@@ -112,6 +112,21 @@ def test_commands_share_their_common_options(command: str) -> None:
         assert {"--model", "--dtype", "--threads", "--unit"} <= names
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_waiting_threads_spin_shortly_unless_told_otherwise(given: dict[str, str], expected: str | None) -> None:
+    shown = "lambda **_: print(os.environ.get('GOMP_SPINCOUNT'))"
+    program = f"import os; from gptvae_cli.cli import app; app.app = {shown}; app.main()"
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == str(expected)
+
+
 def test_the_version_is_that_of_the_package() -> None:
     result = run("--version")
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"gptvae {__version__}\n", "")

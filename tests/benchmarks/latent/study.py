@@ -47,6 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "enc 2": {"enc_depth": 2},
     "no bag": {"bag_of_words": 0.0},
     "bag 0.3": {"bag_of_words": 0.3},
+    "ramp 0.05": {"kl_warmup": 0.05},
     "ramp 0.6": {"kl_warmup": 0.6},
     "lr 1e-3": {"lr": 1e-3},
     "lr 4e-3": {"lr": 4e-3},
@@ -209,7 +210,7 @@ def main() -> None:
     done = {(row["arm"], row["corpus"], row["seed"], row["minutes"]) for row in rows}
     for corpus in asked.corpora.split(","):
         for seed in map(int, asked.seeds.split(",")):
-            for arm in [name.strip() for name in asked.arms.split(";" if ";" in asked.arms else ",")]:
+            for arm in [name.strip() for name in asked.arms.strip(";").split(";" if ";" in asked.arms else ",")]:
                 if (arm, corpus, seed, asked.minutes) in done:
                     continue
                 print(f"{arm}, {corpus}, seed {seed}, {asked.minutes:g} minutes", file=sys.stderr, flush=True)

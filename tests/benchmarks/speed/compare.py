@@ -284,18 +284,44 @@ def memory(rounds: int) -> str:
     return compare("train, memory kept", "steps/s", {"ours": process(True), "as it comes": process(False)}, rounds)
 
 
+def neighbour(rounds: int) -> str:
+    """Training steps where waiting threads spin for a short time (`cli/app.py`), against libgomp's default: alone, and
+    beside a process that keeps one processor busy."""
+
+    def process(**environment: str) -> Side:
+        program = "from tests.benchmarks.speed.compare import seconds_of_steps; print(seconds_of_steps(True, 8))"
+
+        def work() -> float:
+            began = time.perf_counter()
+            variables = {**os.environ, **environment}
+            ran = subprocess.run(
+                [sys.executable, "-c", program], check=True, capture_output=True, text=True, env=variables
+            )
+            return 8 / float(ran.stdout) * (time.perf_counter() - began)
+
+        return work
+
+    sides = {"ours": process(GOMP_SPINCOUNT="10000"), "libgomp's default": process()}
+    alone = compare("train, alone", "steps/s", sides, rounds)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            return f"{alone}\n{compare('train, busy neighbour', 'steps/s', sides, rounds)}"
+        finally:
+            busy.kill()
+
+
 # What rows share ------------------------------------------------------------------------------------------------------
 
 
-def seconds_of_steps(tuned: bool) -> float:
-    """Seconds of 20 training steps on sentences."""
+def seconds_of_steps(tuned: bool, steps: int = 20) -> float:
+    """Seconds of so many training steps on sentences."""
     if tuned:
         tune_cpu(None)
     tokenizer, rows = sentences(4096)
     ours, _ = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=2, heads=2, longest=64)
-    batches = batches_of(rows, None, tokenizer.pad_id, 2048)[:20]
+    batches = batches_of(rows, None, tokenizer.pad_id, 2048)[:steps]
     train_ours(ours, batches[:3])
-    return train_ours(ours, batches) * 20 / len(batches)
+    return train_ours(ours, batches) * steps / len(batches)
 
 
 def train_ours(model: GPTVAE, batches: list[Batch]) -> float:
@@ -367,6 +393,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "attention": attention,
     "loss": loss,
     "memory": memory,
+    "neighbour": neighbour,
 }
 
 
