@@ -45,7 +45,11 @@ Row = tuple[str, str, Measured]
 
 def gptvae(*arguments: object, output: Path) -> Measured:
     """Runs a command with its output to a file; the run folder is `run` beside it."""
-    command = [sys.executable, "-m", "gptvae_cli", *map(str, arguments)]
+    return python("-m", "gptvae_cli", *arguments, output=output)
+
+
+def python(*arguments: object, output: Path) -> Measured:
+    command = [sys.executable, *map(str, arguments)]
     began = time.monotonic()
     first_line = None
     with output.open("wb") as stdout, subprocess.Popen(command, stdout=stdout) as process:
@@ -59,7 +63,7 @@ def gptvae(*arguments: object, output: Path) -> Measured:
                     first_line = time.monotonic() - began
 
         watcher = threading.Thread(target=watch)
-        if arguments[0] == "train":
+        if "train" in arguments:
             log.unlink(missing_ok=True)
             watcher.start()
         _, status, usage = os.wait4(process.pid, 0)
@@ -99,6 +103,28 @@ def train(folder: Path, scale: float) -> Iterator[Row]:
     yield "train --resume", size, gptvae("train", "--resume", "--steps", 55, *LEARN[2:], *run, output=folder / "path")
 
 
+TOKENISE = """
+import sys
+from pathlib import Path
+from gptvae_cli import corpus
+from gptvae_cli.config import DataConfig
+
+source, cache, processes = sys.argv[1:]
+corpus._processors = lambda: int(processes)
+corpus.Corpus.build([source], DataConfig(tokenizer="bpe"), Path(cache))
+"""
+
+
+def tokenise(folder: Path, scale: float) -> Iterator[Row]:
+    """What processes gain, in turn."""
+    corpus = folder / "corpus.txt"
+    write_corpus(corpus, int(150 * 10**6 * scale))
+    size = f"{corpus.stat().st_size / 1e6:,.0f} MB"
+    for processes in (1, 2, 1, 2):
+        arguments = ("-c", TOKENISE, corpus, folder / "cache", processes)
+        yield f"tokenise, {processes} process(es)", size, python(*arguments, output=folder / "path")
+
+
 def encode(folder: Path, scale: float) -> Iterator[Row]:
     corpus, texts = folder / "corpus.txt", folder / "texts.txt"
     write_corpus(corpus, 40 * int(TEXTS * scale))
@@ -121,12 +147,12 @@ def generate(folder: Path, scale: float) -> Iterator[Row]:
         yield "generate", f"{count:,} latents", gptvae("generate", *options, output=folder / "written.txt")
 
 
-ROWS = {"train": train, "encode": encode, "generate": generate}
+ROWS = {"tokenise": tokenise, "train": train, "encode": encode, "generate": generate}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", help="of train, encode and generate; all by default")
+    parser.add_argument("rows", nargs="*", help="of tokenise, train, encode and generate; all by default")
     parser.add_argument("--scale", type=float, default=1.0, help="share of all sizes")
     asked = parser.parse_args()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
