@@ -111,6 +111,7 @@ class Model:
             seed: of these draws; None is a new one.
 
         Raises:
+            CheckpointError: for a model that was trained without a latent.
             ConfigError: for one string in place of a list, or a seed below 0.
             DataError: for what is not a string, or not valid Unicode.
         """
@@ -122,7 +123,7 @@ class Model:
         """Mean and standard deviation of the posteriors of texts, rows as in `encode`.
 
         Raises:
-            ConfigError, DataError: as `encode` does.
+            CheckpointError, ConfigError, DataError: as `encode` does.
         """
         encodings = self._encoded(texts)
         return Posteriors(self._stack([e.mean_Z for e in encodings]), self._stack([e.std_Z for e in encodings]))
@@ -145,7 +146,8 @@ class Model:
         """Texts from latents, the copies of each after one another.
 
         Args:
-            latents: floats [N Z], or [Z] for one. Without them they are drawn from the prior.
+            latents: floats [N Z], or [Z] for one. Without them they are drawn from the prior; a model that was trained
+                without a latent writes from none.
             prior: how many to draw; None is 1.
             copies: texts from each latent; a greedy one is always the same.
             prompt: what every text begins with; it is part of the text.
@@ -157,6 +159,7 @@ class Model:
             N x copies texts; no latents give none.
 
         Raises:
+            CheckpointError: for latents of a model that was trained without one.
             ConfigError: for an argument that cannot be, latents together with `prior`, or a prompt with a line break
                 where the unit is `line`.
             DataError: for latents that are no floats, of another width or not finite, or a prompt that is not valid
@@ -173,7 +176,7 @@ class Model:
         )
         if copies < 1:
             raise ConfigError(f"copies is {copies}, it must be at least 1")
-        rows: Iterable[Floats]
+        rows: Iterable[Floats | None]
         if latents is not None:
             if prior is not None:
                 raise ConfigError("latents and prior exclude each other", hint="a text is written from one latent")
@@ -182,7 +185,7 @@ class Model:
             count = 1 if prior is None else prior
             if count < 0:
                 raise ConfigError(f"prior is {count}, it must be at least 0")
-            rows = sampling.prior(config.seed, count, self.dim_latent)
+            rows = sampling.unconditioned(self._checkpoint, config.seed, count)
         return list(self._write(rows, copies, config, prompt))
 
     def interpolate(
@@ -199,6 +202,7 @@ class Model:
             K texts. The ends are what the model makes of the latents that went in.
 
         Raises:
+            CheckpointError: for a model that was trained without a latent.
             ConfigError: for fewer than two steps or another kind of path.
             DataError: for a point that is not one text or one latent of this model.
         """
@@ -207,6 +211,7 @@ class Model:
         return list(self._write(path_KZ, 1, SampleConfig(greedy=True), ""))
 
     def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
+        self.header.require_latent("the model")
         encoder = Encoder(self._checkpoint, self.unit, self._dtype)
         encodings = list(encoder.encode(_checked_texts(texts)))
         _warn(encoder)
@@ -216,6 +221,7 @@ class Model:
         return np.stack(rows) if rows else np.empty((0, self.dim_latent), np.float32)
 
     def _point(self, point: str | npt.ArrayLike, name: str) -> Floats:
+        self.header.require_latent("the model")
         if isinstance(point, str):
             encoder = Encoder(self._checkpoint, self.unit, self._dtype)
             latent_Z = encoder.point(point)
@@ -228,6 +234,7 @@ class Model:
 
     def _latents(self, values: npt.ArrayLike, name: str) -> Floats:
         """Latents as they were given, checked [N Z]."""
+        self.header.require_latent("the model")
         try:
             array = np.asarray(values)
         except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths; tensors that it cannot read
@@ -239,7 +246,7 @@ class Model:
             array = np.empty((0, self.dim_latent), np.float32)
         return checked_latents(array, name, width=self.dim_latent)
 
-    def _write(self, latents: Iterable[Floats], copies: int, config: SampleConfig, prompt: str) -> Iterator[str]:
+    def _write(self, latents: Iterable[Floats | None], copies: int, config: SampleConfig, prompt: str) -> Iterator[str]:
         draws = sampling.repeated(latents, copies)
         written = sampling.write(self._checkpoint, draws, config, unit=self.unit, prompt=prompt, dtype=self._dtype)
         return (item.text for item in written)

@@ -84,15 +84,15 @@ class ModelHeader:
         train = self.training.get("train")
         return not (isinstance(train, dict) and train.get("latents_dropout_prob") == 1)
 
-    def require_latent(self, path: Path) -> None:
-        """Keeps latents away from a model that would make nonsense of them.
+    def require_latent(self, name: str | Path) -> None:
+        """Keeps latents away from a model that would make nonsense of them, and is called this.
 
         Raises:
             CheckpointError: for a model without a latent.
         """
         if not self.has_latent:
             raise CheckpointError(
-                f"{path} has no latent: it was trained as a baseline, with --latents-dropout-prob 1",
+                f"{name} has no latent: it was trained as a baseline, with --latents-dropout-prob 1",
                 hint="name another model; this one writes texts of its own: gptvae generate --prior N",
             )
 

@@ -43,7 +43,7 @@ from gptvae_cli.checkpoint import (
     sync,
     write_atomically,
 )
-from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
+from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig, TrainConfig, to_dict
 from gptvae_cli.corpus import Corpus, is_cache_file
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
@@ -431,9 +431,9 @@ def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, int]) ->
 
 def _quantile(pieces: Iterable[npt.NDArray[np.int64]], share: float) -> int:
     """The least of these lengths that at most the rest of the share exceeds; what no model reads counts as one."""
-    counts = np.zeros(2**20 + 1, dtype=np.int64)
+    counts = np.zeros(LONGEST_SEQUENCE + 1, dtype=np.int64)
     for lengths_N in pieces:
-        counts += np.bincount(np.minimum(lengths_N, 2**20), minlength=len(counts))
+        counts += np.bincount(np.minimum(lengths_N, LONGEST_SEQUENCE), minlength=len(counts))
     rank = np.ceil(share * (counts.sum() - 1))
     return int(np.searchsorted(np.cumsum(counts), rank, side="right"))
 

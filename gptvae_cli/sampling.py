@@ -213,6 +213,15 @@ def prior(seed: int, count: int, width: int) -> Iterator[Floats]:
     return (latent_noise(seed, row, 0, width) for row in range(count))
 
 
+def unconditioned(checkpoint: Checkpoint, seed: int, count: int) -> Iterator[Floats | None]:
+    """What a model writes texts of its own from: draws of the prior, or, where it has no latent, None [Z].
+
+    Without a latent a row is named by its noise alone.
+    """
+    header = checkpoint.header
+    return prior(seed, count, header.model.dim_latent) if header.has_latent else iter([None] * count)
+
+
 def repeated(latents: Iterable[Floats | None], copies: int) -> Iterator[Draw]:
     """Every latent several times, to be written with other token noise each time."""
     return (Draw(row, copy, latent_Z) for row, latent_Z in enumerate(latents) for copy in range(copies))

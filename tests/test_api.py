@@ -17,7 +17,7 @@ from numpy.testing import assert_array_equal
 from typer.testing import CliRunner
 
 import gptvae_cli
-from gptvae_cli import ConfigError, DataError, GPTVAEError, Model, load
+from gptvae_cli import CheckpointError, ConfigError, DataError, GPTVAEError, Model, load
 from gptvae_cli.cli.app import app
 from gptvae_cli.header import read_header
 from tests.cli.conftest import LONGEST, WIDTH, make_model
@@ -336,3 +336,23 @@ def test_every_name_of_the_package_is_there() -> None:
         assert name in dir(gptvae_cli)
     errors = [name for name in gptvae_cli.__all__ if name.endswith("Error")]
     assert all(issubclass(getattr(gptvae_cli, name), GPTVAEError) for name in errors)
+
+
+# Without a latent -----------------------------------------------------------------------------------------------------
+
+
+def test_a_baseline_writes_texts_and_refuses_latents(tmp_path: Path) -> None:
+    """As the commands do: its encoder never learnt anything."""
+    path = make_model(tmp_path / "baseline.safetensors", train={"latents_dropout_prob": 1.0})
+    baseline = load(path, device="cpu")
+    for use in (
+        lambda: baseline.encode(["a"]),
+        lambda: baseline.posterior(["a"]),
+        lambda: baseline.generate(LATENTS),
+        lambda: baseline.interpolate("a", LATENTS[0]),
+    ):
+        with pytest.raises(CheckpointError, match="the model has no latent"):
+            use()
+    result = CliRunner().invoke(app, ["generate", "--prior", "3", "--seed", "5", "-q", "--model", str(path)])
+    assert result.exit_code == 0, result.stderr
+    assert baseline.generate(prior=3, seed=5) == result.stdout.removesuffix("\n").split("\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, islice
@@ -141,11 +141,7 @@ def generate(
             draws = sampling.repeated(latents, copies)
         elif texts is None:
             total = (prior or 1) * copies
-            # Without a latent a row is named by its noise alone.
-            known: Iterable[Floats | None] = [None] * (prior or 1)
-            if header.has_latent:
-                known = sampling.prior(config.seed, prior or 1, width)
-            draws = sampling.repeated(known, copies)
+            draws = sampling.repeated(sampling.unconditioned(checkpoint, config.seed, prior or 1), copies)
         elif sample:
             draws = sampling.sampled(encoder.encode(texts), copies, config.seed)
         else:
