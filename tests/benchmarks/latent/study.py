@@ -23,12 +23,18 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from gptvae_cli.checkpoint import Checkpoint
+    from gptvae_cli.device import Device, Precision
+    from gptvae_cli.run import Job
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 
@@ -69,11 +75,9 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
     """Trains one arm and measures it."""
     import torch
 
-    from gptvae_cli.checkpoint import load
     from gptvae_cli.data import batches_of
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
     from gptvae_cli.evaluation import correct_tokens, importance_weighted, measure, reconstruct
-    from gptvae_cli.run import claimed, start
     from gptvae_cli.sampling import Encoder
     from gptvae_cli.text import read_texts
 
@@ -86,22 +90,16 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
     precision = resolve_dtype("auto", device.device, training=True)
     folder = Path(tempfile.mkdtemp(prefix="gptvae-study-"))
     try:
-        with claimed(folder, resume=False, force=False):
-            job = start(
-                folder,
-                [names["train"]],
-                DataConfig(valid=names["valid"]),
-                TrainConfig(**{"max_time": 60 * minutes, "seed": seed, **train}),
-                shape={name: value for name, value in ARMS[arm].items() if name in SHAPE},
-                preset="auto",
-                device=device,
-                precision=precision,
-            )
-            for report in job.run(should_stop=lambda: False, seconds=lambda: time.process_time() - began):
-                if report.figures is not None:
-                    print(f"  {report.progress:4.0%} {report.figures}", file=sys.stderr, flush=True)
-            job.load_best()
-        saved = load(folder / "model.safetensors", device=device.device)
+        job, saved = trained(
+            folder,
+            [names["train"]],
+            DataConfig(valid=names["valid"]),
+            TrainConfig(**{"max_time": 60 * minutes, "seed": seed, **train}),
+            shape={name: value for name, value in ARMS[arm].items() if name in SHAPE},
+            device=device,
+            precision=precision,
+            seconds=lambda: time.process_time() - began,
+        )
         lines = [line for line in read_texts([names["test"]], unit="line") if line]
         tokens = list(islice(Encoder(saved, "line").rows(lines), texts))
         pad_id, eos_id = saved.header.model.pad_id, saved.header.model.eos_id
@@ -134,6 +132,36 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
         return row
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def trained(
+    folder: Path,
+    sources: Sequence[str],
+    data: DataConfig,
+    config: TrainConfig,
+    *,
+    shape: Mapping[str, int],
+    preset: str = "auto",
+    device: Device,
+    precision: Precision,
+    seconds: Callable[[], float],
+) -> tuple[Job, Checkpoint]:
+    """Trains to the end of the run, and returns it with its best model.
+
+    Args:
+        folder, sources, data, config, shape, preset, device, precision: as `run.start` takes them.
+        seconds: since the run began, on the clock that `max_time` is of.
+    """
+    from gptvae_cli.checkpoint import load
+    from gptvae_cli.run import claimed, start
+
+    with claimed(folder, resume=False, force=False):
+        job = start(folder, sources, data, config, shape=shape, preset=preset, device=device, precision=precision)
+        for report in job.run(should_stop=lambda: False, seconds=seconds):
+            if report.figures is not None:
+                print(f"  {report.progress:4.0%} {report.figures}", file=sys.stderr, flush=True)
+        job.load_best()
+    return job, load(folder / "model.safetensors", device=device.device)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -187,7 +215,12 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['reconstruction']['exact']:.2f}" if latent else "",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return columns(lines)
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of as many cells, one below another."""
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )

@@ -354,6 +354,15 @@ def train_stock(model: Any, batches: list[torch.Tensor], bfloat16: bool) -> floa
     return time.perf_counter() - began
 
 
+def heading(threads: int) -> str:
+    """What a table was measured on, and when."""
+    kind = resolve_dtype("auto", resolve_device("cpu").device, training=True)
+    return (
+        f"# {time.strftime('%Y-%m-%d')}, {platform.machine()}, {threads} threads, Python {platform.python_version()},"
+        f" torch {torch.__version__}; training in {str(kind.dtype).removeprefix('torch.')}: {kind.reason}"
+    )
+
+
 def counted(rate: Callable[[], float]) -> Side:
     """A side that times itself: its rate times the seconds that will be measured around it."""
 
@@ -407,12 +416,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=[*ROWS, "all"])
     parser.add_argument("--rounds", type=int, default=7, help="both sides are timed so often, in turn")
     asked = parser.parse_args()
-    threads = tune_cpu(None)
-    kind = resolve_dtype("auto", resolve_device("cpu").device, training=True)
-    print(
-        f"# {time.strftime('%Y-%m-%d')}, {platform.machine()}, {threads} threads, Python {platform.python_version()},"
-        f" torch {torch.__version__}; training in {str(kind.dtype).removeprefix('torch.')}: {kind.reason}"
-    )
+    print(heading(tune_cpu(None)))
     for name in rows(asked.names):
         print(ROWS[name](asked.rounds), flush=True)
 
