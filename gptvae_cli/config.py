@@ -23,6 +23,7 @@ LONGEST_SEQUENCE = 2**20
 """What a model's `max_seq_len` may be at most."""
 Objective = Literal["elbo", "stock"]
 Log = Literal["tensorboard"]
+OnCollapse = Literal["treat", "warn"]
 DType = Literal["auto", "float32", "bfloat16"]
 PathKind = Literal["slerp", "lerp"]
 DEVICE = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
@@ -243,7 +244,11 @@ class TrainConfig:
         bag_of_words: weight of the auxiliary loss that predicts a text's tokens, unordered, from z.
         word_dropout: share of the decoder's input tokens that are hidden at the start of training, falling
             linearly to 0 at half of the run.
+        dropout: share of what each block of encoder and decoder adds to the residual stream that is dropped, the same
+            along a text (arXiv 1512.05287).
         seed: of weights, data order and noise.
+        on_collapse: what a latent that is not being used brings about: `treat` changes the rest of the run, see
+            `doctor.py`; `warn` only says so.
         strict: fail when the latent has collapsed.
         log: what is written besides `metrics.jsonl`.
     """
@@ -266,12 +271,15 @@ class TrainConfig:
     latents_dropout_prob: float = 0.1
     bag_of_words: float = 1.0
     word_dropout: float = 0.0
+    dropout: float = 0.1
     seed: int = 0
+    on_collapse: OnCollapse = "treat"
     strict: bool = False
     log: Log | None = None
 
     def __post_init__(self) -> None:
         _one_of("objective", self.objective, get_args(Objective))
+        _one_of("on_collapse", self.on_collapse, get_args(OnCollapse))
         if self.log is not None:
             _one_of("log", self.log, get_args(Log))
         _require(
@@ -291,7 +299,8 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
         for name in ("warmup", "decay", "kl_warmup", "latents_dropout_prob"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        _require(0 <= self.word_dropout < 1, "word_dropout", self.word_dropout, "at least 0 and below 1")
+        for name in ("word_dropout", "dropout"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
 
     @property
@@ -306,6 +315,8 @@ STOCK_RECIPE: dict[str, Any] = {
     "target_rate": 0.0,
     "latents_dropout_prob": 0.5,
     "bag_of_words": 0.0,
+    "dropout": 0.0,
+    "on_collapse": "warn",
 }
 """What `objective="stock"` means where nothing else is said: the seed class's defaults."""
 

@@ -61,8 +61,9 @@ class Figures:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the latent carries next to nothing."""
-        return self.mutual_information < COLLAPSED_NATS
+        """Whether the latent carries next to nothing: less than a nat, or, where a few texts cannot show as much,
+        than half of what they can."""
+        return self.mutual_information < min(COLLAPSED_NATS, 0.5 * math.log(self.texts))
 
 
 @dataclass(frozen=True, eq=False)

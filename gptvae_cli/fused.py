@@ -93,22 +93,26 @@ class Stack:
             self._tables = angles_SR.cos(), angles_SR.sin()
         return self._tables
 
-    def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None, drop_LBD: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm [B T D].
 
         Args:
             x_BTD: embedded tokens.
             mask_BT: True where a position may be looked at; only without `causal`, which needs no mask as padding
                 stands behind.
+            drop_LBD: dropout of what each of the 2 * depth blocks adds to the residual stream, as factors; the same
+                along a row (arXiv 1512.05287).
         """
         length = x_BTD.shape[1]
         cos_SR, sin_SR = self.tables(length, x_BTD.device)
         bias = None
         if mask_BT is not None:
             bias = torch.zeros(mask_BT.shape, device=x_BTD.device).masked_fill(~mask_BT, float("-inf"))[:, None, None]
-        for layer in self.layers():
+        drop_LB1D = [None] * 2 * len(self._blocks) if drop_LBD is None else drop_LBD[:, :, None].unbind()
+        for layer, drop_attn, drop_ff in zip(self.layers(), drop_LB1D[::2], drop_LB1D[1::2], strict=True):
             q_BHTK, k_BHTK, v_BHTK = self.project(layer, x_BTD, cos_SR[:length], sin_SR[:length])
-            x_BTD = self.finish(layer, x_BTD, attend(q_BHTK, k_BHTK, v_BHTK, bias, causal=self.causal))
+            attended_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, bias, causal=self.causal)
+            x_BTD = self.finish(layer, x_BTD, attended_BHTK, drop_attn, drop_ff)
         return self.final_norm(x_BTD)
 
     def project(self, layer: Layer, x_BTD: Tensor, cos_R: Tensor, sin_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,24 +128,34 @@ class Stack:
         q_BHTK, k_BHTK = rotated.unbind()
         return q_BHTK, k_BHTK, v_XBHTK[0]
 
-    def finish(self, layer: Layer, x_BTD: Tensor, attended_BHTK: Tensor) -> Tensor:
+    def finish(
+        self,
+        layer: Layer,
+        x_BTD: Tensor,
+        attended_BHTK: Tensor,
+        drop_attn_B1D: Tensor | None = None,
+        drop_ff_B1D: Tensor | None = None,
+    ) -> Tensor:
         """The rest of a layer behind its attention: output product, residuals, feed-forward [B T D]."""
-        x_BTD = x_BTD + F.linear(attended_BHTK.transpose(1, 2).flatten(-2), layer.attn_out_DE)
+        x_BTD = _add(x_BTD, F.linear(attended_BHTK.transpose(1, 2).flatten(-2), layer.attn_out_DE), drop_attn_B1D)
         normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight=layer.ff_gamma_D)
-        return x_BTD + F.linear(F.gelu(F.linear(normed_BTD, *layer.ff_in)), *layer.ff_out)
+        return _add(x_BTD, F.linear(F.gelu(F.linear(normed_BTD, *layer.ff_in)), *layer.ff_out), drop_ff_B1D)
 
     def _read(self, attention_block: Any, feedforward_block: Any) -> Layer:
         (attn_norm, _, _), attention, _ = attention_block
         (ff_norm, _, _), feedforward, _ = feedforward_block
         ff_in, ff_out = [module for module in feedforward.modules() if isinstance(module, nn.Linear)]
         scale = self.head_width**-0.5
+        # x-transformers gives a single head no output product.
+        single = isinstance(attention.to_out, nn.Identity)
+        out_DE = torch.eye(self.head_width, device=ff_in.weight.device) if single else attention.to_out.weight
         return Layer(
             # x-transformers stores the gain as its distance from 1.
             attn_gamma_D=attn_norm.gamma + 1,
             qkv_ED=torch.cat(
                 [attention.to_q.weight * scale, attention.to_k.weight, attention.to_v.weight]
             ).index_select(0, self._order_E.to(attention.to_q.weight.device)),
-            attn_out_DE=attention.to_out.weight,
+            attn_out_DE=out_DE,
             ff_gamma_D=ff_norm.gamma + 1,
             ff_in=(ff_in.weight, ff_in.bias),
             ff_out=(ff_out.weight, ff_out.bias),
@@ -150,6 +164,10 @@ class Stack:
     def final_norm(self, x_D: Tensor) -> Tensor:
         """The norm behind the last layer, of any leading shape [... D]."""
         return F.layer_norm(x_D, x_D.shape[-1:], weight=self._final_norm.gamma + 1)
+
+
+def _add(x_BTD: Tensor, block_BTD: Tensor, drop_B1D: Tensor | None) -> Tensor:
+    return x_BTD + block_BTD if drop_B1D is None else x_BTD + block_BTD * drop_B1D
 
 
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:

@@ -124,13 +124,12 @@ class GPTVAE(nn.Module):
         self.bos_id = bos_id
         self.vae_kl_div_floor = vae_kl_div_floor
         self.vae_kl_loss_weight = vae_kl_loss_weight
-        # The fast path over the same weights, where the layers are of the kind that it computes. With one head
-        # x-transformers leaves out the output product, which that kind has.
+        # The fast path over the same weights, where the layers are of the kind that it computes.
         self.fused_encoder: fused.Stack | None = None
         self.fused_decoder: fused.Stack | None = None
-        if builtin_encoder and heads > 1 and fused.supports(encoder_options):
+        if builtin_encoder and fused.supports(encoder_options):
             self.fused_encoder = fused.Stack(self.encoder.attn_layers, causal=False)
-        if heads > 1 and fused.supports(decoder_options):
+        if fused.supports(decoder_options):
             self.fused_decoder = fused.Stack(self.decoder.attn_layers, causal=True)
 
     @classmethod
@@ -159,11 +158,12 @@ class GPTVAE(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def posterior(self, seq_BT: Tensor, *, plain: bool = False) -> Posterior:
+    def posterior(self, seq_BT: Tensor, drop_LBD: Tensor | None = None, *, plain: bool = False) -> Posterior:
         """(Addition) q(z | text) of padded rows; padding does not change it.
 
         Args:
             seq_BT: tokens, padded with `pad_id`.
+            drop_LBD: dropout of the encoder's blocks, see `fused.Stack`; the fused path alone has it.
             plain: go through x-transformers even where a fused path exists.
         """
         mask_BT = seq_BT != self.pad_id
@@ -172,7 +172,7 @@ class GPTVAE(nn.Module):
         if plain or self.fused_encoder is None:
             pooled_BD = self.encoder(seq_BT, mask=mask_BT)
         else:
-            hidden_BTD = self.fused_encoder(self.encoder.get_submodule("token_emb.emb")(seq_BT), mask_BT)
+            hidden_BTD = self.fused_encoder(self.encoder.get_submodule("token_emb.emb")(seq_BT), mask_BT, drop_LBD)
             pooled_BD = (hidden_BTD * mask_BT[..., None]).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
         mean_BZ, log_var_BZ = self.to_latent_mean_log_variance(pooled_BD)
         return Posterior(mean_BZ, log_var_BZ)
@@ -271,7 +271,13 @@ class GPTVAE(nn.Module):
         return (total, (ar_loss, vae_kl_loss)) if return_all_losses else total
 
     def hidden(
-        self, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None = None, *, plain: bool = False
+        self,
+        tokens_BT: Tensor,
+        latents_BZ: Tensor | None,
+        keep_B: Tensor | None = None,
+        drop_LBD: Tensor | None = None,
+        *,
+        plain: bool = False,
     ) -> Tensor:
         """(Addition) The decoder's last hidden states at the tokens' positions, the latent's slot cut off [B T D].
 
@@ -279,11 +285,12 @@ class GPTVAE(nn.Module):
             tokens_BT: the decoder's input, BOS first; padding goes behind.
             latents_BZ: one latent a row; None leaves the latent's slot out, which absolute positions notice.
             keep_B: True where a row sees its latent; every row does by default.
+            drop_LBD: dropout of the decoder's blocks, see `fused.Stack`; the fused path alone has it.
             plain: go through x-transformers even where a fused path exists.
         """
         tokens_BT = tokens_BT.masked_fill(tokens_BT == self.pad_id, max(self.pad_id, 0))
         if not plain and self.fused_decoder is not None:
-            return self._hidden_fused(self.fused_decoder, tokens_BT, latents_BZ, keep_B)
+            return self._hidden_fused(self.fused_decoder, tokens_BT, latents_BZ, keep_B, drop_LBD)
         hidden_BTD: Tensor = self.decoder(
             tokens_BT,
             prepend_embeds=None if latents_BZ is None else self.from_latent_to_prepend_token(latents_BZ),
@@ -293,18 +300,24 @@ class GPTVAE(nn.Module):
         return hidden_BTD if latents_BZ is None else hidden_BTD[:, 1:]
 
     def _hidden_fused(
-        self, stack: fused.Stack, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None
+        self,
+        stack: fused.Stack,
+        tokens_BT: Tensor,
+        latents_BZ: Tensor | None,
+        keep_B: Tensor | None,
+        drop_LBD: Tensor | None,
     ) -> Tensor:
         """A row without its latent starts one place earlier instead of masking the latent's slot: rotary positions
         are relative, so this is the same, and attention needs no mask."""
         embedded_BTD = self.decoder.token_emb.emb(tokens_BT)
         if latents_BZ is None:
-            return stack(embedded_BTD)
+            return stack(embedded_BTD, None, drop_LBD)
         with_latent_BTD = torch.cat([self.from_latent_to_prepend_token(latents_BZ), embedded_BTD], dim=1)
         if keep_B is None:
-            return stack(with_latent_BTD)[:, 1:]
+            return stack(with_latent_BTD, None, drop_LBD)[:, 1:]
         keep_B11 = keep_B[:, None, None]
-        hidden_BTD = stack(torch.where(keep_B11, with_latent_BTD, F.pad(embedded_BTD, (0, 0, 0, 1))))
+        shifted_BTD = torch.where(keep_B11, with_latent_BTD, F.pad(embedded_BTD, (0, 0, 0, 1)))
+        hidden_BTD = stack(shifted_BTD, None, drop_LBD)
         return torch.where(keep_B11, hidden_BTD[:, 1:], hidden_BTD[:, :-1])
 
     def logits(self, hidden_D: Tensor) -> Tensor:

@@ -521,7 +521,7 @@ def verdict(figures: Figures, config: TrainConfig) -> str:
         )
     if figures.collapsed:
         return (
-            f"collapsed: the latent carries {figures.mutual_information:.2f} nats of a text,"
+            f"collapsed: the latent carries {max(0.0, figures.mutual_information):.2f} nats of a text,"
             " the decoder writes without it"
         )
     saved = figures.cross_entropy_without - figures.cross_entropy

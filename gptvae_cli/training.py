@@ -10,27 +10,32 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gptvae_cli.checkpoint import check_finite, claimed_model, is_finite
 from gptvae_cli.config import ModelConfig, TrainConfig
 from gptvae_cli.data import Epoch, Rows, fixed_batches
+from gptvae_cli.doctor import UNTREATED, Recipe, diagnosis, recipe, treatable, treatment
 from gptvae_cli.errors import CheckpointError, DivergedError
 from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.header import brief
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
-from gptvae_cli.objective import BagOfWords, Batch, Noise, Weights, objective
-from gptvae_cli.schedule import learning_rate_factor, ramp
+from gptvae_cli.objective import BagOfWords, Batch, Noise, objective
+from gptvae_cli.schedule import learning_rate_factor
 
-VALIDATIONS = 10
-"""Validations in a run, evenly spread over its progress, the last one at its end."""
+VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
+"""Progress at which a run is validated: a first look, early enough to mend what goes wrong, then every tenth."""
+EARLIEST_BEST = 0.1
+"""Progress before which no model is the best: one that has hardly begun has a latent that may only look alive."""
 VALIDATION_TEXTS = 1000
 REPORT_SECONDS = 0.5
 
@@ -45,6 +50,7 @@ class Counters:
         seconds: spent so far, in all sessions of the run.
         tokens, texts: trained on so far, repeats counted; the texts tell the place in the data of the next batch.
         best: score of the best model so far, nats per text, see `score`.
+        treated_at: progress at which the last treatment of the collapse doctor began; infinity where there was none.
     """
 
     step: int = 0
@@ -53,6 +59,7 @@ class Counters:
     tokens: int = 0
     texts: int = 0
     best: float = math.inf
+    treated_at: float = UNTREATED
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class StepReport:
         bag_of_words: nats per token.
         gradient_norm: of the last step, before clipping.
         figures: of the held-out texts, when this report ends with a validation.
+        diagnosis: what these say is wrong with the use of the latent, see `doctor.py`.
+        treatment: what is done about it from here on.
         improved: whether this is the best model so far.
         done: whether the run is at its end.
     """
@@ -86,6 +95,8 @@ class StepReport:
     bag_of_words: float
     gradient_norm: float
     figures: Figures | None = None
+    diagnosis: str | None = None
+    treatment: str | None = None
     improved: bool = False
     done: bool = False
 
@@ -147,8 +158,16 @@ class Learner:
         keys = ("exp_avg", "exp_avg_sq", "step")
         stepped = restored.step > 0 or any(name.startswith("optimizer.") for name in tensors)
         wanted = {f"weights.{name}": parameter.shape for name, parameter in self.named.items()}
+        # A bag of words that only a treatment needs has no moments before.
+        learning = {
+            name: parameter
+            for name, parameter in self._learning.items()
+            if self.config.bag_of_words > 0
+            or not name.startswith("bag_of_words.")
+            or f"optimizer.step.{name}" in tensors
+        }
         if stepped:
-            for name, parameter in self._learning.items():
+            for name, parameter in learning.items():
                 shapes = (parameter.shape, parameter.shape, torch.Size([]))
                 wanted |= {f"optimizer.{key}.{name}": shape for key, shape in zip(keys, shapes, strict=True)}
         _check_tensors(tensors, wanted)
@@ -157,7 +176,7 @@ class Learner:
             with torch.no_grad():
                 parameter.copy_(tensors[f"weights.{name}"])
         if stepped:
-            for name, parameter in self._learning.items():
+            for name, parameter in learning.items():
                 # AdamW keeps its step counter on the CPU unless it is fused on a GPU.
                 self.optimizer.state[parameter] = {
                     key: tensors[f"optimizer.{key}.{name}"].clone().to(parameter.device) for key in keys
@@ -179,7 +198,8 @@ def check_weights(tensors: Mapping[str, Tensor], model: ModelConfig, config: Tra
 
 
 def _auxiliary_head(model: ModelConfig, config: TrainConfig) -> BagOfWords | None:
-    return BagOfWords(model.dim_latent, model.num_tokens) if config.bag_of_words > 0 else None
+    wanted = config.bag_of_words > 0 or config.on_collapse == "treat"
+    return BagOfWords(model.dim_latent, model.num_tokens) if wanted else None
 
 
 def _named_parameters(model: GPTVAE, head: BagOfWords | None) -> dict[str, nn.Parameter]:
@@ -277,7 +297,8 @@ def train(
         if not all(map(math.isfinite, asdict(figures).values())):
             raise _diverged("validation is not finite", counters.step)
         # Before beta has reached its final value a model is not comparable with later ones.
-        settled = progress() >= config.kl_warmup or done
+        now = recipe(config, progress(), counters.treated_at)
+        settled = (now.beta_is_final and progress() >= EARLIEST_BEST) or done
         improved = settled and score(figures, config) < counters.best
         if improved:
             counters.best = score(figures, config)
@@ -287,7 +308,7 @@ def train(
     model.train()
     sums = _Sums(time.monotonic())
     done = progress() >= 1
-    validated = int(progress() * VALIDATIONS)
+    validated = bisect_right(VALIDATIONS, progress())
     while not done:
         epoch = Epoch(rows, micro_tokens, config.seed, counters.epoch)
         batches = epoch.batches(counters.texts - counters.epoch * len(rows))
@@ -299,7 +320,7 @@ def train(
             counters.texts += sum(len(b.tokens_BT) for b in micro_batches)
             counters.seconds = earlier + session()
             done, stop = progress() >= 1, should_stop()
-            due = int(progress() * VALIDATIONS) > validated or done
+            due = bisect_right(VALIDATIONS, progress()) > validated or done
             if not (due or stop or time.monotonic() - sums.began >= REPORT_SECONDS):
                 continue
             values = _read(sums, norm, counters.step)
@@ -309,7 +330,12 @@ def train(
             counters.seconds = earlier + session()
             if due:
                 # Not one more than before: where validating takes long, those that are missed stay missed.
-                validated = int(progress() * VALIDATIONS)
+                validated = bisect_right(VALIDATIONS, progress())
+            wrong = diagnosis(figures) if figures is not None and not config.without_latent else None
+            help = None
+            if wrong is not None and not done and treatable(config, progress(), counters.treated_at):
+                help, improved = treatment(config), False
+                counters.treated_at, counters.best = progress(), math.inf
             yield StepReport(
                 step=counters.step,
                 progress=1.0 if done else progress(),
@@ -323,6 +349,8 @@ def train(
                 bag_of_words=values[2] / tokens,
                 gradient_norm=values[3],
                 figures=figures,
+                diagnosis=wrong,
+                treatment=help,
                 improved=improved,
                 done=done,
             )
@@ -346,21 +374,16 @@ def _step(
 ) -> tuple[float, float, Tensor]:
     """One optimizer step; returns beta, learning rate and the gradient's norm, which stays on the device."""
     config, model = learner.config, learner.model
+    assert model.config is not None
     device = model.device
-    weights = Weights(
-        objective=config.objective,
-        beta=config.vae_kl_loss_weight * ramp(progress, config.kl_warmup),
-        floor=config.vae_kl_div_floor,
-        rate=config.target_rate,
-        bag_of_words=config.bag_of_words * (1 - 0.9 * ramp(progress, 0.6)),
-        language_model=config.without_latent,
-    )
+    now = recipe(config, progress, learner.counters.treated_at)
+    weights = now.weights
     learning_rate = learner.lr * learning_rate_factor(progress, warmup=config.warmup, decay=config.decay)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate
     step_tokens = sum(batch.target_tokens for batch in batches)
     for part, batch in enumerate(batches):
-        noise = training_noise(config, learner.counters.step, part, batch, model.dim_latent, progress)
+        noise = training_noise(now, learner.counters.step, part, batch, model.config)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
             terms = objective(
                 model, learner.bag_of_words, batch.to(device), noise.to(device), weights, step_tokens=step_tokens
@@ -376,18 +399,27 @@ def _step(
     return weights.beta, learning_rate, norm
 
 
-def training_noise(config: TrainConfig, step: int, part: int, batch: Batch, dim_latent: int, progress: float) -> Noise:
+def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: ModelConfig) -> Noise:
     """The noise of one micro-batch, a pure function of seed, step and row."""
+    config = recipe.config
     rows, length = batch.tokens_BT.shape
     random = stream(config.seed, Purpose.TRAINING, step, part)
-    latent_BZ = torch.from_numpy(random.standard_normal((rows, dim_latent), dtype="float32"))
+    latent_BZ = torch.from_numpy(random.standard_normal((rows, model.dim_latent), dtype="float32"))
     keep_B = hide_BT = None
     if config.latents_dropout_prob > 0:
         keep_B = torch.from_numpy(random.random(rows) >= config.latents_dropout_prob)
-    share = config.word_dropout * (1 - ramp(progress, 0.5))
-    if share > 0:
-        hide_BT = torch.from_numpy(random.random((rows, length)) < share)
-    return Noise(latent_BZ, keep_B, hide_BT)
+    if recipe.word_dropout > 0:
+        hide_BT = torch.from_numpy(random.random((rows, length)) < recipe.word_dropout)
+    encoder_drop_LBD = decoder_drop_LBD = None
+    if config.dropout > 0:
+        encoder_drop_LBD = _dropout(random, config.dropout, (2 * model.enc_depth, rows, model.dim))
+        decoder_drop_LBD = _dropout(random, config.dropout, (2 * model.depth, rows, model.dim))
+    return Noise(latent_BZ, keep_B, hide_BT, encoder_drop_LBD, decoder_drop_LBD)
+
+
+def _dropout(random: np.random.Generator, share: float, shape: tuple[int, ...]) -> Tensor:
+    """Factors that are 0 for a share of the places, and have a mean of 1."""
+    return torch.from_numpy(random.random(shape, dtype="float32") >= share) / (1 - share)
 
 
 def _read(sums: _Sums, norm: Tensor, step: int) -> list[float]:

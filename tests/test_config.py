@@ -108,6 +108,8 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
     (TrainConfig, {"kl_warmup": NAN}, f"kl-warmup is nan, it must be {SHARE}"),
     (TrainConfig, {"latents_dropout_prob": 1.1}, f"latents-dropout-prob is 1.1, it must be {SHARE}"),
     (TrainConfig, {"word_dropout": -0.1}, f"word-dropout is -0.1, it must be {BELOW_ONE}"),
+    (TrainConfig, {"dropout": 1.0}, f"dropout is 1.0, it must be {BELOW_ONE}"),
+    (TrainConfig, {"on_collapse": "cry"}, "on-collapse is 'cry', it must be one of treat, warn"),
     (TrainConfig, {"seed": -1}, "seed is -1, it must be between 0 and 2^63 - 1"),
     (SizeConfig, {"preset": "tiny"}, "preset is 'tiny', it must be one of auto, nano, micro, small, medium, large"),
     (SizeConfig, {"dim": 0}, f"dim is 0, it must be {BETWEEN}"),

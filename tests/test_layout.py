@@ -26,6 +26,7 @@ ROWS: list[set[str]] = [
     {"objective"},
     {"checkpoint", "data", "device", "latent_file"},
     {"evaluation"},
+    {"doctor"},
     {"training", "sampling", "events", "hub", "run"},
     {"api"},
     {"report", "baseline"},

@@ -582,10 +582,13 @@ def test_a_rotary_row_that_lost_its_latent_equals_one_that_never_had_one(ours: O
     assert (masked_BTD[1] - bare_BTD[1]).abs().amax() > 0.1
 
 
+@pytest.mark.parametrize("heads", [{}, {"heads": 1, "attn_dim_head": 32}], ids=["heads", "one-head"])
 @pytest.mark.parametrize("keep", [None, [True, False, True, False], [False] * 4], ids=["all", "some", "none"])
-def test_the_fused_layers_equal_x_transformers(ours: Ours, keep: list[bool] | None) -> None:
-    """Values and gradients, over padded rows."""
-    model, tokens_BT, latents_BZ = ours(**POSITIONS["rotary-flash"]), padded(), random_latents(4)
+def test_the_fused_layers_equal_x_transformers(ours: Ours, keep: list[bool] | None, heads: dict[str, int]) -> None:
+    """Values and gradients, over padded rows; a single head has no output product."""
+    model, tokens_BT, latents_BZ = ours(**POSITIONS["rotary-flash"], **heads), padded(), random_latents(4)
+    assert model.fused_encoder is not None
+    assert model.fused_decoder is not None
     real_BT = tokens_BT != PAD
     results = []
     for plain in (True, False):
@@ -596,6 +599,41 @@ def test_the_fused_layers_equal_x_transformers(ours: Ours, keep: list[bool] | No
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         results.append((posterior.mean_BZ, posterior.log_var_BZ, hidden_ND, [g for g in gradients if g is not None]))
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def scale_blocks(layers: Any, factors_LBD: torch.Tensor) -> None:
+    """Multiplies what every block of x-transformers' layers adds to the residual stream."""
+    for block, factors_BD in zip(layers.layers, factors_LBD, strict=True):
+
+        def scaled(module: Any, inputs: Any, output: Any, factors_BD: torch.Tensor = factors_BD) -> Any:
+            if isinstance(output, tuple):  # of attention, with what it remembers
+                return (output[0] * factors_BD[:, None], *output[1:])
+            return output * factors_BD[:, None]
+
+        block[1].register_forward_hook(scaled)
+
+
+@pytest.mark.parametrize("keep", [None, [True, False, True, False]], ids=["all", "some"])
+def test_dropout_scales_what_each_block_adds(ours: Ours, keep: list[bool] | None) -> None:
+    model, tokens_BT, latents_BZ = ours(**POSITIONS["rotary-flash"]), padded(), random_latents(4)
+    real_BT = tokens_BT != PAD
+    keep_B = None if keep is None else torch.tensor(keep)
+    torch.manual_seed(1)
+    encoder_LBD, decoder_LBD = torch.rand(2, 4, 32), torch.rand(4, 4, 32)
+    undropped = model.posterior(tokens_BT).mean_BZ, model.hidden(tokens_BT, latents_BZ, keep_B)[real_BT]
+    found = (
+        model.posterior(tokens_BT, encoder_LBD).mean_BZ,
+        model.hidden(tokens_BT, latents_BZ, keep_B, decoder_LBD)[real_BT],
+    )
+    scale_blocks(model.encoder.attn_layers, encoder_LBD)
+    scale_blocks(model.decoder.attn_layers, decoder_LBD)
+    expected = (
+        model.posterior(tokens_BT, plain=True).mean_BZ,
+        model.hidden(tokens_BT, latents_BZ, keep_B, plain=True)[real_BT],
+    )
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for before, after in zip(undropped, found, strict=True):
+        assert (before - after).abs().amax() > 0.1
 
 
 def test_latents_take_the_number_type_of_the_model(ours: Ours) -> None:

@@ -17,11 +17,12 @@ from torch.testing import assert_close
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows
+from gptvae_cli.doctor import recipe
 from gptvae_cli.errors import CheckpointError, DivergedError, ExitCode
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import BagOfWords, Batch, Weights, objective
-from gptvae_cli.training import VALIDATIONS, Learner, StepReport, counters_dict, score, train, training_noise
+from gptvae_cli.training import Learner, StepReport, counters_dict, score, train, training_noise
 
 SENTENCES = [
     "the cat sleeps",
@@ -47,7 +48,7 @@ def shape(**changes: int) -> ModelConfig:
 
 
 def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{"max_time": None, "batch_tokens": 64, **changes})
+    return TrainConfig(**{"max_time": None, "batch_tokens": 64, "on_collapse": "warn", **changes})
 
 
 def learner_of(train_config: TrainConfig, *, seed: int = 0, **sizes: int) -> Learner:
@@ -135,7 +136,7 @@ def test_the_first_report_is_the_objective_of_the_first_batch(make_rows: MakeRow
     learner, same = learner_of(train_config), learner_of(train_config)
     (report,) = run(learner, rows)
     batch = next(Epoch(rows, 64, seed=0, epoch=0).batches())
-    noise = training_noise(train_config, 0, 0, batch, 8, progress=0.0)
+    noise = training_noise(recipe(train_config, 0.0), 0, 0, batch, shape())
     assert same.bag_of_words is not None
     terms = objective(same.model, same.bag_of_words, batch, noise, Weights("elbo", 0.0, 0.5, 1.0))
     assert report.cross_entropy == pytest.approx(terms.cross_entropy.item() / batch.target_tokens)
@@ -160,7 +161,7 @@ def test_reports_average_over_every_step_since_the_one_before(
         losses.append(report.cross_entropy)
         tokens.append(learner.counters.tokens)
     monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 1e9)
-    monkeypatch.setattr("gptvae_cli.training.VALIDATIONS", 1)
+    monkeypatch.setattr("gptvae_cli.training.VALIDATIONS", (1.0,))
     (whole,) = run(learner_of(train_config), rows)
     assert len(losses) == 8
     assert len(set(np.diff(tokens))) > 1, "batches of unequal numbers of tokens"
@@ -170,7 +171,7 @@ def test_reports_average_over_every_step_since_the_one_before(
 def test_accumulated_parts_make_the_step_that_one_pass_makes(make_rows: MakeRows) -> None:
     """Without noise, and with the rows that a step sees fixed, only memory differs."""
     rows = make_rows(SENTENCES[:4])
-    quiet = {"latents_dropout_prob": 0.0, "vae_kl_div_floor": 0.0, "steps": 1, "warmup": 0.0, "decay": 0.0}
+    quiet = {"latents_dropout_prob": 0.0, "dropout": 0.0, "steps": 1, "warmup": 0.0, "decay": 0.0}
     states = []
     for accumulate in (1, 4):
         learner = learner_of(config(batch_tokens=4 * 32, accumulate=accumulate, **quiet))
@@ -424,10 +425,9 @@ def test_validations_are_spread_evenly_and_the_last_is_at_the_end(
     make_rows: MakeRows, measured: Callable[[list[Figures]], None]
 ) -> None:
     measured([FIGURES])
-    assert validations(run(learner_of(config(steps=40)), make_rows())) == list(range(4, 41, 4))
-    assert validations(run(learner_of(config(steps=25)), make_rows())) == [3, 5, 8, 10, 13, 15, 18, 20, 23, 25]
+    assert validations(run(learner_of(config(steps=40)), make_rows())) == [2, *range(4, 41, 4)]
+    assert validations(run(learner_of(config(steps=25)), make_rows())) == [2, 3, 5, 8, 10, 13, 15, 18, 20, 23, 25]
     assert validations(run(learner_of(config(steps=2)), make_rows())) == [1, 2]
-    assert VALIDATIONS == 10
 
 
 def test_slow_validations_do_not_eat_the_run(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,7 +454,7 @@ def test_a_resumed_run_validates_where_it_would_have(
     learner, rows = learner_of(config(steps=40)), make_rows()
     found = validations(run(learner, rows, should_stop=lambda: learner.counters.step == 18))
     found += validations(run(learner, rows))
-    assert found == list(range(4, 41, 4))
+    assert found == [2, *range(4, 41, 4)]
 
 
 def better(by: float, **changes: Any) -> Figures:
@@ -465,7 +465,9 @@ def test_nothing_is_best_before_beta_has_reached_its_final_value(
     make_rows: MakeRows, measured: Callable[[list[Figures]], None]
 ) -> None:
     """Under a smaller beta a model reaches a bound that it cannot keep."""
-    measured([better(19), better(18), better(17), FIGURES, better(1), better(1), better(0.5), better(2), FIGURES])
+    measured(
+        [better(20), better(19), better(18), better(17), FIGURES, better(1), better(1), better(0.5), better(2), FIGURES]
+    )
     reports = run(learner_of(config(steps=40, kl_warmup=0.4)), make_rows())
     improved = [report.step for report in reports if report.improved]
     assert improved == [16, 20, 32], "strictly better ones, from 40 % on"
@@ -548,21 +550,22 @@ def some_batch(rows: int = 200, length: int = 20) -> Batch:
     return Batch(torch.zeros(rows, length, dtype=torch.long), None, rows * length)
 
 
-NOISY = config(steps=1, latents_dropout_prob=0.3, word_dropout=0.4)
+TRAINED = config(steps=1, latents_dropout_prob=0.3, word_dropout=0.4, dropout=0.2)
+NOISY = recipe(TRAINED, 0.0)
 
 
 def test_noise_is_a_function_of_seed_step_part_and_row_alone() -> None:
     torch.manual_seed(0)
-    first = training_noise(NOISY, 7, 1, some_batch(), 8, progress=0.0)
+    first = training_noise(NOISY, 7, 1, some_batch(), shape())
     torch.manual_seed(1)
     np.random.default_rng(0)
-    again = training_noise(NOISY, 7, 1, some_batch(), 8, progress=0.0)
+    again = training_noise(NOISY, 7, 1, some_batch(), shape())
     for field in fields(first):
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
     others = [
-        training_noise(NOISY, 8, 1, some_batch(), 8, progress=0.0),
-        training_noise(NOISY, 7, 0, some_batch(), 8, progress=0.0),
-        training_noise(replace(NOISY, seed=1), 7, 1, some_batch(), 8, progress=0.0),
+        training_noise(NOISY, 8, 1, some_batch(), shape()),
+        training_noise(NOISY, 7, 0, some_batch(), shape()),
+        training_noise(recipe(replace(TRAINED, seed=1), 0.0), 7, 1, some_batch(), shape()),
     ]
     for other in others:
         for field in fields(first):
@@ -570,31 +573,38 @@ def test_noise_is_a_function_of_seed_step_part_and_row_alone() -> None:
 
 
 def test_a_rows_noise_does_not_depend_on_the_rows_behind_it() -> None:
-    few, many = (training_noise(NOISY, 3, 0, some_batch(rows), 8, progress=0.0) for rows in (5, 50))
+    few, many = (training_noise(NOISY, 3, 0, some_batch(rows), shape()) for rows in (5, 50))
     assert torch.equal(few.latent_BZ, many.latent_BZ[:5])
 
 
 def test_noise_has_the_shares_that_were_asked_for() -> None:
-    noise = training_noise(NOISY, 0, 0, some_batch(4000, 50), 8, progress=0.0)
+    noise = training_noise(NOISY, 0, 0, some_batch(4000, 50), shape())
     assert noise.keep_B is not None
     assert noise.hide_BT is not None
     assert noise.latent_BZ.mean().item() == pytest.approx(0, abs=0.03)
     assert noise.latent_BZ.std().item() == pytest.approx(1, abs=0.03)
     assert noise.keep_B.double().mean().item() == pytest.approx(0.7, abs=0.03)
     assert noise.hide_BT.double().mean().item() == pytest.approx(0.4, abs=0.01)
+    for factors_LBD, blocks in ((noise.encoder_drop_LBD, 2), (noise.decoder_drop_LBD, 2)):
+        assert factors_LBD is not None
+        assert factors_LBD.shape == (blocks, 4000, 32)
+        assert sorted(set(factors_LBD.flatten().tolist())) == pytest.approx([0, 1.25])
+        assert factors_LBD.mean().item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.4), (0.25, 0.2), (0.49, 0.008)])
 def test_word_dropout_falls_to_nothing_at_half_of_the_run(progress: float, share: float) -> None:
-    noise = training_noise(NOISY, 0, 0, some_batch(4000, 50), 8, progress=progress)
+    noise = training_noise(recipe(TRAINED, progress), 0, 0, some_batch(4000, 50), shape())
     assert noise.hide_BT is not None
     assert noise.hide_BT.double().mean().item() == pytest.approx(share, abs=0.01)
-    assert training_noise(NOISY, 0, 0, some_batch(), 8, progress=0.5).hide_BT is None
+    assert training_noise(recipe(TRAINED, 0.5), 0, 0, some_batch(), shape()).hide_BT is None
 
 
 def test_without_dropout_nothing_is_dropped() -> None:
-    none = training_noise(config(steps=1, latents_dropout_prob=0.0), 0, 0, some_batch(), 8, progress=0.0)
-    assert (none.keep_B, none.hide_BT) == (None, None)
+    none = training_noise(
+        recipe(config(steps=1, latents_dropout_prob=0.0, dropout=0.0), 0.0), 0, 0, some_batch(), shape()
+    )
+    assert (none.keep_B, none.hide_BT, none.encoder_drop_LBD, none.decoder_drop_LBD) == (None,) * 4
 
 
 def test_the_auxiliary_head_is_not_part_of_the_model() -> None:

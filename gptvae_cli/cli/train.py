@@ -24,6 +24,7 @@ from gptvae_cli.config import (
     Log,
     MachineConfig,
     Objective,
+    OnCollapse,
     PresetName,
     RunConfig,
     SizeConfig,
@@ -84,6 +85,9 @@ def train(
     resume: Annotated[bool, _flag("--resume", "Go on with the run in --out.")] = False,
     force: Annotated[bool, _flag("--force", "Replace the run in --out, once the new corpus has been read.")] = False,
     log: Annotated[Log | None, _option("log", "Also write RUN/tensorboard, for TensorBoard.", _RUN)] = None,
+    on_collapse: Annotated[
+        OnCollapse | None, _option("on_collapse", "A latent that is not being used: change the run, or say so.", _RUN)
+    ] = None,
     strict: Annotated[bool, _flag("--strict", "Exit with 5 if the latent has collapsed.")] = False,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A TOML file of these options.", rich_help_panel=_RUN)
@@ -146,6 +150,9 @@ def train(
     ] = None,
     word_dropout: Annotated[
         float | None, _option("word_dropout", "Share of the decoder's input hidden at first.", _LEARNING)
+    ] = None,
+    dropout: Annotated[
+        float | None, _option("dropout", "Share of what every layer adds that is dropped.", _LEARNING)
     ] = None,
     batch_tokens: Annotated[int | None, _option("batch_tokens", "Tokens of a step.", _LEARNING)] = None,
     accumulate: Annotated[
@@ -217,7 +224,7 @@ def train(
         strict = job.learner.config.strict and not job.learner.config.without_latent
         if strict and job.figures is not None and job.figures.collapsed:
             raise CollapsedError(
-                f"the latent carries {job.figures.mutual_information:.2f} nats, --strict asks for 1 at least",
+                f"the latent carries {max(0.0, job.figures.mutual_information):.2f} nats, --strict asks for 1 at least",
                 hint="train longer, or raise --target-rate",
             )
 
@@ -292,7 +299,7 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
     """
     from gptvae_cli.cli.display import TrainingDisplay
 
-    example = 0
+    example, well = 0, True
     title = f"gptvae train, {job.folder}"
     width = None if job.learner.config.without_latent else job.model_config.dim_latent
     with (
@@ -301,6 +308,14 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
     ):
         for report in job.run(should_stop=lambda: bool(caught), seconds=lambda: time.monotonic() - began):
             display.update(report)
+            if report.figures is not None and not report.done:
+                if report.diagnosis is not None and (well or report.treatment is not None):
+                    console.note(f"at {report.progress:.0%}: {report.diagnosis}", quiet=quiet)
+                if report.treatment is not None:
+                    console.note(f"so {report.treatment}", quiet=quiet)
+                if report.diagnosis is None and not well:
+                    console.note(f"at {report.progress:.0%}: the latent is being used", quiet=quiet)
+                well = report.diagnosis is None
             if width is not None and report.figures is not None and not quiet and not report.done:
                 display.show_example(*job.reconstructions(1, start=example)[0])
                 example += 1

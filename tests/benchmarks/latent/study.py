@@ -45,7 +45,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "none, decay 0.7": {"latents_dropout_prob": 1.0, "decay": 0.7},
     "none, lr 4e-3": {"latents_dropout_prob": 1.0, "lr": 4e-3},
     "stock": {"objective": "stock", **STOCK_RECIPE},
-    "plain beta 1": {"vae_kl_div_floor": 0.0, "target_rate": 0.0, "bag_of_words": 0.0},
+    "plain beta 1": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn"},
+    "plain beta 1, treated": {"target_rate": 0.0, "bag_of_words": 0.0},
     "floor 0.25": {"vae_kl_div_floor": 0.25, "target_rate": 0.0},
     "floor 0.5": {"vae_kl_div_floor": 0.5, "target_rate": 0.0},
     "rate 12": {"target_rate": 12.0},
@@ -59,6 +60,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "lr 4e-3": {"lr": 4e-3},
     "batch 1024": {"batch_tokens": 1024},
     "batch 4096": {"batch_tokens": 4096},
+    "z drop 0.3": {"latents_dropout_prob": 0.3},
+    "z drop 0.5": {"latents_dropout_prob": 0.5},
+    "ramp 0.1": {"kl_warmup": 0.1},
+    "ramp 0.1, bag 3": {"kl_warmup": 0.1, "bag_of_words": 3.0},
+    "bag 3": {"bag_of_words": 3.0},
+    "rate 6": {"target_rate": 6.0},
+    "drop 0": {"dropout": 0.0},
+    "drop 0.2": {"dropout": 0.2},
+    "none, drop 0": {"latents_dropout_prob": 1.0, "dropout": 0.0},
+    "none, drop 0.2": {"latents_dropout_prob": 1.0, "dropout": 0.2},
 }
 """Fields of `TrainConfig` and `ModelConfig` that differ from the defaults.
 
