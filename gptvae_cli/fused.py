@@ -10,9 +10,10 @@ S positions, X queries, keys and values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,22 +35,6 @@ class Layer:
     ff_gamma_D: Tensor
     ff_in: tuple[Tensor, Tensor]
     ff_out: tuple[Tensor, Tensor]
-
-    def for_products(self, dtype: torch.dtype) -> Layer:
-        """The same layer for reading only, its matrices laid out as in `for_products`."""
-        return Layer(
-            attn_gamma_D=self.attn_gamma_D.detach(),
-            qkv_ED=for_products(self.qkv_ED, dtype),
-            attn_out_DE=for_products(self.attn_out_DE, dtype),
-            ff_gamma_D=self.ff_gamma_D.detach(),
-            ff_in=(for_products(self.ff_in[0], dtype), self.ff_in[1].detach().to(dtype)),
-            ff_out=(for_products(self.ff_out[0], dtype), self.ff_out[1].detach().to(dtype)),
-        )
-
-
-def for_products(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix in another type whose transpose is what lies in memory: a product with few rows reads that faster."""
-    return weight.detach().to(dtype).T.contiguous().T
 
 
 class Stack:
@@ -82,6 +67,13 @@ class Stack:
 
     def layers(self) -> list[Layer]:
         """The weights, fused; gradients flow through to the module's parameters."""
+        return [
+            replace(layer, qkv_ED=layer.qkv_ED.index_select(0, self._order_E.to(layer.qkv_ED.device)))
+            for layer in self.read()
+        ]
+
+    def read(self) -> list[Layer]:
+        """The same with the dimensions of a head in x-transformers' order."""
         return [self._read(attention, feedforward) for attention, feedforward in self._blocks]
 
     def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -138,9 +130,7 @@ class Stack:
         return Layer(
             # x-transformers stores the gain as its distance from 1.
             attn_gamma_D=attn_norm.gamma + 1,
-            qkv_ED=torch.cat(
-                [attention.to_q.weight * scale, attention.to_k.weight, attention.to_v.weight]
-            ).index_select(0, self._order_E.to(attention.to_q.weight.device)),
+            qkv_ED=torch.cat([attention.to_q.weight * scale, attention.to_k.weight, attention.to_v.weight]),
             attn_out_DE=attention.to_out.weight,
             ff_gamma_D=ff_norm.gamma + 1,
             ff_in=(ff_in.weight, ff_in.bias),
@@ -149,7 +139,113 @@ class Stack:
 
     def final_norm(self, x_D: Tensor) -> Tensor:
         """The norm behind the last layer, of any leading shape [... D]."""
-        return F.layer_norm(x_D, x_D.shape[-1:], weight=self._final_norm.gamma + 1)
+        return F.layer_norm(x_D, x_D.shape[-1:], weight=self.final_gamma_D())
+
+    def final_gamma_D(self) -> Tensor:
+        gamma_D: Tensor = self._final_norm.gamma + 1
+        return gamma_D
+
+
+class Heads:
+    """Room for the queries, keys and values of some positions, and the views of it that are used again and again.
+
+    Args:
+        shape: of the positions: rows, or rows and tokens.
+    """
+
+    def __init__(self, shape: tuple[int, ...], heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.qkv_NE = torch.empty(math.prod(shape), 3 * heads * width, dtype=dtype, device=device)
+        self.qkv_XHK = self.qkv_NE.view(*shape, 3, heads, width)
+        # Neighbouring dimensions of a head are a complex number, and rotating them is one product.
+        self.pairs_XHC = torch.view_as_complex(self.qkv_XHK[..., :2, :, :].unflatten(-1, (-1, 2)))
+
+
+class FrozenLayer(NamedTuple):
+    """A `Layer` whose matrices are transposed, as products take them."""
+
+    attn_gamma_D: Tensor
+    qkv_DE: Tensor
+    attn_out_ED: Tensor
+    ff_gamma_D: Tensor
+    ff_in: tuple[Tensor, Tensor]
+    ff_out: tuple[Tensor, Tensor]
+
+
+class Frozen:
+    """A stack for inference: its weights are read once, it works in place, and a layer is as few operations as can be,
+    which for one row cost as much as its products.
+
+    Products are in `dtype`, rotations in float32 at least, the residual stream in the type of the parameters.
+
+    Args:
+        stack: the layers, with heads of an even width. What happens to their weights later does not show.
+        dtype: of the matrices.
+        transposed: whether the matrices are transposed in memory, too.
+    """
+
+    def __init__(self, stack: Stack, dtype: torch.dtype, *, transposed: bool) -> None:
+        self._stack, self.dtype, self.transposed = stack, dtype, transposed
+        self.heads, self.head_width = stack.heads, stack.head_width
+        self.rotated_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.layers = [
+            FrozenLayer(
+                attn_gamma_D=layer.attn_gamma_D.detach(),
+                qkv_DE=self.matrix(layer.qkv_ED),
+                attn_out_ED=self.matrix(layer.attn_out_DE),
+                ff_gamma_D=layer.ff_gamma_D.detach(),
+                ff_in=(self.matrix(layer.ff_in[0]), layer.ff_in[1].detach().to(dtype)),
+                ff_out=(self.matrix(layer.ff_out[0]), layer.ff_out[1].detach()),
+            )
+            for layer in stack.read()
+        ]
+        self._final_gamma_D = stack.final_gamma_D().detach()
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A matrix of `nn.Linear`, as its products want it."""
+        weight = weight.detach().to(self.dtype).T
+        return weight.contiguous() if self.transposed else weight
+
+    def turns(self, length: int, device: torch.device) -> Tensor:
+        """What the complex numbers of queries and keys are multiplied by, for positions 0 to `length` - 1: 1 where a
+        head is not rotated. To be broadcast over queries and keys and over the heads [S 1 1 C]."""
+        # The stack keeps its tables for training too, which cannot use what was made in inference mode.
+        with torch.inference_mode(False):
+            cos_SR, sin_SR = self._stack.tables(length, device)
+        still = (0, self.head_width // 2 - cos_SR.shape[1])
+        turns_SC = torch.complex(F.pad(cos_SR[:length], still, value=1.0), F.pad(sin_SR[:length], still))
+        return turns_SC[:, None, None].to(self.rotated_dtype.to_complex())
+
+    def room(self, shape: tuple[int, ...], device: torch.device) -> Heads:
+        """Room for `project`."""
+        return Heads(shape, self.heads, self.head_width, self.rotated_dtype, device)
+
+    def project(self, layer: FrozenLayer, x_ND: Tensor, turns_11C: Tensor, into: Heads) -> None:
+        """Rotated and scaled queries, rotated keys, and values."""
+        normed_ND = F.layer_norm(x_ND, x_ND.shape[-1:], weight=layer.attn_gamma_D)
+        if self.dtype == self.rotated_dtype:
+            torch.mm(normed_ND, layer.qkv_DE, out=into.qkv_NE)
+        else:
+            into.qkv_NE.copy_(normed_ND.to(self.dtype) @ layer.qkv_DE)
+        into.pairs_XHC.mul_(turns_11C)
+
+    def finish(self, layer: FrozenLayer, x_ND: Tensor, attended_NE: Tensor) -> None:
+        """The rest of a layer behind its attention, in place: output product, residuals, feed-forward."""
+        _add_product(x_ND, attended_NE, layer.attn_out_ED)
+        normed_ND = F.layer_norm(x_ND, x_ND.shape[-1:], weight=layer.ff_gamma_D).to(self.dtype)
+        (in_weight, in_bias), (out_weight, out_bias_D) = layer.ff_in, layer.ff_out
+        x_ND.add_(out_bias_D)
+        _add_product(x_ND, F.gelu(torch.addmm(in_bias, normed_ND, in_weight)), out_weight)
+
+    def final_norm(self, x_D: Tensor) -> Tensor:
+        """The norm behind the last layer, of any leading shape [... D]."""
+        return F.layer_norm(x_D, x_D.shape[-1:], weight=self._final_gamma_D)
+
+
+def _add_product(x_ND: Tensor, input_N: Tensor, weight: Tensor) -> None:
+    if weight.dtype == x_ND.dtype:
+        x_ND.addmm_(input_N, weight)
+    else:
+        x_ND.add_(input_N @ weight)
 
 
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:

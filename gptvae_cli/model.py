@@ -125,12 +125,13 @@ class GPTVAE(nn.Module):
         self.vae_kl_div_floor = vae_kl_div_floor
         self.vae_kl_loss_weight = vae_kl_loss_weight
         # The fast path over the same weights, where the layers are of the kind that it computes. With one head
-        # x-transformers leaves out the output product, which that kind has.
+        # x-transformers leaves out the output product, which that kind has; a head is pairs of numbers.
+        pairs = heads > 1 and attn_dim_head % 2 == 0
         self.fused_encoder: fused.Stack | None = None
         self.fused_decoder: fused.Stack | None = None
-        if builtin_encoder and heads > 1 and fused.supports(encoder_options):
+        if builtin_encoder and pairs and fused.supports(encoder_options):
             self.fused_encoder = fused.Stack(self.encoder.attn_layers, causal=False)
-        if heads > 1 and fused.supports(decoder_options):
+        if pairs and fused.supports(decoder_options):
             self.fused_decoder = fused.Stack(self.decoder.attn_layers, causal=True)
 
     @classmethod

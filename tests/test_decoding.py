@@ -112,9 +112,9 @@ def test_cached_logits_under_autocast_are_those_of_float32_rounded(tiny_model: T
     model, requests = tiny_model(depth=4), some_requests(6, latents="all")
     exact = greedy_logits(model, requests, batch_size=3, cached=True, max_new=1)
     with torch.autocast("cpu", torch.bfloat16):
-        engine = decoding.CachedDecoder(model)
+        engine = decoding.CachedDecoder(model, 3)
         rounded = greedy_logits(model, requests, batch_size=3, cached=True, max_new=1)
-    assert {layer.qkv_ED.dtype for layer in engine.layers} == {engine.cache_LXBHSK.dtype} == {torch.bfloat16}
+    assert {layer.qkv_DE.dtype for layer in engine.stack.layers} == {engine.cache_LXBHSK.dtype} == {torch.bfloat16}
     for row, (_, logits_TV) in rounded.items():
         assert 0 < (logits_TV - exact[row][1]).abs().max() < 0.03 * exact[row][1].abs().max()
 
