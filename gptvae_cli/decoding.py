@@ -267,9 +267,7 @@ class CachedDecoder:
         self.embedding_VD = model.decoder.token_emb.emb.weight
         device = model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embedding_VD.dtype
-        # Laying the matrices out takes as long as writing ten tokens, and speeds up products with many rows.
-        transposed = device == "cpu" and dtype == torch.float32 and batch_size > 8
-        self.stack = fused.Frozen(model.fused_decoder, dtype, transposed=transposed)
+        self.stack = fused.Frozen(model.fused_decoder, dtype, batch_size)
         self.to_logits_DV = self.stack.matrix(model.decoder.to_logits.weight)
         self.turns_S11C = self.stack.turns(model.max_seq_len + 1, model.device)
         self.room = self.stack.room((0,), model.device)
@@ -310,7 +308,7 @@ class CachedDecoder:
         x_BD = F.embedding(torch.tensor([row.context[-1] for row in rows], device=device), self.embedding_VD)
         # All views that layers need are made here: for one row they would be most of the time.
         cache_LXBHSK = self.cache_LXBHSK[:, :, :count]
-        slots = cache_LXBHSK[..., :used, :].unbind()
+        slots = cache_LXBHSK[..., :used, :].flatten(0, 1).unbind()
         if len(self.room.qkv_NE) != count:
             self.room = self.stack.room((count,), device)
         qkv_BXHK = self.room.qkv_XHK
@@ -324,13 +322,12 @@ class CachedDecoder:
             unseen_BS = torch.arange(used, device=device) > positions_B[:, None]
             mask_B11S = torch.zeros_like(unseen_BS, dtype=dtype).masked_fill_(unseen_BS, float("-inf"))[:, None, None]
             places = None
-        for i, layer in enumerate(self.stack.layers):
+        for i, (layer, keys_BHSK, values_BHSK) in enumerate(zip(self.stack.layers, slots[::2], slots[1::2], strict=True)):
             self.stack.project(layer, x_BD, turns_B11C, self.room)
             if places is not None:
                 places[i].copy_(new_XBHK)
             else:
                 cache_LXBHSK[i][:, rows_B, :, positions_B] = new_BXHK.to(dtype)
-            keys_BHSK, values_BHSK = slots[i].unbind()
             attended_BH1K = F.scaled_dot_product_attention(
                 queries_BH1K.to(dtype), keys_BHSK, values_BHSK, attn_mask=mask_B11S, scale=1.0
             )

@@ -347,8 +347,9 @@ class GPTVAE(nn.Module):
             ConfigError: for an empty prompt without a `bos_id`, or rows and latents that cannot be matched.
         """
         # Part by part: a frozen encoder may well be in eval mode inside a model that is training.
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
         try:
             if seq_for_latents is not None:
                 if latents is not None:
@@ -358,8 +359,8 @@ class GPTVAE(nn.Module):
                 latents = torch.as_tensor(latents, device=self.device, dtype=next(self.parameters()).dtype)
             return self._generate(prompts, seq_len, latents, generator, **generate_kwargs)
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            for module in training:
+                module.training = True
 
     def _generate(
         self,
