@@ -265,16 +265,16 @@ class CachedDecoder:
         assert model.fused_decoder is not None, "these layers have no fused form"
         self.model = model
         self.embedding_VD = model.decoder.token_emb.emb.weight
-        device = model.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.embedding_VD.dtype
-        self.stack = fused.Frozen(model.fused_decoder, dtype, batch_size)
+        self.stack = fused.Frozen(model.fused_decoder, batch_size)
         self.to_logits_DV = self.stack.matrix(model.decoder.to_logits.weight)
         self.turns_S11C = self.stack.turns(model.max_seq_len + 1, model.device)
         self.room = self.stack.room((0,), model.device)
         # Where every row stands is known without asking the device.
         self.positions: list[int] = []
         heads, width = self.stack.heads, self.stack.head_width
-        self.cache_LXBHSK = self.embedding_VD.new_zeros(len(self.stack.layers), 2, 0, heads, 0, width, dtype=dtype)
+        self.cache_LXBHSK = torch.zeros(
+            len(self.stack.layers), 2, 0, heads, 0, width, dtype=self.stack.dtype, device=model.device
+        )
 
     def join(self, rows: Sequence[Row]) -> Tensor:
         device, first = self.model.device, len(self.positions)
@@ -296,7 +296,8 @@ class CachedDecoder:
         for layer, cache_XBHSK in zip(self.stack.layers, self.cache_LXBHSK, strict=True):
             self.stack.project(layer, x_ND, turns_T11C, room)
             cache_XBHSK[:, first : first + len(rows), :, :length] = qkv_XBHTK[1:]
-            attended_BHTK = attend(*qkv_XBHTK.to(self.stack.dtype), None, causal=True)
+            q_BHTK, k_BHTK, v_BHTK = qkv_XBHTK.to(self.stack.dtype)
+            attended_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, None, causal=True)
             self.stack.finish(layer, x_ND, attended_BHTK.transpose(1, 2).reshape(len(x_ND), -1))
         return self._logits(x_BTD[torch.arange(len(rows), device=device), length_B - 1])
 
@@ -322,14 +323,14 @@ class CachedDecoder:
             unseen_BS = torch.arange(used, device=device) > positions_B[:, None]
             mask_B11S = torch.zeros_like(unseen_BS, dtype=dtype).masked_fill_(unseen_BS, float("-inf"))[:, None, None]
             places = None
-        for i, (layer, keys_BHSK, values_BHSK) in enumerate(zip(self.stack.layers, slots[::2], slots[1::2], strict=True)):
+        for i, layer in enumerate(self.stack.layers):
             self.stack.project(layer, x_BD, turns_B11C, self.room)
             if places is not None:
                 places[i].copy_(new_XBHK)
             else:
                 cache_LXBHSK[i][:, rows_B, :, positions_B] = new_BXHK.to(dtype)
             attended_BH1K = F.scaled_dot_product_attention(
-                queries_BH1K.to(dtype), keys_BHSK, values_BHSK, attn_mask=mask_B11S, scale=1.0
+                queries_BH1K.to(dtype), slots[2 * i], slots[2 * i + 1], attn_mask=mask_B11S, scale=1.0
             )
             self.stack.finish(layer, x_BD, attended_BH1K.view(count, -1))
         return self._logits(x_BD)

@@ -4,8 +4,8 @@ x-transformers' `AttentionLayers` can be almost anything, and pays for it with h
 This module computes one kind of layer, the one that the tool trains: pre-norm attention with rotary positions, then
 a feed-forward. Training, encoding and cached decoding share it; tests hold it equal to x-transformers.
 
-Shapes: B batch, T tokens, D model width, E all heads side by side, H heads, K head width, R rotated pairs of a head,
-S positions, X queries, keys and values.
+Shapes: B batch, T tokens, N rows or all their tokens, D model width, E all heads side by side, H heads, K head width,
+C pairs of a head, R those that are rotated, S positions, X queries, keys and values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 
 _ROOT_HALF = 0.5**0.5
 
@@ -73,6 +72,11 @@ class Stack:
         device: torch.device = self._final_norm.gamma.device
         return device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._final_norm.gamma.dtype
+        return dtype
+
     def layers(self) -> list[Layer]:
         """The weights, fused; gradients flow through to the module's parameters."""
         return [
@@ -101,11 +105,11 @@ class Stack:
             mask_BT: True where a position may be looked at; only without `causal`, which needs no mask as padding
                 stands behind.
         """
+        if not torch.is_grad_enabled():
+            return Frozen(self)(x_BTD, mask_BT)
         length = x_BTD.shape[1]
         cos_SR, sin_SR = self.tables(length, x_BTD.device)
-        bias = None
-        if mask_BT is not None:
-            bias = torch.zeros(mask_BT.shape, device=x_BTD.device).masked_fill(~mask_BT, float("-inf"))[:, None, None]
+        bias = None if mask_BT is None else _as_bias(mask_BT, torch.float32)
         for layer in self.layers():
             q_BHTK, k_BHTK, v_BHTK = self.project(layer, x_BTD, cos_SR[:length], sin_SR[:length])
             x_BTD = self.finish(layer, x_BTD, attend(q_BHTK, k_BHTK, v_BHTK, bias, causal=self.causal))
@@ -161,11 +165,13 @@ class Heads:
         shape: of the positions: rows, or rows and tokens.
     """
 
-    def __init__(self, shape: tuple[int, ...], heads: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], heads: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.qkv_NE = torch.empty(math.prod(shape), 3 * heads * width, dtype=dtype, device=device)
         self.qkv_XHK = self.qkv_NE.view(*shape, 3, heads, width)
         # Neighbouring dimensions of a head are a complex number, and rotating them is one product.
-        self.pairs_XHC = torch.view_as_complex(self.qkv_XHK[..., :2, :, :].unflatten(-1, (-1, 2)))
+        self.pairs_XHC = torch.view_as_complex(self.qkv_XHK[..., :2, :, :].view(*shape, 2, heads, width // 2, 2))
 
 
 class FrozenLayer(NamedTuple):
@@ -183,28 +189,29 @@ class Frozen:
     """A stack for inference: its weights are read once, it works in place, and a layer is as few operations as can be,
     which for one row cost as much as its products.
 
-    Products are in `dtype`, rotations in float32 at least, the residual stream in the type of the parameters.
+    Products are in `dtype`, that of autocast or of the parameters; rotations are float32 at least; the residual stream
+    has the type of the parameters.
 
     Args:
         stack: the layers, with heads of an even width. What happens to their weights later does not show.
-        dtype: of the matrices.
-        rows: positions that will mostly be computed together.
+        rows: positions that will be computed together, many times; 0 for a single pass over any number.
     """
 
-    def __init__(self, stack: Stack, dtype: torch.dtype, rows: int) -> None:
-        self._stack, self.dtype = stack, dtype
+    def __init__(self, stack: Stack, rows: int = 0) -> None:
+        self._stack, device = stack, stack.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
         # What is faster depends on the number of rows in float32 on a CPU only.
-        exact = dtype == torch.float32 and stack.device.type == "cpu"
-        self._few, self._many = exact and rows <= 8, exact and rows > 8
+        exact = self.dtype == torch.float32 and device == "cpu"
+        self._few, self._many = exact and 0 < rows <= 8, exact and rows > 8
         self.heads, self.head_width = stack.heads, stack.head_width
-        self.rotated_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.rotated_dtype = torch.promote_types(self.dtype, torch.float32)
         self.layers = [
             FrozenLayer(
                 attn_gamma_D=layer.attn_gamma_D.detach(),
                 qkv_DE=self.matrix(layer.qkv_ED),
                 attn_out_ED=self.matrix(layer.attn_out_DE),
                 ff_gamma_D=layer.ff_gamma_D.detach(),
-                ff_in=(self.matrix(layer.ff_in[0]), layer.ff_in[1].detach().to(dtype)),
+                ff_in=(self.matrix(layer.ff_in[0]), layer.ff_in[1].detach().to(self.dtype)),
                 ff_out=(self.matrix(layer.ff_out[0]), layer.ff_out[1].detach()),
             )
             for layer in stack.read()
@@ -226,6 +233,20 @@ class Frozen:
         still = (0, self.head_width // 2 - cos_SR.shape[1])
         turns_SC = torch.complex(F.pad(cos_SR[:length], still, value=1.0), F.pad(sin_SR[:length], still))
         return turns_SC[:, None, None].to(self.rotated_dtype.to_complex())
+
+    def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """As `Stack.__call__`, from which nothing flows back."""
+        rows, length, _ = x_BTD.shape
+        bias = None if mask_BT is None else _as_bias(mask_BT, self.dtype)
+        x_ND, turns_T11C = x_BTD.flatten(0, 1).clone(), self.turns(length, x_BTD.device)
+        room = self.room((rows, length), x_BTD.device)
+        qkv_XBHTK = room.qkv_XHK.permute(2, 0, 3, 1, 4)
+        for layer in self.layers:
+            self.project(layer, x_ND, turns_T11C, room)
+            q_BHTK, k_BHTK, v_BHTK = qkv_XBHTK.to(self.dtype)
+            attended_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, bias, causal=self._stack.causal)
+            self.finish(layer, x_ND, attended_BHTK.transpose(1, 2).reshape(len(x_ND), -1))
+        return self.final_norm(x_ND).view_as(x_BTD)
 
     def room(self, shape: tuple[int, ...], device: torch.device) -> Heads:
         """Room for `project`."""
@@ -262,6 +283,11 @@ class Frozen:
     def final_norm(self, x_D: Tensor) -> Tensor:
         """The norm behind the last layer, of any leading shape [... D]."""
         return F.layer_norm(x_D, x_D.shape[-1:], weight=self._final_gamma_D)
+
+
+def _as_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: -inf where a position may not be looked at [B 1 1 T]."""
+    return torch.zeros_like(mask_BT, dtype=dtype).masked_fill_(~mask_BT, float("-inf"))[:, None, None]
 
 
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
