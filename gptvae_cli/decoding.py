@@ -197,8 +197,9 @@ def filter_logits(logits_BV: Tensor, sample: SampleConfig) -> Tensor:
 
 def greedy(logits_BV: Tensor) -> Tensor:
     """The likeliest token of every row, the first one of several [B]."""
-    if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
-        return torch.from_numpy(logits_BV.numpy().argmax(axis=-1))  # 5 times as fast as torch's
+    if logits_BV.device.type == "cpu":  # NumPy's is 5 times as fast, but does not know bfloat16
+        exact_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+        return torch.from_numpy(exact_BV.numpy().argmax(axis=-1))
     return logits_BV.max(dim=-1).indices
 
 

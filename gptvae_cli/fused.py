@@ -200,9 +200,9 @@ class Frozen:
     def __init__(self, stack: Stack, rows: int = 0) -> None:
         self._stack, device = stack, stack.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
-        # What is faster depends on the number of rows in float32 on a CPU only.
-        exact = self.dtype == torch.float32 and device == "cpu"
-        self._few, self._many = exact and 0 < rows <= 8, exact and rows > 8
+        # What is faster depends on the number of rows on a CPU only; in bfloat16 u + u erf(u) would be too coarse.
+        self._few = device == "cpu" and 0 < rows <= 8 and self.dtype == torch.float32
+        self._many = device == "cpu" and rows > 8
         self.heads, self.head_width = stack.heads, stack.head_width
         self.rotated_dtype = torch.promote_types(self.dtype, torch.float32)
         self.layers = [

@@ -416,7 +416,7 @@ def test_no_temperature_overflows(temperature: float, dtype: torch.dtype) -> Non
     assert probs == pytest.approx([1, 0, 0, 0] if temperature < 1 else [1 / 3, 1 / 3, 0, 1 / 3])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_greedy_takes_the_first_of_the_likeliest(dtype: torch.dtype) -> None:
     logits_BV = torch.randn(20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
     logits_BV[0, [7, 3]], logits_BV[1, [0, 49]] = 9.0, 9.0
