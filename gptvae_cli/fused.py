@@ -4,19 +4,22 @@ x-transformers' `AttentionLayers` can be almost anything, and pays for it with h
 This module computes one kind of layer, the one that the tool trains: pre-norm attention with rotary positions, then
 a feed-forward. Training, encoding and cached decoding share it; tests hold it equal to x-transformers.
 
-Shapes: B batch, T tokens, D model width, E all heads side by side, H heads, K head width, R rotated pairs of a head,
-S positions, X queries, keys and values.
+Shapes: B batch, T tokens, N rows or all their tokens, D model width, E all heads side by side, H heads, K head width,
+C pairs of a head, R those that are rotated, S positions, X queries, keys and values.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_ROOT_HALF = 0.5**0.5
 
 
 def supports(options: Mapping[str, Any]) -> bool:
@@ -34,22 +37,6 @@ class Layer:
     ff_gamma_D: Tensor
     ff_in: tuple[Tensor, Tensor]
     ff_out: tuple[Tensor, Tensor]
-
-    def for_products(self, dtype: torch.dtype) -> Layer:
-        """The same layer for reading only, its matrices laid out as in `for_products`."""
-        return Layer(
-            attn_gamma_D=self.attn_gamma_D.detach(),
-            qkv_ED=for_products(self.qkv_ED, dtype),
-            attn_out_DE=for_products(self.attn_out_DE, dtype),
-            ff_gamma_D=self.ff_gamma_D.detach(),
-            ff_in=(for_products(self.ff_in[0], dtype), self.ff_in[1].detach().to(dtype)),
-            ff_out=(for_products(self.ff_out[0], dtype), self.ff_out[1].detach().to(dtype)),
-        )
-
-
-def for_products(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix in another type whose transpose is what lies in memory: a product with few rows reads that faster."""
-    return weight.detach().to(dtype).T.contiguous().T
 
 
 class Stack:
@@ -80,8 +67,25 @@ class Stack:
         apart_E, width = (starts_H1 + apart_K).flatten(), self.heads * self.head_width
         self._order_E = torch.cat([apart_E, width + apart_E, 2 * width + torch.arange(width)])
 
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._final_norm.gamma.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._final_norm.gamma.dtype
+        return dtype
+
     def layers(self) -> list[Layer]:
         """The weights, fused; gradients flow through to the module's parameters."""
+        return [
+            replace(layer, qkv_ED=layer.qkv_ED.index_select(0, self._order_E.to(layer.qkv_ED.device)))
+            for layer in self.read()
+        ]
+
+    def read(self) -> list[Layer]:
+        """The same with the dimensions of a head in x-transformers' order."""
         return [self._read(attention, feedforward) for attention, feedforward in self._blocks]
 
     def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,11 +107,11 @@ class Stack:
             drop_LBD: dropout of what each of the 2 * depth blocks adds to the residual stream, as factors; the same
                 along a row (arXiv 1512.05287).
         """
+        if drop_LBD is None and not torch.is_grad_enabled():
+            return Frozen(self)(x_BTD, mask_BT)
         length = x_BTD.shape[1]
         cos_SR, sin_SR = self.tables(length, x_BTD.device)
-        bias = None
-        if mask_BT is not None:
-            bias = torch.zeros(mask_BT.shape, device=x_BTD.device).masked_fill(~mask_BT, float("-inf"))[:, None, None]
+        bias = None if mask_BT is None else _as_bias(mask_BT, torch.float32)
         drop_LB1D = [None] * 2 * len(self._blocks) if drop_LBD is None else drop_LBD[:, :, None].unbind()
         for layer, drop_attn, drop_ff in zip(self.layers(), drop_LB1D[::2], drop_LB1D[1::2], strict=True):
             q_BHTK, k_BHTK, v_BHTK = self.project(layer, x_BTD, cos_SR[:length], sin_SR[:length])
@@ -148,13 +152,11 @@ class Stack:
         scale = self.head_width**-0.5
         # x-transformers gives a single head no output product.
         single = isinstance(attention.to_out, nn.Identity)
-        out_DE = torch.eye(self.head_width, device=ff_in.weight.device) if single else attention.to_out.weight
+        out_DE = torch.eye(self.head_width).to(ff_in.weight) if single else attention.to_out.weight
         return Layer(
             # x-transformers stores the gain as its distance from 1.
             attn_gamma_D=attn_norm.gamma + 1,
-            qkv_ED=torch.cat(
-                [attention.to_q.weight * scale, attention.to_k.weight, attention.to_v.weight]
-            ).index_select(0, self._order_E.to(attention.to_q.weight.device)),
+            qkv_ED=torch.cat([attention.to_q.weight * scale, attention.to_k.weight, attention.to_v.weight]),
             attn_out_DE=out_DE,
             ff_gamma_D=ff_norm.gamma + 1,
             ff_in=(ff_in.weight, ff_in.bias),
@@ -163,7 +165,143 @@ class Stack:
 
     def final_norm(self, x_D: Tensor) -> Tensor:
         """The norm behind the last layer, of any leading shape [... D]."""
-        return F.layer_norm(x_D, x_D.shape[-1:], weight=self._final_norm.gamma + 1)
+        return F.layer_norm(x_D, x_D.shape[-1:], weight=self.final_gamma_D())
+
+    def final_gamma_D(self) -> Tensor:
+        gamma_D: Tensor = self._final_norm.gamma + 1
+        return gamma_D
+
+
+class Heads:
+    """Room for the queries, keys and values of some positions, and the views of it that are used again and again.
+
+    Args:
+        shape: of the positions: rows, or rows and tokens.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], heads: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.qkv_NE = torch.empty(math.prod(shape), 3 * heads * width, dtype=dtype, device=device)
+        self.qkv_XHK = self.qkv_NE.view(*shape, 3, heads, width)
+        # Neighbouring dimensions of a head are a complex number, and rotating them is one product.
+        self.pairs_XHC = torch.view_as_complex(self.qkv_XHK[..., :2, :, :].view(*shape, 2, heads, width // 2, 2))
+
+
+class FrozenLayer(NamedTuple):
+    """A `Layer` whose matrices are transposed, as products take them."""
+
+    attn_gamma_D: Tensor
+    qkv_DE: Tensor
+    attn_out_ED: Tensor
+    ff_gamma_D: Tensor
+    ff_in: tuple[Tensor, Tensor]
+    ff_out: tuple[Tensor, Tensor]
+
+
+class Frozen:
+    """A stack for inference: its weights are read once, it works in place, and a layer is as few operations as can be,
+    which for one row cost as much as its products.
+
+    Products are in `dtype`, that of autocast or of the parameters; rotations are float32 at least; the residual stream
+    has the type of the parameters.
+
+    Args:
+        stack: the layers, with heads of an even width. What happens to their weights later does not show.
+        rows: positions that will be computed together, many times; 0 for a single pass over any number.
+    """
+
+    def __init__(self, stack: Stack, rows: int = 0) -> None:
+        self._stack, device = stack, stack.device.type
+        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
+        # What is faster depends on the number of rows on a CPU only; in bfloat16 u + u erf(u) would be too coarse.
+        self._few = device == "cpu" and 0 < rows <= 8 and self.dtype == torch.float32
+        self._many = device == "cpu" and rows > 8
+        self.heads, self.head_width = stack.heads, stack.head_width
+        self.rotated_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.layers = [
+            FrozenLayer(
+                attn_gamma_D=layer.attn_gamma_D.detach(),
+                qkv_DE=self.matrix(layer.qkv_ED),
+                attn_out_ED=self.matrix(layer.attn_out_DE),
+                ff_gamma_D=layer.ff_gamma_D.detach(),
+                ff_in=(self.matrix(layer.ff_in[0]), layer.ff_in[1].detach().to(self.dtype)),
+                ff_out=(self.matrix(layer.ff_out[0]), layer.ff_out[1].detach()),
+            )
+            for layer in stack.read()
+        ]
+        self._final_gamma_D = stack.final_gamma_D().detach()
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A matrix of `nn.Linear`, as its products want it: transposing it in memory takes as long as writing ten
+        tokens, and speeds up products with many rows."""
+        weight = weight.detach().to(self.dtype).T
+        return weight.contiguous() if self._many else weight
+
+    def turns(self, length: int, device: torch.device) -> Tensor:
+        """What the complex numbers of queries and keys are multiplied by, for positions 0 to `length` - 1: 1 where a
+        head is not rotated. To be broadcast over queries and keys and over the heads [S 1 1 C]."""
+        # The stack keeps its tables for training too, which cannot use what was made in inference mode.
+        with torch.inference_mode(False):
+            cos_SR, sin_SR = self._stack.tables(length, device)
+        still = (0, self.head_width // 2 - cos_SR.shape[1])
+        turns_SC = torch.complex(F.pad(cos_SR[:length], still, value=1.0), F.pad(sin_SR[:length], still))
+        return turns_SC[:, None, None].to(self.rotated_dtype.to_complex())
+
+    def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """As `Stack.__call__`, from which nothing flows back."""
+        rows, length, _ = x_BTD.shape
+        bias = None if mask_BT is None else _as_bias(mask_BT, self.dtype)
+        x_ND, turns_T11C = x_BTD.flatten(0, 1).clone(), self.turns(length, x_BTD.device)
+        room = self.room((rows, length), x_BTD.device)
+        qkv_XBHTK = room.qkv_XHK.permute(2, 0, 3, 1, 4)
+        for layer in self.layers:
+            self.project(layer, x_ND, turns_T11C, room)
+            q_BHTK, k_BHTK, v_BHTK = qkv_XBHTK.to(self.dtype)
+            attended_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, bias, causal=self._stack.causal)
+            self.finish(layer, x_ND, attended_BHTK.transpose(1, 2).reshape(len(x_ND), -1))
+        return self.final_norm(x_ND).view_as(x_BTD)
+
+    def room(self, shape: tuple[int, ...], device: torch.device) -> Heads:
+        """Room for `project`."""
+        return Heads(shape, self.heads, self.head_width, self.rotated_dtype, device)
+
+    def project(self, layer: FrozenLayer, x_ND: Tensor, turns_11C: Tensor, into: Heads) -> None:
+        """Rotated and scaled queries, rotated keys, and values."""
+        normed_ND = F.layer_norm(x_ND, x_ND.shape[-1:], weight=layer.attn_gamma_D)
+        if self.dtype == self.rotated_dtype:
+            torch.mm(normed_ND, layer.qkv_DE, out=into.qkv_NE)
+        else:
+            into.qkv_NE.copy_(normed_ND.to(self.dtype) @ layer.qkv_DE)
+        into.pairs_XHC.mul_(turns_11C)
+
+    def finish(self, layer: FrozenLayer, x_ND: Tensor, attended_NE: Tensor) -> None:
+        """The rest of a layer behind its attention, in place: output product, residuals, feed-forward."""
+        self._add_product(x_ND, attended_NE, layer.attn_out_ED)
+        normed_ND = F.layer_norm(x_ND, x_ND.shape[-1:], weight=layer.ff_gamma_D).to(self.dtype)
+        (in_weight, in_bias), (out_weight, out_bias_D) = layer.ff_in, layer.ff_out
+        x_ND.add_(out_bias_D)
+        if self._few:
+            # GELU is u + u erf(u) of u = x / sqrt(2), over sqrt(2); torch's takes longer to start than this to compute.
+            u_N = torch.addmm(in_bias, normed_ND, in_weight, beta=_ROOT_HALF, alpha=_ROOT_HALF)
+            x_ND.addmm_(torch.addcmul(u_N, u_N, torch.erf(u_N)), out_weight, alpha=_ROOT_HALF)
+        else:
+            self._add_product(x_ND, F.gelu(torch.addmm(in_bias, normed_ND, in_weight)), out_weight)
+
+    def _add_product(self, x_ND: Tensor, input_N: Tensor, weight: Tensor) -> None:
+        if self.dtype == x_ND.dtype:
+            x_ND.addmm_(input_N, weight)
+        else:
+            x_ND.add_(input_N @ weight)
+
+    def final_norm(self, x_D: Tensor) -> Tensor:
+        """The norm behind the last layer, of any leading shape [... D]."""
+        return F.layer_norm(x_D, x_D.shape[-1:], weight=self._final_gamma_D)
+
+
+def _as_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: -inf where a position may not be looked at [B 1 1 T]."""
+    return torch.zeros_like(mask_BT, dtype=dtype).masked_fill_(~mask_BT, float("-inf"))[:, None, None]
 
 
 def _add(x_BTD: Tensor, block_BTD: Tensor, drop_B1D: Tensor | None) -> Tensor:

@@ -124,12 +124,14 @@ class GPTVAE(nn.Module):
         self.bos_id = bos_id
         self.vae_kl_div_floor = vae_kl_div_floor
         self.vae_kl_loss_weight = vae_kl_loss_weight
-        # The fast path over the same weights, where the layers are of the kind that it computes.
+        # The fast path over the same weights, where the layers are of the kind that it computes; a head is pairs of
+        # numbers there.
+        pairs = attn_dim_head % 2 == 0
         self.fused_encoder: fused.Stack | None = None
         self.fused_decoder: fused.Stack | None = None
-        if builtin_encoder and fused.supports(encoder_options):
+        if builtin_encoder and pairs and fused.supports(encoder_options):
             self.fused_encoder = fused.Stack(self.encoder.attn_layers, causal=False)
-        if fused.supports(decoder_options):
+        if pairs and fused.supports(decoder_options):
             self.fused_decoder = fused.Stack(self.decoder.attn_layers, causal=True)
 
     @classmethod
@@ -359,8 +361,9 @@ class GPTVAE(nn.Module):
             ConfigError: for an empty prompt without a `bos_id`, or rows and latents that cannot be matched.
         """
         # Part by part: a frozen encoder may well be in eval mode inside a model that is training.
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
         try:
             if seq_for_latents is not None:
                 if latents is not None:
@@ -370,8 +373,8 @@ class GPTVAE(nn.Module):
                 latents = torch.as_tensor(latents, device=self.device, dtype=next(self.parameters()).dtype)
             return self._generate(prompts, seq_len, latents, generator, **generate_kwargs)
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            for module in training:
+                module.training = True
 
     def _generate(
         self,

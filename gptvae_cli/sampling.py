@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from gptvae_cli import latent
 from gptvae_cli.checkpoint import Checkpoint, load
@@ -34,7 +34,8 @@ Item = TypeVar("Item", bound=Sized)
 
 _POOL_TEXTS, _POOL_SIZE = 4096, 2**20
 """How many texts, and how many characters or tokens of them, are sorted by length together."""
-_BATCH_TOKENS = 8192
+_CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 8192
+"""A layer's numbers for a batch of the former stay in a CPU's cache, which is a quarter of the time."""
 
 
 class Opened(NamedTuple):
@@ -161,9 +162,14 @@ class Encoder:
         """The posteriors of rows of tokens, computed in batches of rows about equally long."""
         model = self.checkpoint.model
         encodings: dict[int, Encoding] = {}
-        for index in plan_batches(np.array([len(row) for row in rows]), _BATCH_TOKENS):
-            batch = [torch.tensor(rows[i]) for i in index]
-            tokens_BT = pad_sequence(batch, batch_first=True, padding_value=self.config.pad_id).to(model.device)
+        batch_tokens = _CPU_BATCH_TOKENS if model.device.type == "cpu" else _GPU_BATCH_TOKENS
+        widths_N = np.array([len(row) for row in rows])
+        for index in plan_batches(widths_N, batch_tokens):
+            # One array for all rows: a tensor for each would take as long as tokenising.
+            here_BT = np.arange(widths_N[index[-1]]) < widths_N[index, None]
+            padded_BT = np.full(here_BT.shape, self.config.pad_id)
+            padded_BT[here_BT] = np.fromiter(chain.from_iterable(rows[i] for i in index), np.int64)
+            tokens_BT = torch.from_numpy(padded_BT).to(model.device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 posterior = model.posterior(tokens_BT).in_float32()
             mean_BZ = posterior.mean_BZ.cpu().numpy()

@@ -71,6 +71,7 @@ def greedy_logits(
     [
         ({}, "mixed", 8),
         ({}, "mixed", 3),
+        ({}, "mixed", 12),
         ({}, "all", 4),
         ({}, "none", 4),
         ({"depth": 1, "heads": 3, "attn_dim_head": 12}, "mixed", 5),
@@ -82,6 +83,7 @@ def greedy_logits(
     ids=[
         "mixed",
         "stream",
+        "many",
         "latents",
         "no-latents",
         "partly-rotated",
@@ -112,9 +114,9 @@ def test_cached_logits_under_autocast_are_those_of_float32_rounded(tiny_model: T
     model, requests = tiny_model(depth=4), some_requests(6, latents="all")
     exact = greedy_logits(model, requests, batch_size=3, cached=True, max_new=1)
     with torch.autocast("cpu", torch.bfloat16):
-        engine = decoding.CachedDecoder(model)
+        engine = decoding.CachedDecoder(model, 3)
         rounded = greedy_logits(model, requests, batch_size=3, cached=True, max_new=1)
-    assert {layer.qkv_ED.dtype for layer in engine.layers} == {engine.cache_LXBHSK.dtype} == {torch.bfloat16}
+    assert {layer.qkv_DE.dtype for layer in engine.stack.layers} == {engine.cache_LXBHSK.dtype} == {torch.bfloat16}
     for row, (_, logits_TV) in rounded.items():
         assert 0 < (logits_TV - exact[row][1]).abs().max() < 0.03 * exact[row][1].abs().max()
 
@@ -175,6 +177,35 @@ def test_decoding_leaves_the_model_fit_for_training(tiny_model: TinyModel) -> No
         gradient.isfinite().all()
         for gradient in torch.autograd.grad(loss, list(model.decoder.attn_layers.parameters()))
     )
+
+
+def test_decoding_reads_the_weights_as_they_are_now(tiny_model: TinyModel) -> None:
+    """However they change: by a step, by loading, or behind autograd's back."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    requests = some_requests(9, latents="all")
+    loss = model.hidden(torch.tensor([[BOS, 1, 2]]), None).square().mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.grad is not None], lr=0.1, fused=True)
+
+    def overwrite() -> None:
+        for parameter in model.decoder.parameters():
+            parameter.data.mul_(-1)
+
+    seen = set()
+    changes: list[Callable[[], Any]] = [
+        lambda: None,
+        optimizer.step,
+        lambda: model.load_state_dict(other.state_dict()),
+        overwrite,
+        model.double,
+    ]
+    for change in changes:
+        change()
+        expected = list(decode(model, requests, GREEDY, cached=False))
+        for batch_size in (1, 16):
+            assert list(decode(model, requests, GREEDY, batch_size=batch_size)) == expected
+        seen.add(str(expected))
+    assert len(seen) == 4  # the last change is one of type only
 
 
 @pytest.mark.requires_cuda
@@ -383,6 +414,15 @@ def test_no_temperature_overflows(temperature: float, dtype: torch.dtype) -> Non
     logits_BV = torch.tensor([[3.0, 2.0, float("-inf"), -5.0]], dtype=dtype)
     probs = filter_logits(logits_BV, SampleConfig(temperature=temperature)).softmax(dim=-1)[0].tolist()
     assert probs == pytest.approx([1, 0, 0, 0] if temperature < 1 else [1 / 3, 1 / 3, 0, 1 / 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_greedy_takes_the_first_of_the_likeliest(dtype: torch.dtype) -> None:
+    logits_BV = torch.randn(20, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float32).to(dtype)
+    logits_BV[0, [7, 3]], logits_BV[1, [0, 49]] = 9.0, 9.0
+    expected = [row.index(max(row)) for row in logits_BV.tolist()]
+    assert decoding.greedy(logits_BV).tolist() == expected
+    assert expected[:2] == [3, 0]
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -636,6 +636,43 @@ def test_dropout_scales_what_each_block_adds(ours: Ours, keep: list[bool] | None
         assert (before - after).abs().amax() > 0.1
 
 
+@pytest.mark.parametrize("keep", [None, [True, False, True, False]], ids=["all", "some"])
+@torch.no_grad()
+def test_the_fused_layers_equal_x_transformers_without_gradients(ours: Ours, keep: list[bool] | None) -> None:
+    """Where nothing flows back another path computes, in place."""
+    model, tokens_BT, latents_BZ = ours(**POSITIONS["rotary-flash"]), padded(), random_latents(4)
+    keep_B, real_BT = None if keep is None else torch.tensor(keep), tokens_BT != PAD
+    for _ in range(2):
+        (mean, log_var, hidden), (plain_mean, plain_log_var, plain_hidden) = (
+            (
+                *vars(model.posterior(tokens_BT, plain=plain)).values(),
+                model.hidden(tokens_BT, latents_BZ, keep_B, plain=plain),
+            )
+            for plain in (False, True)
+        )
+        assert_close(
+            (mean, log_var, hidden[real_BT]), (plain_mean, plain_log_var, plain_hidden[real_BT]), rtol=0, atol=2e-5
+        )
+
+
+@torch.no_grad()
+def test_a_pass_without_gradients_leaves_its_input_as_it_is(ours: Ours) -> None:
+    stack = ours(**ROTARY).fused_decoder
+    assert stack is not None
+    x_BTD = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    before = x_BTD.clone()
+    assert not torch.equal(stack(x_BTD), x_BTD)
+    assert torch.equal(x_BTD, before)
+
+
+def test_heads_of_an_odd_width_go_through_x_transformers(ours: Ours) -> None:
+    """The fused layers compute in pairs of a head's numbers."""
+    model = ours(**ROTARY, attn_dim_head=9)
+    assert model.fused_encoder is model.fused_decoder is None
+    text_BT = model.generate(random_tokens(2, 3), 6, latents=random_latents(2), temperature=0.0)
+    assert text_BT.shape == (2, 6)
+
+
 def test_latents_take_the_number_type_of_the_model(ours: Ours) -> None:
     model, latents_BZ = ours(**ROTARY), random_latents(2)
     for dtype in (torch.float64, torch.bfloat16):

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.speed.compare generate-1
     python -m tests.benchmarks.speed.compare all >> tests/benchmarks/speed/results.txt
 
-A row prints the median of each side and of their ratio, with the ratio's range over the rounds. Rows that train or
+A row prints the median of each side and of their ratio, with the ratio's range over the rounds; `limit` rows compare
+with what this machine can do at most: reading memory, multiplying matrices. Rows that train or
 encode real text read `$GPTVAE_TEST_DATA/tatoeba_eng_train.txt`.
 """
 
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from x_transformers import gpt_vae as stock_module
 
-from gptvae_cli.config import ModelConfig, TrainConfig
+from gptvae_cli.config import DType, ModelConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 from gptvae_cli.fused import attend
@@ -310,6 +311,64 @@ def neighbour(rounds: int) -> str:
             busy.kill()
 
 
+def limit_decode(rounds: int) -> str:
+    """Greedy decoding of one text by 29 million parameters in float32, against the time that it takes to read the
+    weights which a token needs: those of the decoder's layers and of the logits."""
+    ours, _ = pair(4000, dim=512, depth=8, enc_depth=1, heads=8, longest=128)
+    ours.eval()
+    read = [*ours.decoder.attn_layers.parameters(), ours.decoder.to_logits.weight]
+    weight_bytes = sum(4 * parameter.numel() for parameter in read)
+    # As large as the weights, so that as much of it stays in caches; a sum reads slower than a product does.
+    prompt_1T, latent_1Z, large = torch.full((1, 1), 4001), torch.randn(1, 32), torch.randn(weight_bytes // 4)
+    ratios, token_seconds, rates = [], [], []
+    for turn in range(rounds + 1):
+        decoding = timed(lambda: ours.generate(prompt_1T, 64, latents=latent_1Z, temperature=0.0)) / 64
+        rate = 8 * large.nbytes / timed(lambda: [large.dot(large) for _ in range(8)])
+        if turn > 0:  # the first round warms up
+            ratios.append(decoding * rate / weight_bytes)
+            token_seconds.append(decoding)
+            rates.append(rate)
+    return (
+        f"{'limit, decode':<22} {statistics.median(ratios):6.2f}x  ({min(ratios):.2f} to {max(ratios):.2f})"
+        f"  {1e3 * statistics.median(token_seconds):10,.2f} ms a token, of {weight_bytes / 1e6:,.1f} MB, read at"
+        f" {statistics.median(rates) / 1e9:,.1f} GB/s"
+    )
+
+
+def limit_train(rounds: int) -> str:
+    """The floating point operations a second of a training step, 16 rows of 128 tokens, 6 layers of 256, against those
+    of a product of two square matrices of 2,048, in both types.
+
+    A step takes 6 for every weight of a product and token, and 12 for every pair of positions and dimension of the
+    heads, half of these under a causal mask. The optimizer's, and what is computed twice, do not count.
+    """
+    rows, length, width, vocabulary = 16, 130, 256, 4003
+    ours, _ = pair(4000, dim=width, depth=6, enc_depth=3, heads=4, longest=length)
+    tokens_BT = torch.randint(0, 4000, (rows, length), generator=torch.Generator().manual_seed(0))
+    tokens_BT[:, 0], tokens_BT[:, -1] = 4001, 4002
+    batch = Batch(tokens_BT, None, rows * (length - 1))
+    layer_weights = 12 * width**2
+    # The encoder reads all tokens, the decoder the latent and all but the last.
+    products = 6 * rows * (9 * layer_weights * length + width * vocabulary * (length - 1))
+    attended = 12 * rows * length**2 * width * (3 + 6 / 2)
+    lines = []
+    name: DType
+    for name in ("float32", "bfloat16"):
+        square = torch.randn(2048, 2048).to(getattr(torch, name))
+        shares, peaks = [], []
+        for turn in range(rounds + 1):
+            reached = 4 * (products + attended) / train_ours(ours, [batch] * 4, name)
+            peak = 2 * 2048**3 / timed(lambda square=square: square @ square)  # type: ignore[misc]
+            if turn > 0:
+                shares.append(100 * reached / peak)
+                peaks.append(peak)
+        lines.append(
+            f"{'limit, train':<22} {statistics.median(shares):6.1f}%  ({min(shares):.1f} to {max(shares):.1f})"
+            f"  of {statistics.median(peaks) / 1e9:10,.1f} GFLOP/s, in {name}"
+        )
+    return "\n".join(lines)
+
+
 # What rows share ------------------------------------------------------------------------------------------------------
 
 
@@ -324,12 +383,19 @@ def seconds_of_steps(tuned: bool, steps: int = 20) -> float:
     return train_ours(ours, batches) * steps / len(batches)
 
 
-def train_ours(model: GPTVAE, batches: list[Batch]) -> float:
+def timed(work: Callable[[], object]) -> float:
+    """Seconds of a piece of work."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def train_ours(model: GPTVAE, batches: list[Batch], dtype: DType = "auto") -> float:
     """Seconds of one optimizer step a batch, as `gptvae train` takes it."""
     config = TrainConfig(batch_tokens=2048)
     if not hasattr(model, "learner"):
         model.learner = Learner(model, config)  # type: ignore[assignment]
-    precision = resolve_dtype("auto", torch.device("cpu"), training=True).dtype
+    precision = resolve_dtype(dtype, torch.device("cpu"), training=True).dtype
     sums = _Sums(0.0)
     model.train()
     began = time.perf_counter()
@@ -403,6 +469,8 @@ ROWS: dict[str, Callable[[int], str]] = {
     "loss": loss,
     "memory": memory,
     "neighbour": neighbour,
+    "limit-decode": limit_decode,
+    "limit-train": limit_train,
 }
 
 
