@@ -285,6 +285,24 @@ def memory(rounds: int) -> str:
     return compare("train, memory kept", "steps/s", {"ours": process(True), "as it comes": process(False)}, rounds)
 
 
+def compiled(rounds: int) -> str:
+    """Training steps as they are, against steps whose layers went through `torch.compile`; its time is not counted."""
+    tokenizer, rows = sentences(4096)
+    batches = batches_of(rows, None, tokenizer.pad_id, 2048)[:12]
+    plain, other = (
+        pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=1, heads=2, longest=64)[0] for _ in ("plain", "compiled")
+    )
+    for stack in (other.fused_encoder, other.fused_decoder):
+        for name in ("project", "finish"):
+            setattr(stack, name, torch.compile(getattr(stack, name), dynamic=True))
+    seconds = timed(lambda: train_ours(other, batches))
+    sides = {
+        "ours": counted(lambda: len(batches) / train_ours(plain, batches)),
+        f"compiled in {seconds:.0f} s": counted(lambda: len(batches) / train_ours(other, batches)),
+    }
+    return compare("train, not compiled", "steps/s", sides, rounds)
+
+
 def neighbour(rounds: int) -> str:
     """Training steps where waiting threads spin for a short time (`cli/app.py`), against libgomp's default: alone, and
     beside a process that keeps one processor busy."""
@@ -468,6 +486,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "attention": attention,
     "loss": loss,
     "memory": memory,
+    "compile": compiled,
     "neighbour": neighbour,
     "limit-decode": limit_decode,
     "limit-train": limit_train,
