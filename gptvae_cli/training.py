@@ -30,7 +30,7 @@ from gptvae_cli.header import brief
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import BagOfWords, Batch, Noise, objective
-from gptvae_cli.schedule import learning_rate_factor
+from gptvae_cli.schedule import dropout_factor, learning_rate_factor
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
 """Progress at which a run is validated: a first look, early enough to mend what goes wrong, then every tenth."""
@@ -315,7 +315,7 @@ def train(
         # The last step of an epoch may have fewer parts than the others.
         while micro_batches := list(islice(batches, config.accumulate)):
             now = progress()
-            beta, learning_rate, norm = _step(learner, micro_batches, now, precision, sums)
+            beta, learning_rate, norm = _step(learner, micro_batches, now, counters.texts / len(rows), precision, sums)
             counters.tokens += sum(b.target_tokens for b in micro_batches)
             counters.texts += sum(len(b.tokens_BT) for b in micro_batches)
             counters.seconds = earlier + session()
@@ -370,7 +370,12 @@ def score(figures: Figures, config: TrainConfig) -> float:
 
 
 def _step(
-    learner: Learner, batches: Sequence[Batch], progress: float, precision: torch.dtype, sums: _Sums
+    learner: Learner,
+    batches: Sequence[Batch],
+    progress: float,
+    epochs: float,
+    precision: torch.dtype,
+    sums: _Sums,
 ) -> tuple[float, float, Tensor]:
     """One optimizer step; returns beta, learning rate and the gradient's norm, which stays on the device."""
     config, model = learner.config, learner.model
@@ -383,7 +388,7 @@ def _step(
         group["lr"] = learning_rate
     step_tokens = sum(batch.target_tokens for batch in batches)
     for part, batch in enumerate(batches):
-        noise = training_noise(now, learner.counters.step, part, batch, model.config)
+        noise = training_noise(now, learner.counters.step, part, batch, model.config, epochs)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
             terms = objective(
                 model, learner.bag_of_words, batch.to(device), noise.to(device), weights, step_tokens=step_tokens
@@ -399,7 +404,7 @@ def _step(
     return weights.beta, learning_rate, norm
 
 
-def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: ModelConfig) -> Noise:
+def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: ModelConfig, epochs: float) -> Noise:
     """The noise of one micro-batch, a pure function of seed, step and row."""
     config = recipe.config
     rows, length = batch.tokens_BT.shape
@@ -411,9 +416,10 @@ def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: Mo
     if recipe.word_dropout > 0:
         hide_BT = torch.from_numpy(random.random((rows, length)) < recipe.word_dropout)
     encoder_drop_LBD = decoder_drop_LBD = None
-    if config.dropout > 0:
-        encoder_drop_LBD = _dropout(random, config.dropout, (2 * model.enc_depth, rows, model.dim))
-        decoder_drop_LBD = _dropout(random, config.dropout, (2 * model.depth, rows, model.dim))
+    dropout = config.dropout * dropout_factor(epochs)
+    if dropout > 0:
+        encoder_drop_LBD = _dropout(random, dropout, (2 * model.enc_depth, rows, model.dim))
+        decoder_drop_LBD = _dropout(random, dropout, (2 * model.depth, rows, model.dim))
     return Noise(latent_BZ, keep_B, hide_BT, encoder_drop_LBD, decoder_drop_LBD)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptvae_cli.schedule import learning_rate_factor, ramp
+from gptvae_cli.schedule import dropout_factor, learning_rate_factor, ramp
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,7 @@ def test_learning_rate_is_a_trapezoid(progress: float, warmup: float, decay: flo
 )
 def test_beta_rises_and_stays(progress: float, until: float, factor: float) -> None:
     assert ramp(progress, until) == pytest.approx(factor)
+
+
+def test_dropout_begins_with_the_third_pass_and_is_whole_with_the_ninth() -> None:
+    assert [dropout_factor(epochs) for epochs in (0.0, 2.0, 3.5, 5.0, 8.0, 100.0)] == [0, 0, 0.25, 0.5, 1, 1]

@@ -136,7 +136,7 @@ def test_the_first_report_is_the_objective_of_the_first_batch(make_rows: MakeRow
     learner, same = learner_of(train_config), learner_of(train_config)
     (report,) = run(learner, rows)
     batch = next(Epoch(rows, 64, seed=0, epoch=0).batches())
-    noise = training_noise(recipe(train_config, 0.0), 0, 0, batch, shape())
+    noise = training_noise(recipe(train_config, 0.0), 0, 0, batch, shape(), epochs=0.0)
     assert same.bag_of_words is not None
     terms = objective(same.model, same.bag_of_words, batch, noise, Weights("elbo", 0.0, 0.5, 1.0))
     assert report.cross_entropy == pytest.approx(terms.cross_entropy.item() / batch.target_tokens)
@@ -556,16 +556,16 @@ NOISY = recipe(TRAINED, 0.0)
 
 def test_noise_is_a_function_of_seed_step_part_and_row_alone() -> None:
     torch.manual_seed(0)
-    first = training_noise(NOISY, 7, 1, some_batch(), shape())
+    first = training_noise(NOISY, 7, 1, some_batch(), shape(), epochs=8.0)
     torch.manual_seed(1)
     np.random.default_rng(0)
-    again = training_noise(NOISY, 7, 1, some_batch(), shape())
+    again = training_noise(NOISY, 7, 1, some_batch(), shape(), epochs=8.0)
     for field in fields(first):
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
     others = [
-        training_noise(NOISY, 8, 1, some_batch(), shape()),
-        training_noise(NOISY, 7, 0, some_batch(), shape()),
-        training_noise(recipe(replace(TRAINED, seed=1), 0.0), 7, 1, some_batch(), shape()),
+        training_noise(NOISY, 8, 1, some_batch(), shape(), epochs=8.0),
+        training_noise(NOISY, 7, 0, some_batch(), shape(), epochs=8.0),
+        training_noise(recipe(replace(TRAINED, seed=1), 0.0), 7, 1, some_batch(), shape(), epochs=8.0),
     ]
     for other in others:
         for field in fields(first):
@@ -573,12 +573,12 @@ def test_noise_is_a_function_of_seed_step_part_and_row_alone() -> None:
 
 
 def test_a_rows_noise_does_not_depend_on_the_rows_behind_it() -> None:
-    few, many = (training_noise(NOISY, 3, 0, some_batch(rows), shape()) for rows in (5, 50))
+    few, many = (training_noise(NOISY, 3, 0, some_batch(rows), shape(), epochs=8.0) for rows in (5, 50))
     assert torch.equal(few.latent_BZ, many.latent_BZ[:5])
 
 
 def test_noise_has_the_shares_that_were_asked_for() -> None:
-    noise = training_noise(NOISY, 0, 0, some_batch(4000, 50), shape())
+    noise = training_noise(NOISY, 0, 0, some_batch(4000, 50), shape(), epochs=8.0)
     assert noise.keep_B is not None
     assert noise.hide_BT is not None
     assert noise.latent_BZ.mean().item() == pytest.approx(0, abs=0.03)
@@ -594,17 +594,43 @@ def test_noise_has_the_shares_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.4), (0.25, 0.2), (0.49, 0.008)])
 def test_word_dropout_falls_to_nothing_at_half_of_the_run(progress: float, share: float) -> None:
-    noise = training_noise(recipe(TRAINED, progress), 0, 0, some_batch(4000, 50), shape())
+    noise = training_noise(recipe(TRAINED, progress), 0, 0, some_batch(4000, 50), shape(), epochs=8.0)
     assert noise.hide_BT is not None
     assert noise.hide_BT.double().mean().item() == pytest.approx(share, abs=0.01)
-    assert training_noise(recipe(TRAINED, 0.5), 0, 0, some_batch(), shape()).hide_BT is None
+    assert training_noise(recipe(TRAINED, 0.5), 0, 0, some_batch(), shape(), epochs=8.0).hide_BT is None
 
 
 def test_without_dropout_nothing_is_dropped() -> None:
     none = training_noise(
-        recipe(config(steps=1, latents_dropout_prob=0.0, dropout=0.0), 0.0), 0, 0, some_batch(), shape()
+        recipe(config(steps=1, latents_dropout_prob=0.0, dropout=0.0), 0.0), 0, 0, some_batch(), shape(), epochs=8.0
     )
     assert (none.keep_B, none.hide_BT, none.encoder_drop_LBD, none.decoder_drop_LBD) == (None,) * 4
+
+
+@pytest.mark.parametrize(("epochs", "share"), [(0.0, 0.0), (1.9, 0.0), (5.0, 0.1), (8.0, 0.2), (30.0, 0.2)])
+def test_dropout_begins_when_texts_are_no_longer_new(epochs: float, share: float) -> None:
+    noise = training_noise(NOISY, 0, 0, some_batch(400), shape(), epochs)
+    if share == 0:
+        assert noise.decoder_drop_LBD is None
+    else:
+        assert noise.decoder_drop_LBD is not None
+        assert (noise.decoder_drop_LBD == 0).double().mean().item() == pytest.approx(share, abs=0.01)
+
+
+def test_a_long_run_drops_out_and_a_short_one_does_not(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share follows the passes over the corpus that a run, resumed or not, has made."""
+    seen: list[float] = []
+
+    def dropout_factor(epochs: float) -> float:
+        seen.append(epochs)
+        return 0.0
+
+    monkeypatch.setattr("gptvae_cli.training.dropout_factor", dropout_factor)
+    learner = learner_of(config(steps=7))
+    run(learner, make_rows())
+    assert seen[0] == 0
+    assert seen == sorted(seen)
+    assert seen[-1] < learner.counters.texts / len(SENTENCES) <= seen[-1] + 1
 
 
 def test_the_auxiliary_head_is_not_part_of_the_model() -> None:

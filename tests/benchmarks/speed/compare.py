@@ -418,7 +418,7 @@ def train_ours(model: GPTVAE, batches: list[Batch], dtype: DType = "auto") -> fl
     model.train()
     began = time.perf_counter()
     for batch in batches:
-        _step(model.learner, [batch], 0.5, precision, sums)  # type: ignore[arg-type]
+        _step(model.learner, [batch], 0.5, 0.0, precision, sums)  # type: ignore[arg-type]
     return time.perf_counter() - began
 
 
