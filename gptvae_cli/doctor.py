@@ -32,7 +32,7 @@ def diagnosis(figures: Figures) -> str | None:
         return f"the latent is not being used: it carries {max(0.0, figures.mutual_information):.2f} nats of a text"
     loss = figures.cross_entropy_shuffled - figures.cross_entropy
     if loss < UNUSED_NATS:
-        return f"the latent is not being used: another text's does as well, to {loss:.2f} nats a text"
+        return f"the latent is not being used: another text's does as well, within {abs(loss):.2f} nats a text"
     return None
 
 

@@ -51,7 +51,7 @@ def test_a_latent_that_tells_texts_apart_and_is_listened_to_is_well() -> None:
     ("changes", "words"),
     [
         ({"mutual_information": 0.4}, "it carries 0.40 nats"),
-        ({"cross_entropy_shuffled": 20.25}, "another text's does as well, to 0.25 nats"),
+        ({"cross_entropy_shuffled": 20.25}, "another text's does as well, within 0.25 nats"),
         # A budget that is spent carries nothing by itself, and dimensions that move a little are not a use of z.
         ({"mutual_information": 0.9, "kl": 30.0, "active_001": 32}, "it carries 0.90 nats"),
     ],
