@@ -18,6 +18,7 @@ from gptvae_cli.config import TrainConfig, from_dict
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, GPTVAEError
+from gptvae_cli.folder import CACHE_NAME, METRICS_NAME, claimed, remove_run
 from gptvae_cli.header import MODEL_NAME, STATE_NAME, ModelHeader, read_header
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ class Baseline:
     """
 
     def __init__(self, model: Path, header: ModelHeader) -> None:
-        self.cache = model.parent / run.CACHE_NAME
+        self.cache = model.parent / CACHE_NAME
         if model.name != MODEL_NAME or not self.cache.is_dir():
             raise CheckpointError(
                 f"a baseline learns from the corpus of the model, and {self.cache} is not there", hint=_BY_HAND
@@ -73,7 +74,7 @@ class Baseline:
 
     def finished(self) -> bool:
         """Whether it fits and was trained to its end, which its log then says."""
-        log = self.folder / run.METRICS_NAME
+        log = self.folder / METRICS_NAME
         return self.fits() and log.exists() and '"done": true' in log.read_text("utf-8")
 
     @contextmanager
@@ -84,12 +85,12 @@ class Baseline:
             device, precision: where and in what to compute.
 
         Raises:
-            BusyError, ConfigError, GPTVAEError: as `run.claimed`.
+            BusyError, ConfigError, GPTVAEError: as `claimed`.
         """
         goes_on = self.fits() and (self.folder / STATE_NAME).exists()
-        if not goes_on and (link := self.folder / run.CACHE_NAME).is_symlink():
+        if not goes_on and (link := self.folder / CACHE_NAME).is_symlink():
             link.unlink()  # of an earlier baseline; a linked cache that is not of our making is in the way of a run
-        with run.claimed(self.folder, resume=goes_on, force=True):
+        with claimed(self.folder, resume=goes_on, force=True):
             yield (self._resumed(device, precision) if goes_on else None) or self._begun(device, precision)
 
     def _resumed(self, device: Device, precision: Precision) -> run.Job | None:
@@ -101,10 +102,10 @@ class Baseline:
 
     def _begun(self, device: Device, precision: Precision) -> run.Job:
         # A link, so that `gptvae train --resume --out RUN/baseline` finds the corpus too.
-        run.remove_run(self.folder)
-        cache = self.folder / run.CACHE_NAME
+        remove_run(self.folder)
+        cache = self.folder / CACHE_NAME
         cache.unlink(missing_ok=True)
-        cache.symlink_to(Path("..") / run.CACHE_NAME)
+        cache.symlink_to(Path("..") / CACHE_NAME)
         torch.manual_seed(self.config.seed)
         model = GPTVAE.from_config(self.header.model).to(device.device)
         return run.Job(self.folder, self.corpus, self.header.data, Learner(model, self.config), precision, [])

@@ -18,6 +18,7 @@ from gptvae_cli.checkpoint import load_state
 from gptvae_cli.config import DataConfig, TrainConfig
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError
+from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
 
 CPU = Device(torch.device("cpu"), "asked for")
@@ -36,7 +37,7 @@ def train(folder: Path, config: TrainConfig = CONFIG) -> Path:
     """A model in its run folder; it took 30 seconds."""
     corpus = folder.parent / "corpus.txt"
     corpus.write_text("".join(f"{word} number {i}\n" for i in range(20) for word in ("cat", "a bird")))
-    with run.claimed(folder, resume=False, force=True):
+    with claimed(folder, resume=False, force=True):
         job = run.start(
             folder, [str(corpus)], DataConfig(), config, shape=TINY, preset="nano", device=CPU, precision=FLOAT32
         )

@@ -27,7 +27,7 @@ ROWS: list[set[str]] = [
     {"checkpoint", "data", "device", "latent_file"},
     {"evaluation"},
     {"doctor"},
-    {"training", "sampling", "events", "hub", "run"},
+    {"training", "sampling", "events", "hub", "folder", "run"},
     {"api"},
     {"report", "baseline"},
     {"cli.console"},

@@ -32,9 +32,10 @@ from gptvae_cli.errors import (
     GPTVAEError,
 )
 from gptvae_cli.evaluation import Figures, measure
+from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.run import Job, claimed, resume, start, verdict
+from gptvae_cli.run import Job, resume, start, verdict
 from gptvae_cli.tokenizer import Tokenizer
 
 LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a bird")]

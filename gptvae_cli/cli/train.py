@@ -192,13 +192,14 @@ def train(
 
     from gptvae_cli import run
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+    from gptvae_cli.folder import claimed
 
     with plan.naming():
         where = resolve_device(plan.machine.device)
         precision = resolve_dtype(plan.machine.dtype, where.device, training=True)
     tune_cpu(plan.machine.threads)
     folder = Path(plan.run.out)
-    with run.claimed(folder, resume=resume, force=force):
+    with claimed(folder, resume=resume, force=force):
         if resume:
             limits, sources = plan.limits_for_resume(), plan.run.corpus
             job = run.resume(folder, limits, sources=sources, device=where, precision=precision)

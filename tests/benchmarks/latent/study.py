@@ -172,7 +172,8 @@ def trained(
         seconds: since the run began, on the clock that `max_time` is of.
     """
     from gptvae_cli.checkpoint import load
-    from gptvae_cli.run import claimed, start
+    from gptvae_cli.folder import claimed
+    from gptvae_cli.run import start
 
     with claimed(folder, resume=False, force=False):
         job = start(folder, sources, data, config, shape=shape, preset=preset, device=device, precision=precision)

@@ -1,0 +1,152 @@
+"""A run folder: what lies in it, whose it is, and how it is cleared. What is not gptvae's stays as it is.
+
+RUN/model.safetensors        the best model so far, alone all that other commands need
+RUN/state.safetensors        the last step: weights, optimizer, counters (and state.prev.safetensors)
+RUN/metrics.jsonl            one JSON object for every few seconds and every validation
+RUN/tensorboard/             the log for TensorBoard, with `--log tensorboard`
+RUN/cache/                   the corpus as tokens
+RUN/config.json, tokenizer.json, README.md
+                             for other programs and for people, see `hub.py`
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gptvae_cli.checkpoint import remove_file, remove_state, remove_unfinished, state_exists, sync, write_atomically
+from gptvae_cli.corpus import is_cache_file
+from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, GPTVAEError
+from gptvae_cli.events import remove_events
+from gptvae_cli.header import MODEL_NAME, STATE_NAME
+from gptvae_cli.hub import COMPANION_NAMES, remove_companions
+
+METRICS_NAME = "metrics.jsonl"
+CACHE_NAME = "cache"
+NEW_CACHE_NAME = "cache.part"
+_FILES = (MODEL_NAME, STATE_NAME, "state.prev.safetensors", METRICS_NAME)
+
+
+@contextmanager
+def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
+    """Makes the folder, and keeps every other training run out of it meanwhile.
+
+    Args:
+        folder: of the run.
+        resume: there must be a state to go on from.
+        force: an earlier run may be there; `start` replaces it once the new corpus has been read.
+
+    Raises:
+        BusyError: where another process is training in it.
+        ConfigError: for an existing run without `resume` or `force`.
+        CheckpointError: for `resume` without a state.
+        GPTVAEError: for a folder that cannot be written.
+    """
+    was_there = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise GPTVAEError(
+            f"cannot make the run folder {folder}: {error.strerror}", hint="choose another one with --out"
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(
+                f"{folder} is in use by another training run", hint="wait for it, or choose another folder with --out"
+            ) from error
+        except OSError as error:  # some network file systems know no locks
+            raise GPTVAEError(
+                f"cannot lock {folder}: {error.strerror}", hint="choose a folder on another disk with --out"
+            ) from error
+        if not os.access(folder, os.W_OK):
+            raise GPTVAEError(f"cannot write to {folder}: permission denied", hint="choose another one with --out")
+        if resume and not state_exists(folder / STATE_NAME):
+            raise CheckpointError(f"no run to resume in {folder}", hint="start one without --resume")
+        if not (resume or force) and any((folder / name).exists() for name in _FILES):
+            raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
+        foreign = next((path for name in _FILES if _is_no_file(path := folder / name)), None)
+        if foreign := foreign or (None if resume else _foreign(folder / CACHE_NAME)):
+            raise ConfigError(
+                f"{foreign} is in the way and is not of gptvae's making", hint="choose another folder with --out"
+            )
+        _remove_unfinished(folder)
+        yield
+    finally:
+        os.close(handle)
+        if not was_there and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _is_no_file(path: Path) -> bool:
+    """Whether something is there that a run did not make: a folder, a device, a pipe, or a link to one."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError:  # such as a link to itself
+        return True
+
+
+def _foreign(cache: Path) -> Path | None:
+    """Something in the place of the cache that a corpus did not leave there, such as a folder of the user's own."""
+    if not os.path.lexists(cache):
+        return None
+    if cache.is_symlink() or not cache.is_dir():
+        return cache
+    return next((path for path in sorted(cache.iterdir()) if not is_cache_file(path.name)), None)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what a run left that was killed while it wrote; `claimed` knows that nobody writes now."""
+    for name in (*_FILES, *COMPANION_NAMES):
+        remove_unfinished(folder / name)
+    shutil.rmtree(folder / NEW_CACHE_NAME, ignore_errors=True)
+
+
+def remove_run(folder: Path, *, keep_cache: bool = False) -> None:
+    """Removes what a run left in its folder, and nothing else."""
+    # The state first: without its cache it would be of no use, and in the way.
+    remove_state(folder / STATE_NAME)
+    remove_file(folder / MODEL_NAME)
+    remove_file(folder / METRICS_NAME)
+    if (folder / CACHE_NAME).exists() and not keep_cache:
+        shutil.rmtree(folder / CACHE_NAME)
+    remove_companions(folder)
+    remove_events(folder)
+
+
+def place_cache(new: Path, folder: Path) -> None:
+    """Gives the new cache its name. It is on the disk before any state that needs it: a power cut may come."""
+    for path in [*new.iterdir(), new]:
+        sync(path)
+    new.rename(folder / CACHE_NAME)
+    with suppress(OSError):  # some network file systems cannot sync a folder
+        sync(folder)
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drops what the log says of steps after the state's, which will be taken again, and a last line that was cut."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        write_atomically(path, lambda new: new.write_bytes(b"".join(kept)))
+
+
+def _step_of(line: bytes) -> int:
+    """The step that a line of the log is about; 0 for one of somebody else."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return 0
+    return step if isinstance(step, int) else 0
