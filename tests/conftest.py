@@ -1,9 +1,10 @@
-"""What several test modules share: tiny models that can be told apart, and the skipping of what needs a GPU."""
+"""What several test modules share: tiny models that can be told apart, a corpus, and skipping what needs a GPU."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +12,8 @@ import pytest
 if TYPE_CHECKING:
     from gptvae_cli.config import ModelConfig
     from gptvae_cli.model import GPTVAE
+
+LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a bird")]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,6 +46,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    """A file of short lines."""
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(LINES) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty run folder."""
+    path = tmp_path / "run"
+    path.mkdir()
+    return path
 
 
 @pytest.fixture

@@ -14,24 +14,10 @@ from typer.testing import CliRunner, Result
 from gptvae_cli.cli.app import app
 from gptvae_cli.errors import GPTVAEError
 from gptvae_cli.events import event_log
-from tests.test_run import LINES, begin, finish, go_on, names
+from tests.test_run import begin, finish, go_on, names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs the extra tensorboard")
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n".join(LINES) + "\n")
-    return str(path)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "run"
-    path.mkdir()
-    return path
 
 
 @pytest.fixture

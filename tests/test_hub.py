@@ -24,7 +24,8 @@ from gptvae_cli.hub import write_companions as write
 from gptvae_cli.run import verdict
 from gptvae_cli.sampling import Encoder
 from gptvae_cli.tokenizer import Tokenizer
-from tests.test_run import FIGURES, LINES, TINY, begin, finish, go_on, names
+from tests.conftest import LINES
+from tests.test_run import FIGURES, TINY, begin, finish, go_on, names
 
 NAMES = {"config.json", "tokenizer.json", "README.md"}
 TEXTS = [
@@ -38,20 +39,6 @@ TEXTS = [
 ]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n".join(LINES) + "\n")
-    return str(path)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "run"
-    path.mkdir()
-    return path
 
 
 def words() -> Tokenizer:

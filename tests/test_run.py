@@ -37,8 +37,8 @@ from gptvae_cli.header import read_header
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.run import Job, resume, start, verdict
 from gptvae_cli.tokenizer import Tokenizer
+from tests.conftest import LINES
 
-LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a bird")]
 CPU = Device(torch.device("cpu"), "asked for")
 FLOAT32 = Precision(torch.float32, "exact")
 TINY = {"dim": 32, "depth": 1, "enc_depth": 1, "heads": 2, "attn_dim_head": 16, "dim_latent": 8}
@@ -56,20 +56,6 @@ FIGURES = Figures(
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> str:
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n".join(LINES) + "\n")
-    return str(path)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "run"
-    path.mkdir()
-    return path
 
 
 def begin(
