@@ -112,6 +112,12 @@ def tune_cpu(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
+def tokens_together(device: torch.device) -> int:
+    """How many tokens to infer from at once: on a CPU, whose caches then hold a layer's numbers, this is faster by a
+    quarter than eight times as many; a GPU wants few kernels."""
+    return 1024 if device.type == "cpu" else 8192
+
+
 def _cuda_gpus() -> tuple[int, str | None]:
     """How many GPUs there are, and why none can be used where that is so."""
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]

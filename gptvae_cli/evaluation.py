@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.decoding import Request, decode
+from gptvae_cli.device import tokens_together
 from gptvae_cli.latent import COLLAPSED_NATS, active_dimensions, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
@@ -167,7 +168,7 @@ def importance_weighted(
     *,
     seed: int = 0,
     precision: torch.dtype = torch.float32,
-    most_rows: int = 1024,
+    most_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Tensor:
     """NLL of every text by importance sampling with the posterior as proposal, float64 [N], on the CPU.
@@ -181,19 +182,20 @@ def importance_weighted(
         samples: K, latents of each text.
         seed: of the latents' noise.
         precision: bfloat16 computes under autocast; weights are always summed in float64.
-        most_rows: texts times samples that the decoder reads at once.
+        most_tokens: that the decoder reads at once, a batch with one latent a text at least; None asks the device.
         on_progress: called with the texts measured so far.
 
     Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8.
     """
     nll: list[Tensor] = []
+    most_tokens = most_tokens or tokens_together(model.device)
     with _evaluating(model, precision):
         for batch in batches:
             random = [stream(seed, Purpose.IMPORTANCE, int(key)) for key in keys_of(batch, model.pad_id)]
             batch = batch.to(model.device)
             posterior = model.posterior(batch.encoder_BT).in_float32()
             rows = len(batch.tokens_BT)
-            together = max(1, most_rows // rows)
+            together = max(1, most_tokens // batch.tokens_BT.numel())
             log_weights: list[Tensor] = []
             for first in range(0, samples, together):
                 count = min(together, samples - first)

@@ -21,6 +21,7 @@ import torch
 from gptvae_cli import bleu, bootstrap
 from gptvae_cli.checkpoint import Checkpoint
 from gptvae_cli.data import batches_of, plan_batches
+from gptvae_cli.device import tokens_together
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.evaluation import (
     Keys,
@@ -42,7 +43,6 @@ SAMPLE_TEXTS = 10_000
 """Texts, at random, over which mutual information is estimated (the estimate takes their number squared) and probes
 are trained, where there are more."""
 _PIECE_TEXTS, _PIECE_TOKENS = 4096, 2**21
-_BATCH_TOKENS = 8192
 _NGRAMS = [f"bleu_{i}" for i in range(bleu.COUNTS)]
 
 
@@ -109,13 +109,13 @@ def measured(
         on_progress: called with the texts measured so far.
     """
     model, config = checkpoint.model, checkpoint.header.model
-    done = 0
+    done, most = 0, tokens_together(model.device)
     for piece in _pieces(zip(rows, repeat(None) if sources is None else sources, strict=False)):
         targets = [row for row, _ in piece]
         read = None if sources is None else [source for _, source in piece if source is not None]
-        batches = batches_of(targets, read, config.pad_id, _BATCH_TOKENS)
+        batches = batches_of(targets, read, config.pad_id, most)
         # Batches are in order of length; back[i] is where in them text i is.
-        back = np.argsort(np.concatenate(plan_batches(np.array([*map(len, targets)]), _BATCH_TOKENS)))
+        back = np.argsort(np.concatenate(plan_batches(np.array([*map(len, targets)]), most)))
         keys_N = np.concatenate([keys_of(batch, config.pad_id) for batch in batches])[back]
         plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in targets]
         texts = [checkpoint.tokenizer.decode(ids) for ids in plain]

@@ -24,7 +24,7 @@ from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import plan_batches
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.noise import latent_noise
 from gptvae_cli.tokenizer import Tokenizer, pieces
@@ -34,8 +34,6 @@ Item = TypeVar("Item", bound=Sized)
 
 _POOL_TEXTS, _POOL_SIZE = 4096, 2**20
 """How many texts, and how many characters or tokens of them, are sorted by length together."""
-_CPU_BATCH_TOKENS, _GPU_BATCH_TOKENS = 1024, 8192
-"""A layer's numbers for a batch of the former stay in a CPU's cache, which is a quarter of the time."""
 
 
 class Opened(NamedTuple):
@@ -162,9 +160,8 @@ class Encoder:
         """The posteriors of rows of tokens, computed in batches of rows about equally long."""
         model = self.checkpoint.model
         encodings: dict[int, Encoding] = {}
-        batch_tokens = _CPU_BATCH_TOKENS if model.device.type == "cpu" else _GPU_BATCH_TOKENS
         widths_N = np.array([len(row) for row in rows])
-        for index in plan_batches(widths_N, batch_tokens):
+        for index in plan_batches(widths_N, tokens_together(model.device)):
             # One array for all rows: a tensor for each would take as long as tokenising.
             here_BT = np.arange(widths_N[index[-1]]) < widths_N[index, None]
             padded_BT = np.full(here_BT.shape, self.config.pad_id)

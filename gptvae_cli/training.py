@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gptvae_cli.checkpoint import check_finite, claimed_model, is_finite
 from gptvae_cli.config import ModelConfig, TrainConfig
 from gptvae_cli.data import Epoch, Rows, fixed_batches
+from gptvae_cli.device import tokens_together
 from gptvae_cli.doctor import UNTREATED, Recipe, diagnosis, recipe, treatable, treatment
 from gptvae_cli.errors import CheckpointError, DivergedError
 from gptvae_cli.evaluation import Figures, measure
@@ -272,7 +273,7 @@ def train(
     began = time.monotonic()
     session = seconds or (lambda: time.monotonic() - began)
     earlier = counters.seconds
-    held_out = fixed_batches(valid, config.batch_tokens, VALIDATION_TEXTS)
+    held_out = fixed_batches(valid, tokens_together(model.device), VALIDATION_TEXTS)
     micro_tokens = max(1, config.batch_tokens // config.accumulate)
     last_validation = furthest = 0.0
 

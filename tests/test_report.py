@@ -110,7 +110,7 @@ def test_neither_pieces_nor_order_change_a_figure(
     whole = values_of(checkpoint, TEXTS, labels)
     assert_same(values_of(checkpoint, TEXTS[::-1], labels[::-1]), whole)
     monkeypatch.setattr(report, "_PIECE_TEXTS", piece_texts)
-    monkeypatch.setattr(report, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(report, "tokens_together", lambda device: 40)
     apart = values_of(checkpoint, TEXTS, labels)
     for values in (whole, apart):
         assert values.pop("cross_entropy_shuffled_nats_per_text") > 0

@@ -95,7 +95,7 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
     import torch
 
     from gptvae_cli.data import batches_of
-    from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+    from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
     from gptvae_cli.evaluation import correct_tokens, importance_weighted, measure, reconstruct
     from gptvae_cli.sampling import Encoder
     from gptvae_cli.text import read_texts
@@ -122,7 +122,7 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
         lines = [line for line in read_texts([names["test"]], unit="line") if line]
         tokens = list(islice(Encoder(saved, "line").rows(lines), texts))
         pad_id, eos_id = saved.header.model.pad_id, saved.header.model.eos_id
-        batches = batches_of(tokens, None, pad_id, 8192)
+        batches = batches_of(tokens, None, pad_id, tokens_together(device.device))
         figures = measure(saved.model, batches, seed=seed)
         row: dict[str, Any] = {
             "arm": arm,
