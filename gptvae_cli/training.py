@@ -333,10 +333,9 @@ def train(
                 # Not one more than before: where validating takes long, those that are missed stay missed.
                 validated = bisect_right(VALIDATIONS, progress())
             wrong = diagnosis(figures) if figures is not None and not config.without_latent else None
-            help = None
+            cure = None
             if wrong is not None and not done and treatable(config, progress(), counters.treated_at):
-                help, improved = treatment(config), False
-                counters.treated_at, counters.best = progress(), math.inf
+                cure, counters.treated_at = treatment(config), progress()
             yield StepReport(
                 step=counters.step,
                 progress=1.0 if done else progress(),
@@ -351,7 +350,7 @@ def train(
                 gradient_norm=values[3],
                 figures=figures,
                 diagnosis=wrong,
-                treatment=help,
+                treatment=cure,
                 improved=improved,
                 done=done,
             )
@@ -363,11 +362,11 @@ def train(
 
 def score(figures: Figures, config: TrainConfig) -> float:
     """What the best model has least of: the objective on held-out texts, nats per text, at the final beta. A
-    collapsed model is never better than one that is not."""
+    model whose latent is not being used is never better than one whose latent is, before a treatment or after it."""
     if config.without_latent:
         return figures.cross_entropy_without
     value = figures.cross_entropy + config.vae_kl_loss_weight * figures.kl
-    return value + 1e9 if figures.collapsed else value
+    return value if diagnosis(figures) is None else value + 1e9
 
 
 def _step(

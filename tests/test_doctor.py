@@ -187,9 +187,21 @@ def test_a_treatment_outlives_a_pause(rows: Rows) -> None:
 
 
 def test_the_best_model_is_one_of_the_treatment(rows: Rows) -> None:
-    """What came before was another objective: its score is not comparable."""
+    """Before it the latent was not being used."""
     reports = run(learner_of(config()), rows)
     (began,) = [report.progress for report in reports if report.treatment]
     best = [report.progress for report in reports if report.improved]
     assert best
     assert min(best) >= began + 0.3 * (1 - began)
+
+
+def test_a_treatment_that_fails_does_not_cost_the_model_from_before(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one whose latent is not heard replace it, however likely it finds the texts."""
+    ill = replace(HEALTHY, cross_entropy=1.0, cross_entropy_shuffled=1.0)
+    found = [HEALTHY, HEALTHY, HEALTHY, *[ill] * 8]
+    monkeypatch.setattr("gptvae_cli.training.measure", lambda *args, **options: found.pop(0))
+    reports = run(learner_of(config(steps=40)), rows)
+    assert next(report.step for report in reports if report.treatment) == 12
+    assert [report.step for report in reports if report.improved] == [4]
