@@ -3,7 +3,9 @@
     python -m tests.benchmarks.latent.study --minutes 5 --corpora tatoeba_eng --arms default,none
 
 Results go to `results.jsonl` beside this file, one line a run; a run that is there already is not repeated, so that a
-study which was interrupted goes on. `--table` prints them. Corpora are `$GPTVAE_TEST_DATA/NAME_{train,valid,test}.txt`.
+study which was interrupted goes on. `--table` prints them. Corpora are `$GPTVAE_TEST_DATA/NAME_{train,valid,test}.txt`,
+`A+B` both together; of `NAME.txt`, a running text, the paragraphs are taken, every twentieth to validate and to test.
+Where there are labels of the test split, a linear probe reads them off the latents, as `gptvae evaluate --labels` does.
 
 Every arm gets one thread of the same processor and as many minutes of its time (not of the clock, so that what else the
 machine does hardly matters; start-up counted), the same corpus and seed, and keeps its best validation. The arm `none`
@@ -33,6 +35,7 @@ from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig
 
 if TYPE_CHECKING:
     from gptvae_cli.checkpoint import Checkpoint
+    from gptvae_cli.config import Unit
     from gptvae_cli.device import Device, Precision
     from gptvae_cli.run import Job
 
@@ -50,6 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain beta 1": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn"},
     "plain beta 0.5": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn", "vae_kl_loss_weight": 0.5},
     "plain beta 0.2": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn", "vae_kl_loss_weight": 0.2},
+    "autoencoder": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn", "vae_kl_loss_weight": 0.0},
     "plain beta 1, treated": {"target_rate": 0.0, "bag_of_words": 0.0},
     "floor 0.25": {"vae_kl_div_floor": 0.25, "target_rate": 0.0},
     "floor 0.5": {"vae_kl_div_floor": 0.5, "target_rate": 0.0},
@@ -73,12 +77,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "lr 4e-3": {"lr": 4e-3},
     "batch 1024": {"batch_tokens": 1024},
     "batch 4096": {"batch_tokens": 4096},
+    "vocabulary 1000": {"vocab_size": 1000},
+    "vocabulary 4000": {"vocab_size": 4000},
+    "none, vocabulary 1000": {"vocab_size": 1000, "latents_dropout_prob": 1.0},
+    "none, vocabulary 4000": {"vocab_size": 4000, "latents_dropout_prob": 1.0},
     "nano": {"dim": 64, "depth": 3, "enc_depth": 1, "heads": 2},
     "small": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
     "none, nano": {"latents_dropout_prob": 1.0, "dim": 64, "depth": 3, "enc_depth": 1, "heads": 2},
     "none, small": {"latents_dropout_prob": 1.0, "dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
 }
-"""Fields of `TrainConfig` and `ModelConfig` that differ from the defaults.
+"""Fields of `TrainConfig`, `ModelConfig` and `DataConfig` that differ from the defaults.
 
 Some arms in the results won nothing and are no longer in the package: `everywhere` also added a projection of z to
 every token's embedding; `muon` gave the layers' matrices to `torch.optim.Muon`, which learns more in a step and, on a
@@ -88,39 +96,41 @@ drops out from the first step on.
 """
 
 SHAPE = ("dim", "depth", "enc_depth", "heads", "dim_latent")
+DATA = ("vocab_size",)
 
 
 def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts: int) -> dict[str, Any]:
     """Trains one arm and measures it."""
+    import numpy as np
     import torch
 
     from gptvae_cli.data import batches_of
     from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
     from gptvae_cli.evaluation import correct_tokens, importance_weighted, measure, reconstruct
+    from gptvae_cli.probe import probe
     from gptvae_cli.sampling import Encoder
     from gptvae_cli.text import read_texts
 
-    train = {name: value for name, value in ARMS[arm].items() if name not in SHAPE}
-    data = Path(os.environ["GPTVAE_TEST_DATA"])
-    names = {split: str(data / f"{corpus}_{split}.txt") for split in ("train", "valid", "test")}
+    train = {name: value for name, value in ARMS[arm].items() if name not in (*SHAPE, *DATA)}
     tune_cpu(1)
     began = time.process_time()
     device = resolve_device("auto")
     precision = resolve_dtype("auto", device.device, training=True)
     folder = Path(tempfile.mkdtemp(prefix="gptvae-study-"))
     try:
+        unit, files = splits(corpus, folder)
         job, saved = trained(
-            folder,
-            [names["train"]],
-            DataConfig(valid=names["valid"]),
+            folder / "run",
+            [str(files["train"])],
+            DataConfig(unit=unit, valid=str(files["valid"]), vocab_size=ARMS[arm].get("vocab_size")),
             TrainConfig(**{"max_time": 60 * minutes, "seed": seed, **train}),
             shape={name: value for name, value in ARMS[arm].items() if name in SHAPE},
             device=device,
             precision=precision,
             seconds=lambda: time.process_time() - began,
         )
-        lines = [line for line in read_texts([names["test"]], unit="line") if line]
-        tokens = list(islice(Encoder(saved, "line").rows(lines), texts))
+        test = [text for text in read_texts([str(files["test"])], unit=unit) if text]
+        tokens = list(islice(Encoder(saved, unit).rows(test), texts))
         pad_id, eos_id = saved.header.model.pad_id, saved.header.model.eos_id
         batches = batches_of(tokens, None, pad_id, tokens_together(device.device))
         figures = measure(saved.model, batches, seed=seed)
@@ -147,10 +157,36 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
                 "token_accuracy": sum(correct_tokens(*pair) for pair in pairs) / sum(len(text) + 1 for text in plain),
                 "exact": sum(text == other for text, other in pairs) / len(pairs),
             }
+            if files["test"].with_suffix(".labels.txt").exists():
+                labels = files["test"].with_suffix(".labels.txt").read_text("utf-8").splitlines()
+                means_NZ = np.stack([encoding.mean_Z for encoding in Encoder(saved, unit).encode(test)])
+                found = probe(means_NZ, test, labels, seed=seed)
+                row["probe"] = {"labels": found.labels, "texts": len(found.latent)} | {
+                    name: float(getattr(found, name).mean()) for name in ("latent", "words", "commonest")
+                }
         row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         return row
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def splits(corpus: str, folder: Path) -> tuple[Unit, dict[str, Path]]:
+    """What a text of a corpus is, and the files of its splits; those that are not there yet are written to a folder."""
+    data = Path(os.environ["GPTVAE_TEST_DATA"])
+    names = ("train", "valid", "test")
+    if (data / f"{corpus}_train.txt").exists():
+        return "line", {split: data / f"{corpus}_{split}.txt" for split in names}
+    files = {split: folder / f"{corpus}_{split}.txt" for split in names}
+    if "+" in corpus:
+        for split, file in files.items():
+            file.write_bytes(b"".join((data / f"{part}_{split}.txt").read_bytes() for part in corpus.split("+")))
+        return "line", files
+    paragraphs = (data / f"{corpus}.txt").read_text("utf-8").split("\n\n")
+    parts = {"valid": paragraphs[9::20], "test": paragraphs[19::20]}
+    parts["train"] = [text for place, text in enumerate(paragraphs) if place % 20 not in (9, 19)]
+    for split, file in files.items():
+        file.write_text("\n\n".join(parts[split]), "utf-8")
+    return "paragraph", files
 
 
 def trained(
@@ -209,6 +245,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "eff",
         "tok",
         "exact",
+        "probe",
+        "TF-IDF",
     )
     lines = [head]
     for row in sorted(rows, key=lambda row: (row["corpus"], row["minutes"], row["seed"], row["arm"])):
@@ -235,6 +273,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{(baseline - test['cross_entropy']) / test['kl']:.2f}" if latent and baseline else "",
                 f"{row['reconstruction']['token_accuracy']:.2f}" if latent else "",
                 f"{row['reconstruction']['exact']:.2f}" if latent else "",
+                f"{row['probe']['latent']:.1%}" if "probe" in row else "",
+                f"{row['probe']['words']:.1%}" if "probe" in row else "",
             )
         )
     return columns(lines)
