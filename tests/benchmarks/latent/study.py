@@ -164,10 +164,26 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
                 row["probe"] = {"labels": found.labels, "texts": len(found.latent)} | {
                     name: float(getattr(found, name).mean()) for name in ("latent", "words", "commonest")
                 }
+            row["examples"] = examples(saved, unit, test)
         row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         return row
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def examples(saved: Checkpoint, unit: Unit, test: Sequence[str]) -> dict[str, list[str]]:
+    """The first three texts of a test split, what is written greedily from their latents, and the way from one to the
+    next."""
+    import numpy as np
+
+    from gptvae_cli.config import SampleConfig
+    from gptvae_cli.sampling import Encoder, repeated, walk, write
+
+    points_NZ = np.stack([encoding.mean_Z for encoding in Encoder(saved, unit).encode(test[:3])])
+    path_KZ = walk(points_NZ[:2], 6, "slerp")
+    draws = repeated([*points_NZ, *path_KZ], 1)
+    written = [one.text for one in write(saved, draws, SampleConfig(greedy=True), unit=unit)]
+    return {"texts": list(test[:3]), "written": written[:3], "path": written[3:]}
 
 
 def splits(corpus: str, folder: Path) -> tuple[Unit, dict[str, Path]]:
@@ -280,6 +296,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return columns(lines)
 
 
+def shown(rows: list[dict[str, Any]]) -> str:
+    """Of every run that has them: texts, what is written from their latents, and the way from one to the next."""
+    lines = []
+    for row in rows:
+        if (one := row.get("examples")) is None:
+            continue
+        lines.append(f"# {row['corpus']}, {row['arm']}, {row['minutes']:g} minutes, seed {row['seed']}")
+        for text, written in zip(one["texts"], one["written"], strict=True):
+            lines += [f"text    {text}", f"from z  {written}"]
+        lines += [*(f"{place}/5     {text}" for place, text in enumerate(one["path"])), ""]
+    return "\n".join(line.replace("\n", " / ") for line in lines)
+
+
 def columns(lines: Sequence[Sequence[str]]) -> str:
     """Lines of as many cells, one below another."""
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
@@ -297,10 +326,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100, help="K of the importance-weighted NLL")
     parser.add_argument("--texts", type=int, default=1000, help="of the test split")
     parser.add_argument("--table", action="store_true", help="print the results so far, and run nothing")
+    parser.add_argument("--examples", action="store_true", help="print what the models wrote, and run nothing")
     asked = parser.parse_args()
     rows = [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.exists() else []
     if asked.table:
         print(table(rows))
+        return
+    if asked.examples:
+        print(shown(rows))
         return
     done = {(row["arm"], row["corpus"], row["seed"], row["minutes"]) for row in rows}
     for corpus in asked.corpora.split(","):
