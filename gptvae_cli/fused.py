@@ -11,7 +11,8 @@ C pairs of a head, R those that are rotated, S positions, X queries, keys and va
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class Layer:
 
 
 class Stack:
-    """An `AttentionLayers` module seen as fused layers. Weights are read at every call, so it can be trained.
+    """An `AttentionLayers` module seen as fused layers. Weights are read at every call, so it can be trained, except
+    within `frozen`.
 
     x-transformers rotates neighbouring dimensions of a head by pairs. Here the first of every pair stand together,
     and so do the second, because slices are much faster than strides; a product of queries and keys does not notice.
@@ -60,6 +62,8 @@ class Stack:
         self.pairs = len(self._rotary.inv_freq)
         self.rotary_widths = [self.pairs, self.pairs, self.head_width - 2 * self.pairs]
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._keeps_frozen = False
+        self._kept: Frozen | None = None
         head_K = torch.arange(self.head_width)
         rotated = 2 * self.pairs
         apart_K = torch.cat([head_K[0:rotated:2], head_K[1:rotated:2], head_K[rotated:]])
@@ -76,6 +80,15 @@ class Stack:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self._final_norm.gamma.dtype
         return dtype
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within, passes without gradients share what the first of them reads of the weights, in its type."""
+        self._keeps_frozen = True
+        try:
+            yield
+        finally:
+            self._keeps_frozen, self._kept = False, None
 
     def layers(self) -> list[Layer]:
         """The weights, fused; gradients flow through to the module's parameters."""
@@ -108,7 +121,9 @@ class Stack:
                 along a row (arXiv 1512.05287).
         """
         if drop_LBD is None and not torch.is_grad_enabled():
-            return Frozen(self)(x_BTD, mask_BT)
+            frozen = self._kept or Frozen(self)
+            self._kept = frozen if self._keeps_frozen else None
+            return frozen(x_BTD, mask_BT)
         length = x_BTD.shape[1]
         cos_SR, sin_SR = self.tables(length, x_BTD.device)
         bias = None if mask_BT is None else _as_bias(mask_BT, torch.float32)
