@@ -347,7 +347,7 @@ class CachedDecoder:
         self.positions = [self.positions[i] for i in stay]
 
     def _logits(self, x_BD: Tensor) -> Tensor:
-        return torch.mm(self.stack.final_norm(x_BD).to(self.stack.dtype), self.to_logits_DV)
+        return self.stack.product(self.stack.final_norm(x_BD).to(self.stack.dtype), self.to_logits_DV)
 
     def _grow(self, rows: int, slots: int, likely_slots: int) -> None:
         """Makes room for so many rows of so many slots, and for those that will likely be needed."""

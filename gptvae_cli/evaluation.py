@@ -240,11 +240,12 @@ def _nats_B(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B:
 
 @contextmanager
 def _evaluating(model: GPTVAE, precision: torch.dtype) -> Iterator[None]:
-    """Eval mode, and autocast for bfloat16; the model is then left in the mode it was in."""
+    """Eval mode, frozen, and autocast for bfloat16; the model is then left in the mode it was in."""
     was_training = model.training
     model.eval()
     try:
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+        bfloat16 = precision == torch.bfloat16
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bfloat16), model.frozen():
             yield
     finally:
         model.train(was_training)

@@ -11,7 +11,8 @@ C pairs of a head, R those that are rotated, S positions, X queries, keys and va
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class Layer:
 
 
 class Stack:
-    """An `AttentionLayers` module seen as fused layers. Weights are read at every call, so it can be trained.
+    """An `AttentionLayers` module seen as fused layers. Weights are read at every call, so it can be trained, except
+    within `frozen`.
 
     x-transformers rotates neighbouring dimensions of a head by pairs. Here the first of every pair stand together,
     and so do the second, because slices are much faster than strides; a product of queries and keys does not notice.
@@ -60,6 +62,8 @@ class Stack:
         self.pairs = len(self._rotary.inv_freq)
         self.rotary_widths = [self.pairs, self.pairs, self.head_width - 2 * self.pairs]
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._keeps_frozen = False
+        self._kept: Frozen | None = None
         head_K = torch.arange(self.head_width)
         rotated = 2 * self.pairs
         apart_K = torch.cat([head_K[0:rotated:2], head_K[1:rotated:2], head_K[rotated:]])
@@ -76,6 +80,15 @@ class Stack:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self._final_norm.gamma.dtype
         return dtype
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within, passes without gradients share what the first of them reads of the weights, in its type."""
+        self._keeps_frozen = True
+        try:
+            yield
+        finally:
+            self._keeps_frozen, self._kept = False, None
 
     def layers(self) -> list[Layer]:
         """The weights, fused; gradients flow through to the module's parameters."""
@@ -108,7 +121,9 @@ class Stack:
                 along a row (arXiv 1512.05287).
         """
         if drop_LBD is None and not torch.is_grad_enabled():
-            return Frozen(self)(x_BTD, mask_BT)
+            frozen = self._kept or Frozen(self)
+            self._kept = frozen if self._keeps_frozen else None
+            return frozen(x_BTD, mask_BT)
         length = x_BTD.shape[1]
         cos_SR, sin_SR = self.tables(length, x_BTD.device)
         bias = None if mask_BT is None else _as_bias(mask_BT, torch.float32)
@@ -217,6 +232,8 @@ class Frozen:
         # What is faster depends on the number of rows on a CPU only; in bfloat16 u + u erf(u) would be too coarse.
         self._few = device == "cpu" and 0 < rows <= 8 and self.dtype == torch.float32
         self._many = device == "cpu" and rows > 8
+        # Torch's product of bfloat16 matrices takes a third longer than that of a matrix and a vector.
+        self._single = device == "cpu" and rows == 1 and self.dtype == torch.bfloat16
         self.heads, self.head_width = stack.heads, stack.head_width
         self.rotated_dtype = torch.promote_types(self.dtype, torch.float32)
         self.layers = [
@@ -272,7 +289,7 @@ class Frozen:
         if self.dtype == self.rotated_dtype:
             torch.mm(normed_ND, layer.qkv_DE, out=into.qkv_NE)
         else:
-            into.qkv_NE.copy_(normed_ND.to(self.dtype) @ layer.qkv_DE)
+            into.qkv_NE.copy_(self.product(normed_ND.to(self.dtype), layer.qkv_DE))
         into.pairs_XHC.mul_(turns_11C)
 
     def finish(self, layer: FrozenLayer, x_ND: Tensor, attended_NE: Tensor) -> None:
@@ -286,13 +303,20 @@ class Frozen:
             u_N = torch.addmm(in_bias, normed_ND, in_weight, beta=_ROOT_HALF, alpha=_ROOT_HALF)
             x_ND.addmm_(torch.addcmul(u_N, u_N, torch.erf(u_N)), out_weight, alpha=_ROOT_HALF)
         else:
-            self._add_product(x_ND, F.gelu(torch.addmm(in_bias, normed_ND, in_weight)), out_weight)
+            self._add_product(x_ND, F.gelu(self.product(normed_ND, in_weight, in_bias)), out_weight)
+
+    def product(self, input_N: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A product with one of the stack's matrices."""
+        if self._single and len(input_N) == 1:
+            vector = input_N[0]
+            return (torch.mv(weight.T, vector) if bias is None else torch.addmv(bias, weight.T, vector))[None]
+        return torch.mm(input_N, weight) if bias is None else torch.addmm(bias, input_N, weight)
 
     def _add_product(self, x_ND: Tensor, input_N: Tensor, weight: Tensor) -> None:
         if self.dtype == x_ND.dtype:
             x_ND.addmm_(input_N, weight)
         else:
-            x_ND.add_(input_N @ weight)
+            x_ND.add_(self.product(input_N, weight))
 
     def final_norm(self, x_D: Tensor) -> Tensor:
         """The norm behind the last layer, of any leading shape [... D]."""

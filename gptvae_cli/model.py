@@ -11,7 +11,8 @@ FREE Transformer (arXiv 2510.17558) for the floor under the KL.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -159,6 +160,15 @@ class GPTVAE(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """(Addition) Within, the weights do not change, and passes without gradients read those of the layers once."""
+        with ExitStack() as stacks:
+            for stack in (self.fused_encoder, self.fused_decoder):
+                if stack is not None:
+                    stacks.enter_context(stack.frozen())
+            yield
 
     def posterior(self, seq_BT: Tensor, drop_LBD: Tensor | None = None, *, plain: bool = False) -> Posterior:
         """(Addition) q(z | text) of padded rows; padding does not change it.

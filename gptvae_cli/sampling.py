@@ -161,17 +161,17 @@ class Encoder:
         model = self.checkpoint.model
         encodings: dict[int, Encoding] = {}
         widths_N = np.array([len(row) for row in rows])
-        for index in plan_batches(widths_N, tokens_together(model.device)):
-            # One array for all rows: a tensor for each would take as long as tokenising.
-            here_BT = np.arange(widths_N[index[-1]]) < widths_N[index, None]
-            padded_BT = np.full(here_BT.shape, self.config.pad_id)
-            padded_BT[here_BT] = np.fromiter(chain.from_iterable(rows[i] for i in index), np.int64)
-            tokens_BT = torch.from_numpy(padded_BT).to(model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                posterior = model.posterior(tokens_BT).in_float32()
-            mean_BZ = posterior.mean_BZ.cpu().numpy()
-            std_BZ = (0.5 * posterior.log_var_BZ).exp().cpu().numpy()
-            encodings |= {int(i): Encoding(*both) for i, *both in zip(index, mean_BZ, std_BZ, strict=True)}
+        bfloat16 = self.dtype == torch.bfloat16
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16), model.frozen():
+            for index in plan_batches(widths_N, tokens_together(model.device, self.dtype)):
+                # One array for all rows: a tensor for each would take as long as tokenising.
+                here_BT = np.arange(widths_N[index[-1]]) < widths_N[index, None]
+                padded_BT = np.full(here_BT.shape, self.config.pad_id)
+                padded_BT[here_BT] = np.fromiter(chain.from_iterable(rows[i] for i in index), np.int64)
+                posterior = model.posterior(torch.from_numpy(padded_BT).to(model.device)).in_float32()
+                mean_BZ = posterior.mean_BZ.cpu().numpy()
+                std_BZ = (0.5 * posterior.log_var_BZ).exp().cpu().numpy()
+                encodings |= {int(i): Encoding(*both) for i, *both in zip(index, mean_BZ, std_BZ, strict=True)}
         return [encodings[i] for i in range(len(rows))]
 
 

@@ -109,13 +109,14 @@ def test_cached_logits_and_greedy_tokens_equal_the_plain_path(
     assert len({token for tokens, _ in found.values() for token in tokens}) > 5
 
 
-def test_cached_logits_under_autocast_are_those_of_float32_rounded(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_cached_logits_under_autocast_are_those_of_float32_rounded(tiny_model: TinyModel, batch_size: int) -> None:
     """The weights are cast once and the residual stream is not, so that errors do not grow from layer to layer."""
     model, requests = tiny_model(depth=4), some_requests(6, latents="all")
     exact = greedy_logits(model, requests, batch_size=3, cached=True, max_new=1)
     with torch.autocast("cpu", torch.bfloat16):
-        engine = decoding.CachedDecoder(model, 3)
-        rounded = greedy_logits(model, requests, batch_size=3, cached=True, max_new=1)
+        engine = decoding.CachedDecoder(model, batch_size)
+        rounded = greedy_logits(model, requests, batch_size=batch_size, cached=True, max_new=1)
     assert {layer.qkv_DE.dtype for layer in engine.stack.layers} == {engine.cache_LXBHSK.dtype} == {torch.bfloat16}
     for row, (_, logits_TV) in rounded.items():
         assert 0 < (logits_TV - exact[row][1]).abs().max() < 0.03 * exact[row][1].abs().max()

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from x_transformers import gpt_vae as reference
 from x_transformers.x_transformers import Decoder, TransformerWrapper
 
+from gptvae_cli import fused
 from gptvae_cli.config import ModelConfig
 from gptvae_cli.errors import ConfigError, ExitCode
 from gptvae_cli.model import GPTVAE, Posterior
@@ -653,6 +654,40 @@ def test_the_fused_layers_equal_x_transformers_without_gradients(ours: Ours, kee
         assert_close(
             (mean, log_var, hidden[real_BT]), (plain_mean, plain_log_var, plain_hidden[real_BT]), rtol=0, atol=2e-5
         )
+
+
+@torch.no_grad()
+def test_frozen_passes_without_gradients_read_the_weights_once(ours: Ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only they, and only within: a pass with gradients sees the weights as they are, and so does what follows."""
+    model, tokens_BT, latents_BZ = ours(**ROTARY), padded(), random_latents(4)
+    reads, read = [], fused.Stack.read
+
+    def counted(stack: fused.Stack) -> list[fused.Layer]:
+        reads.append(stack)
+        return read(stack)
+
+    monkeypatch.setattr(fused.Stack, "read", counted)
+
+    def assert_passes_equal_x_transformers() -> None:
+        fast, plain = (
+            (model.posterior(tokens_BT, plain=plain).mean_BZ, model.hidden(tokens_BT, latents_BZ, plain=plain))
+            for plain in (False, True)
+        )
+        assert_close(fast[0], plain[0], rtol=0, atol=2e-5)
+        assert_close(fast[1][tokens_BT != PAD], plain[1][tokens_BT != PAD], rtol=0, atol=2e-5)
+
+    for _ in range(2):
+        with model.frozen():
+            for _ in range(3):
+                assert_passes_equal_x_transformers()
+            assert reads == [model.fused_encoder, model.fused_decoder]
+            with torch.enable_grad():
+                assert_passes_equal_x_transformers()
+            assert len(reads) == 4
+        for parameter in model.parameters():
+            parameter.mul_(-0.5)
+        assert_passes_equal_x_transformers()
+        reads.clear()
 
 
 @torch.no_grad()

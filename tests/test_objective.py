@@ -233,15 +233,17 @@ def test_hiding_leaves_the_callers_noise_as_it_was(tiny_model: TinyModel) -> Non
     assert hide_BT.all()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 1000], ids=["row by row", "in parts", "at once"])
+@pytest.mark.parametrize(
+    ("product_rows", "few_rows"), [(1, 1), (7, 3), (1000, 1000)], ids=["row by row", "in parts", "at once"]
+)
 def test_the_summed_cross_entropy_and_its_gradients_are_those_of_torch(
-    tiny_model: TinyModel, rows: int, monkeypatch: pytest.MonkeyPatch
+    tiny_model: TinyModel, product_rows: int, few_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padding included, whose targets count for nothing. The hidden states are scaled, so the loss is far from ln V."""
     model, batch, latents_BZ = tiny_model().double(), batch_of(texts()), latent_noise().double()
     with torch.no_grad():
         model.decoder.to_logits.weight.mul_(20)
-    monkeypatch.setitem(_LOGITS_TOGETHER, "cpu", rows * 20)
+    monkeypatch.setitem(_LOGITS_TOGETHER, "cpu", (product_rows * 20, few_rows * 20))
     plain = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ)).sum()
     expected = gradients(3 * plain, model)
     found = summed_cross_entropy(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ))
@@ -251,7 +253,10 @@ def test_the_summed_cross_entropy_and_its_gradients_are_those_of_torch(
         assert_close(found_gradients[name], expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
-def test_the_summed_cross_entropy_is_that_of_torch_under_autocast(tiny_model: TinyModel) -> None:
+def test_the_summed_cross_entropy_is_that_of_torch_under_autocast(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_LOGITS_TOGETHER, "cpu", (7 * 20, 3 * 20))
     model, batch, latents_BZ = tiny_model(), batch_of(texts()), latent_noise()
     with torch.autocast("cpu", torch.bfloat16):
         plain = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ)).sum()

@@ -105,7 +105,7 @@ def test_a_latent_is_the_posterior_of_its_text_alone(checkpoint: Checkpoint) -> 
 @pytest.mark.parametrize("budget", [1, 64, 8192])
 def test_padding_does_not_change_latent(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
     alone = [next(Encoder(checkpoint, "line").encode([text])) for text in TEXTS]
-    monkeypatch.setattr(sampling, "tokens_together", lambda device: budget)
+    monkeypatch.setattr(sampling, "tokens_together", lambda device, dtype: budget)
     together = Encoder(checkpoint, "line").encode(TEXTS)
     for one, other in zip(alone, together, strict=True):
         assert_allclose(one.mean_Z, other.mean_Z, atol=1e-5, rtol=1e-5)
