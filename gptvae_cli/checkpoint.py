@@ -290,10 +290,16 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     Both come from one opening: a training may replace the file at any moment, with another that is as good.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        # safetensors refuses a path that is not UTF-8, which a name on the disk may be: it gets the open file's number.
+        with path.open("rb") as opened, safe_open(_utf8_name(path, opened.fileno()), framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"safetensors refuses it: {str(error)[:200]}", hint=_UNFIT) from error
+
+
+def _utf8_name(path: Path, number: int) -> str:
+    name = str(path)
+    return f"/dev/fd/{number}" if any("\ud800" <= char <= "\udfff" for char in name) else name
 
 
 def _check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

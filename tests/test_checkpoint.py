@@ -97,6 +97,20 @@ def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     )
 
 
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path, model: GPTVAE) -> None:
+    """safetensors wrote there and then refused to read, so that a training failed at its end."""
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    save_model(folder / "model.safetensors", model, HEADER)
+    save_state(folder / "state.safetensors", {"a": torch.ones(3)}, {"step": 1})
+    loaded = load(folder / "model.safetensors", device=CPU)
+    assert equal(model_tensors(loaded.model), model_tensors(model))
+    assert load_state(folder / "state.safetensors").metadata == {"step": 1}
+
+
 class TestModel:
     def test_round_trip_is_exact(self, path: Path, model: GPTVAE) -> None:
         checkpoint = load(path, device=CPU)

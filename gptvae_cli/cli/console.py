@@ -108,7 +108,9 @@ ErrorsOption = Annotated[
 ]
 TextFormat = Literal["text", "jsonl"]
 TextFormatOption = Annotated[TextFormat, typer.Option(help="Plain texts, or one JSON object a line.")]
-NullOption = Annotated[bool, typer.Option("-0", "--null", help="End every text with a NUL, for xargs -0.")]
+NullOption = Annotated[
+    bool, typer.Option("-0", "--null", help="End every text with a NUL, for xargs -0; one inside is left out.")
+]
 
 
 def pick_seed(seed: int | None, *, quiet: bool) -> int:
@@ -383,7 +385,7 @@ class TextWriter:
     Args:
         format: plain text, or one JSON object a line.
         unit: of the texts.
-        null: end every text with a NUL instead.
+        null: end every text with a NUL instead, and leave out those that a model of bytes writes inside.
 
     Raises:
         ConfigError: for NULs in JSON.
@@ -393,6 +395,7 @@ class TextWriter:
         if null and format == "jsonl":
             raise ConfigError("-0 and --format jsonl exclude each other")
         self._format = format
+        self._null = null
         self._end = "\0" if null else "\n"
         self._between = "" if null or unit == "line" else "\n"
         self._due = ""  # what still has to be printed before the next text
@@ -403,14 +406,17 @@ class TextWriter:
             known = {name: value for name, value in fields.items() if value is not None}
             write_text(json.dumps({**known, "text": text}, ensure_ascii=False) + "\n")
         else:
-            self.piece(text + self._end)
+            write_text(self._due + self._inside(text) + self._end)
             self._due = self._between
 
     def piece(self, text: str) -> None:
         """Prints a piece of a plain text."""
-        write_text(self._due + text)
+        write_text(self._due + self._inside(text))
         self._due = ""
 
     def end(self) -> None:
         """Ends a plain text that was printed in pieces."""
         self.write("")
+
+    def _inside(self, text: str) -> str:
+        return text.replace("\0", "") if self._null else text

@@ -742,6 +742,20 @@ def test_texts_in_pieces_do_not_control_the_terminal(here: Path, monkeypatch: py
     assert shown.buffer.getvalue().decode() == 2 * (console.sanitize(HOSTILE) + "\n")
 
 
+def test_a_nul_inside_a_text_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of bytes may write one, and `xargs -0` then saw two texts."""
+    written = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", written)
+    printer = console.TextWriter("text", "paragraph", null=True)
+    printer.write("a\0b")
+    for piece in ("c", "\0", "d"):
+        printer.piece(piece)
+    printer.end()
+    console.TextWriter("text", "line", null=False).write("e\0f")
+    assert isinstance(written.buffer, io.BytesIO)
+    assert written.buffer.getvalue() == b"ab\0cd\0e\0f\n"
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [

@@ -119,7 +119,7 @@ def after_step(count: int) -> Moment:
 
 READING: dict[str, Moment] = {
     "reading the corpus": before(BulkTokenizer, "__call__"),
-    "the corpus is read": before(run, "_place_cache"),
+    "the corpus is read": before(run, "place_cache"),
 }
 TRAINING: dict[str, Moment] = {
     "before the first step": before(training, "_step"),
