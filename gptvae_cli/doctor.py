@@ -60,12 +60,12 @@ def treated(config: TrainConfig) -> TrainConfig:
     )
 
 
-def treatment(config: TrainConfig) -> str:
-    """What a treatment does, in words."""
+def treatment(config: TrainConfig, *, again: bool) -> str:
+    """What a treatment does, in words; `again` where it is not the first."""
     new = treated(config)
     return (
-        f"beta starts over from 0, the first {new.target_rate:g} nats of KL are free, the bag of words weighs"
-        f" {new.bag_of_words:g}, and at first {new.word_dropout:.0%} of the words are hidden from the decoder"
+        f"beta starts over {'once more ' if again else ''}from 0, the first {new.target_rate:g} nats of KL are"
+        f" free, the bag of words weighs {new.bag_of_words:g}, and at first {new.word_dropout:.0%} of the words are hidden from the decoder"
     )
 
 

@@ -278,7 +278,10 @@ def start(
     if note := Repairs(facts.replaced).note:
         notes.append(note)
     if cut := job.rows.count_cut():
-        notes.append(f"{cut:,} texts are longer than the model and are cut; --max-seq-len sets its length")
+        texts = (
+            "1 text is longer than the model and is" if cut == 1 else f"{cut:,} texts are longer than the model and are"
+        )
+        notes.append(f"{texts} cut; --max-seq-len sets its length")
     return job
 
 

@@ -335,7 +335,8 @@ def train(
             wrong = diagnosis(figures) if figures is not None and not config.without_latent else None
             cure = None
             if wrong is not None and not done and treatable(config, progress(), counters.treated_at):
-                cure, counters.treated_at = treatment(config), progress()
+                again = counters.treated_at != UNTREATED
+                cure, counters.treated_at = treatment(config, again=again), progress()
             yield StepReport(
                 step=counters.step,
                 progress=1.0 if done else progress(),

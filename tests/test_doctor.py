@@ -110,7 +110,9 @@ def test_a_treatment_is_never_less_of_a_remedy_than_the_run_had(plan: TrainConfi
     for name in ("target_rate", "bag_of_words", "word_dropout", "kl_warmup"):
         assert getattr(new, name) >= getattr(plan, name)
     assert new != plan
-    assert f"the first {new.target_rate:g} nats" in treatment(plan)
+    assert f"the first {new.target_rate:g} nats" in treatment(plan, again=False)
+    assert "over from 0" in treatment(plan, again=False)
+    assert "over once more from 0" in treatment(plan, again=True)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.1, 0.3, 0.55, 1.0])

@@ -325,7 +325,7 @@ def test_what_was_decided_is_told_with_its_reason(folder: Path, corpus: str, tmp
     assert "encoder 1 and decoder 1 layers of 32, latent 8, up to 40 tokens" in text
     assert "% padding" in text
     assert "device: cpu (asked for), float32 (exact)" in text
-    assert "1 texts are longer than the model and are cut" in text
+    assert "1 text is longer than the model and is cut" in text
 
 
 def test_sizes_come_from_the_preset_unless_given(folder: Path, corpus: str) -> None:
