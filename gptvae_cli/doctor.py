@@ -65,7 +65,8 @@ def treatment(config: TrainConfig, *, again: bool) -> str:
     new = treated(config)
     return (
         f"beta starts over {'once more ' if again else ''}from 0, the first {new.target_rate:g} nats of KL are"
-        f" free, the bag of words weighs {new.bag_of_words:g}, and at first {new.word_dropout:.0%} of the words are hidden from the decoder"
+        f" free, the bag of words weighs {new.bag_of_words:g}, and at first {new.word_dropout:.0%} of the words are"
+        " hidden from the decoder"
     )
 
 

@@ -270,6 +270,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         baseline = baselines.get((row["corpus"], row["seed"], row["minutes"]))
         most = min(test["kl"], math.log(test["texts"]))
         latent = not row["arm"].startswith("none")
+        used = latent and test["kl"] > 0.1
         lines.append(
             (
                 row["corpus"],
@@ -284,9 +285,9 @@ def table(rows: list[dict[str, Any]]) -> str:
                 str(row["iw_nll"]["samples"]) if latent else "",
                 f"{test['cross_entropy_without']:.2f}",
                 f"{test['mutual_information']:.2f}" if latent else "",
-                f"{test['mutual_information'] / most:.2f}" if latent else "",
+                f"{test['mutual_information'] / most:.2f}" if used else "",
                 str(test["active_02"]) if latent else "",
-                f"{(baseline - test['cross_entropy']) / test['kl']:.2f}" if latent and baseline else "",
+                f"{(baseline - test['cross_entropy']) / test['kl']:.2f}" if used and baseline else "",
                 f"{row['reconstruction']['token_accuracy']:.2f}" if latent else "",
                 f"{row['reconstruction']['exact']:.2f}" if latent else "",
                 f"{row['probe']['latent']:.1%}" if "probe" in row else "",
