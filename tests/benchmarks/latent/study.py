@@ -82,6 +82,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "none, vocabulary 1000": {"vocab_size": 1000, "latents_dropout_prob": 1.0},
     "none, vocabulary 4000": {"vocab_size": 4000, "latents_dropout_prob": 1.0},
     "nano": {"dim": 64, "depth": 3, "enc_depth": 1, "heads": 2},
+    "z 64": {"dim_latent": 64},
+    "word drop 0.3": {"word_dropout": 0.3},
     "small": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
     "none, nano": {"latents_dropout_prob": 1.0, "dim": 64, "depth": 3, "enc_depth": 1, "heads": 2},
     "none, small": {"latents_dropout_prob": 1.0, "dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
@@ -91,8 +93,14 @@ ARMS: dict[str, dict[str, Any]] = {
 Some arms in the results won nothing and are no longer in the package: `everywhere` also added a projection of z to
 every token's embedding; `muon` gave the layers' matrices to `torch.optim.Muon`, which learns more in a step and, on a
 CPU, no more in a second; `lm 0.3` and `lm 0.5` trained the decoder alone for that share of the run and then began the
-encoder as a copy of its first layers, which is better without z and worse with it; `drop 0.1 throughout`
-drops out from the first step on.
+encoder as a copy of its first layers, which is better without z and worse with it; `drop 0.1 throughout` drops out
+from the first step on. `tied encoder` shared the decoder's embeddings with the encoder, `tied logits` those with the
+decoder's own logits; `attention pooling` weighed the tokens by a learnt softmax for every channel; `bn` normalised the
+means over a batch to a standard deviation of 0.7 in place of a rate and a bag of words (BN-VAE, arXiv 2004.12585);
+`contrastive 0.3` added 0.3 of the information within a batch, `mmd 30` 30 times the discrepancy of the batch's latents
+from the prior (InfoVAE, arXiv 1706.02262); `cyclic` let beta rise four times in three quarters of the run (arXiv
+1903.10145); `ae start` began with beta at 0 and a new decoder after a tenth (Li et al. 2019, arXiv 1909.00868);
+`enc lr 2` doubled the encoder's learning rate.
 """
 
 SHAPE = ("dim", "depth", "enc_depth", "heads", "dim_latent")
