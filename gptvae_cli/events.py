@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from gptvae_cli.config import Log
-from gptvae_cli.errors import GPTVAEError
+from gptvae_cli.errors import ConfigError, GPTVAEError
 
 EVENTS_NAME = "tensorboard"
 _FLUSH_SECONDS = 10
 _SPEED = ("tokens_per_second", "texts_per_second")
 
 
-def require_log(log: Log | None) -> None:
+def require_log(folder: Path, log: Log | None) -> None:
     """Finds out that a log cannot be written before hours of training do.
 
     Raises:
         GPTVAEError: where TensorBoard is asked for and is not installed.
+        ConfigError: where it is, for a folder whose name is not UTF-8, in which it cannot write.
     """
     if log is None:
         return
@@ -33,6 +34,11 @@ def require_log(log: Log | None) -> None:
         raise GPTVAEError(
             f"--log tensorboard was asked for, but it cannot be imported: {error}", hint="pip install tensorboard"
         ) from error
+    if any("\ud800" <= char <= "\udfff" for char in str(folder)):
+        raise ConfigError(
+            f"--log tensorboard cannot write in {folder}: its name is not UTF-8",
+            hint="name another --out; metrics.jsonl holds the same figures",
+        )
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def probe(latents_NZ: Floats, texts: Sequence[str], labels: Sequence[str], *, se
     if kinds < 2:
         raise DataError(
             f"found {kinds} labels that {FEWEST} texts or more bear, of {np.sum(names != '')}; a probe needs two",
-            hint="evaluate more texts: --texts 0 takes all",
+            hint="a label is a class that many texts share; of classes, evaluate more texts: --texts 0 takes all",
         )
     train, test = train_test_split(usable, test_size=HELD_OUT, stratify=number_N[usable], random_state=seed)
     wanted_train, wanted_test = number_N[train], number_N[test]

@@ -234,7 +234,7 @@ def start(
         DataError: for a corpus that cannot be used; likewise.
         GPTVAEError: for a disk that cannot take the corpus; likewise.
     """
-    require_log(config.log)
+    require_log(folder, config.log)
     name, reason = preset, "asked for"
     if preset == "auto":
         name, reason = sizing.choose_preset(config.max_time, accelerated=device.device.type != "cpu")
@@ -358,7 +358,7 @@ def resume(
         tokenizer = load_tokenizer(state.metadata["tokenizer"], model_config)
         check_weights(state.tensors, model_config, stored)
     config = replace(stored, **limits)
-    require_log(config.log)
+    require_log(folder, config.log)
     corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
     if sources and not corpus.is_of(sources, data, stdin=stdin):
         raise DataError(

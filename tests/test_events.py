@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,6 +99,22 @@ def test_a_log_that_cannot_be_written_is_found_out_before_training(
     assert len(result.stderr.splitlines()) == 2
     assert (folder / "model.safetensors").read_bytes() == before
     assert "tensorboard" not in names(folder)
+
+
+@needs_tensorboard
+def test_a_folder_that_tensorboard_cannot_name_is_found_out_before_training(tmp_path: Path, corpus: str) -> None:
+    """`--force` had by then removed the earlier run."""
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    assert train(corpus, folder).exit_code == 0
+    before = (folder / "model.safetensors").read_bytes()
+    result = train(corpus, folder, "--log", "tensorboard", "--force")
+    assert result.exit_code == 2, result.stderr
+    assert "its name is not UTF-8\nhint: name another --out" in result.stderr
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 @needs_tensorboard

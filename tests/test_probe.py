@@ -97,6 +97,7 @@ def test_one_label_is_not_enough() -> None:
     with pytest.raises(DataError, match="found 1 label") as caught:
         probe(latents, texts, ["same"] * 148 + ["other"] * 2, seed=0)
     assert "--texts 0" in str(caught.value.hint)
+    assert "a class that many texts share" in str(caught.value.hint), "all the texts may have been taken already"
 
 
 def test_without_scikit_learn_the_way_to_get_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

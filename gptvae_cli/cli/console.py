@@ -267,7 +267,7 @@ def refuse_stdout(option: str, name: str | None) -> None:
 
 
 @contextmanager
-def source(name: str) -> Iterator[BinaryIO]:
+def source(name: str, *, hint: str = "check the path") -> Iterator[BinaryIO]:
     """A file to read, or standard input for `-`.
 
     Raises:
@@ -281,7 +281,7 @@ def source(name: str) -> Iterator[BinaryIO]:
     try:
         stream = Path(name).open("rb")  # noqa: SIM115
     except OSError as problem:
-        raise DataError(f"cannot read {name}: {problem.strerror}", hint="check the path") from problem
+        raise DataError(f"cannot read {name}: {problem.strerror}", hint=hint) from problem
     with stream:
         yield stream
 

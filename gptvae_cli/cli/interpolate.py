@@ -143,7 +143,7 @@ def _point(name: str, unit: Unit, header: ModelHeader, errors: Errors, repairs: 
     from gptvae_cli.latent_file import is_npy, read_latents
     from gptvae_cli.text import read_texts
 
-    with console.source(name) as stream:
+    with console.source(name, hint="check the path; texts themselves go to --from TEXT --to TEXT") as stream:
         if not stream.seekable():  # a pipe, perhaps of <(...), gives its bytes only once
             stream = io.BytesIO(stream.read())
         begin = stream.tell()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -322,7 +323,7 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
                 example += 1
     if caught:
         console.note(f"stopped at step {job.learner.counters.step:,}; the state is saved")
-        console.note(f"go on with: gptvae train --resume --out {job.folder}")
+        console.note(f"go on with: gptvae train --resume --out {shlex.quote(str(job.folder))}")
         raise typer.Exit(ExitCode.INTERRUPTED if caught[0] == signal.SIGINT else ExitCode.TERMINATED)
 
 
@@ -336,12 +337,12 @@ def _finish(job: Job, *, quiet: bool) -> None:
     console.note(verdict(job.figures, job.learner.config))
     if job.learner.config.without_latent:
         console.heading("Next")
-        console.note(f"gptvae evaluate test.txt --baseline {job.folder}")
+        console.note(f"gptvae evaluate test.txt --baseline {shlex.quote(str(job.folder))}")
         return
     console.heading("Held-out texts, and what the model writes from their latents")
     for text, written in job.reconstructions(3):
         console.pair(text, written)
-    model = "" if str(job.folder) == "gptvae-run" else f" --model {job.folder}"
+    model = "" if str(job.folder) == "gptvae-run" else f" --model {shlex.quote(str(job.folder))}"
     console.heading("Next")
     console.note(f"gptvae generate --prior 5{model}")
 

@@ -159,7 +159,7 @@ def test_a_text_that_is_cut_is_told_unless_quiet(run: Interpolate) -> None:
         ("abc.npy", ["abc.npy holds more than one latent", "--latent abc.npy"]),
         ("none.npy", ["none.npy holds no latent"]),
         ("empty.txt", ["empty.txt holds no text"]),
-        ("nowhere.txt", ["cannot read nowhere.txt", "check the path"]),
+        ("nowhere.txt", ["cannot read nowhere.txt", "check the path", "--from TEXT --to TEXT"]),
         (".", ["cannot read ."]),
         ("wide.npy", ["wide.npy", "(9,)", "8 dimensions"]),
         ("nan.npy", ["nan.npy", "not a finite number"]),

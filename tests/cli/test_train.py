@@ -8,6 +8,7 @@ import os
 import pkgutil
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -125,6 +126,14 @@ def test_a_run_prints_its_model_and_tells_people_the_rest(tmp_path: Path, names:
         assert part in process.stderr, part
     assert process.stderr.count("from its z") == 3
     assert not CONTROLS.search(process.stderr.replace("\n", ""))
+
+
+def test_the_next_command_can_be_pasted(train: Train, names: Path, tmp_path: Path) -> None:
+    """A folder with a space in its name was printed as it is."""
+    result = train(names, "--out", str(tmp_path / "my run"))
+    assert result.exit_code == 0, result.stderr
+    words = shlex.split(result.stderr.splitlines()[-1])
+    assert words == ["gptvae", "generate", "--prior", "5", "--model", str(tmp_path / "my run")]
 
 
 def test_a_second_run_needs_to_be_told_what_to_do_with_the_first(train: Train, names: Path, out: Path) -> None:
