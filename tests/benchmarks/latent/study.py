@@ -8,7 +8,8 @@ study which was interrupted goes on. `--table` prints them. Corpora are `$GPTVAE
 Where there are labels of the test split, a linear probe reads them off the latents, as `gptvae evaluate --labels` does.
 
 Every arm gets one thread of the same processor and as many minutes of its time (not of the clock, so that what else the
-machine does hardly matters; start-up counted), the same corpus and seed, and keeps its best validation. The arm `none`
+machine does hardly matters; start-up counted), the same corpus and seed, the sizes of `micro` unless it names others,
+and keeps its best validation. The arm `none`
 is the same decoder trained without a latent; the best of its kind is the baseline of "efficiency". Rows of 5 minutes
 are of an earlier protocol: of the clock, two threads of an AMD EPYC with AVX512_BF16, encoders of two layers. The
 others: an Intel Xeon with AMX, which was slower, as the steps say, when those marked "(before)" ran.
@@ -133,6 +134,7 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
             DataConfig(unit=unit, valid=str(files["valid"]), vocab_size=ARMS[arm].get("vocab_size")),
             TrainConfig(**{"max_time": 60 * minutes, "seed": seed, **train}),
             shape={name: value for name, value in ARMS[arm].items() if name in SHAPE},
+            preset="micro",
             device=device,
             precision=precision,
             seconds=lambda: time.process_time() - began,
@@ -220,7 +222,7 @@ def trained(
     config: TrainConfig,
     *,
     shape: Mapping[str, int],
-    preset: str = "auto",
+    preset: str,
     device: Device,
     precision: Precision,
     seconds: Callable[[], float],

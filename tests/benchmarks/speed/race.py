@@ -226,7 +226,7 @@ def race(text: bytes, minutes: float, seed: int, loading: float) -> list[Finish]
     """Stock, and then gptvae in ever longer runs, until one is as good."""
     cut = len(text) * 9 // 10
     train, valid = text[:cut], text[cut:]
-    preset, _ = sizing.choose_preset(60 * minutes, accelerated=False)
+    preset = "micro"
     print(f"stock, {minutes:g} minutes", file=sys.stderr, flush=True)
     finishes = [race_stock(train, valid, 60 * minutes, preset, seed, loading)]
     for share in SHARES:
