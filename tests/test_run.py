@@ -336,7 +336,7 @@ def test_sizes_come_from_the_preset_unless_given(folder: Path, corpus: str) -> N
     assert (other.dim, other.depth, other.dim_latent, other.max_seq_len) == (64, 1, 5, 77)
     auto = begin(folder, [corpus], shape={}, preset="auto", max_time=60.0, steps=None)
     assert auto.model_config.dim == 128
-    assert any("micro (less than five minutes on a CPU)" in note for note in auto.notes)
+    assert any("micro (less than ten minutes on a CPU)" in note for note in auto.notes)
 
 
 def test_the_longer_of_texts_and_sources_sets_the_length(folder: Path, corpus: str, tmp_path: Path) -> None:

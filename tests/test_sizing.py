@@ -31,7 +31,7 @@ def test_an_unknown_preset_is_told_the_known_ones() -> None:
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_more_time_never_means_a_smaller_model(accelerated: bool) -> None:
     order = list(PRESETS)
-    times = [1.0, 60.0, 299.0, 300.0, 600.0, 1800.0, 1801.0, 3600.0, 4 * 3600.0, 4 * 3600.0 + 1, 1e6, None]
+    times = [1.0, 60.0, 599.0, 600.0, 1800.0, 1801.0, 3600.0, 4 * 3600.0, 4 * 3600.0 + 1, 1e6, None]
     chosen = [order.index(choose_preset(seconds, accelerated=accelerated)[0]) for seconds in times]
     assert chosen == sorted(chosen)
     assert len(set(chosen)) > 1
@@ -39,7 +39,7 @@ def test_more_time_never_means_a_smaller_model(accelerated: bool) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "accelerated", "name"),
-    [(299.0, False, "micro"), (300.0, False, "small"), (8 * 3600.0, False, "medium"), (600.0, True, "medium")],
+    [(599.0, False, "micro"), (600.0, False, "small"), (8 * 3600.0, False, "medium"), (600.0, True, "medium")],
     ids=["minutes", "more", "a-night", "gpu"],
 )
 def test_the_preset_fits_time_and_device_and_says_why(seconds: float, accelerated: bool, name: str) -> None:
