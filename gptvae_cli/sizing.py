@@ -32,9 +32,9 @@ LATENT_WIDTH = 32
 def choose_preset(seconds: float | None, *, accelerated: bool) -> tuple[str, str]:
     """The preset that learns most in the time given, and why.
 
-    On Tatoeba's sentences, in ten minutes of one CPU thread, `small` gave an importance-weighted NLL of 30.5 nats a text
-    and `micro` 30.9; on Wikipedia's longer ones, in four, 148.0 and 145.8 (`tests/benchmarks/latent/`). Hence twenty
-    minutes of a thread, ten of two. The other bounds are rules of thumb.
+    On Tatoeba's sentences, in ten minutes of one CPU thread, `small` gave an importance-weighted NLL of 30.5 nats
+    a text and `micro` 30.9; on Wikipedia's longer ones, in four, 148.0 and 145.8 (`tests/benchmarks/latent/`). Hence
+    twenty minutes of a thread, ten of two. The other bounds are rules of thumb.
 
     Args:
         seconds: of training; None is without a limit.
