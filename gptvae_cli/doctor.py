@@ -37,10 +37,18 @@ def diagnosis(figures: Figures) -> str | None:
 
 
 def treatable(config: TrainConfig, progress: float, treated_at: float) -> bool:
-    """Whether a treatment is wanted and has time to work, and none is still at its beginning."""
+    """Whether a treatment is wanted and has time to work, and neither another one nor a recipe that has its remedies
+    already is still at its beginning: what has hardly begun is young and not ill, and starting over costs likelihood
+    (`tests/benchmarks/latent/`)."""
     if config.on_collapse != "treat" or progress > LATEST:
         return False
-    return treated_at == UNTREATED or recipe(config, progress, treated_at).beta_is_final
+    waits = treated_at != UNTREATED or has_remedies(config)
+    return not waits or recipe(config, progress, treated_at).beta_is_final
+
+
+def has_remedies(config: TrainConfig) -> bool:
+    """Whether a recipe has what a treatment brings, if maybe less of it, as the default one has."""
+    return min(config.kl_warmup, config.target_rate, config.bag_of_words) > 0
 
 
 def treated(config: TrainConfig) -> TrainConfig:

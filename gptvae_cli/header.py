@@ -205,7 +205,10 @@ def read_layout(path: Path) -> Layout:
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
             raise CheckpointError("it is not a regular file", hint="name a .safetensors file or a run folder")
         with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start.startswith(b"\x93NUMPY"):
+                raise CheckpointError("it holds latents, not a model", hint="gptvae generate --latent reads them")
+            header_bytes = int.from_bytes(start, "little")
             if status.st_size < 8 or header_bytes > min(status.st_size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError("it is not a .safetensors file, or was cut short", hint=_DAMAGED)
             raw = file.read(header_bytes)

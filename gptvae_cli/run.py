@@ -29,6 +29,7 @@ from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig, TrainCo
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
+from gptvae_cli.doctor import diagnosis
 from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
@@ -387,9 +388,26 @@ def verdict(figures: Figures, config: TrainConfig) -> str:
             f"collapsed: the latent carries {max(0.0, figures.mutual_information):.2f} nats of a text,"
             " the decoder writes without it"
         )
+    lost = figures.cross_entropy_shuffled - figures.cross_entropy
+    if diagnosis(figures) is not None:
+        return (
+            f"not used: the latent carries {figures.mutual_information:.1f} nats of a text, but the decoder writes"
+            f" as well from another text's, within {abs(lost):.2f} nats"
+        )
     saved = figures.cross_entropy_without - figures.cross_entropy
     return (
         f"the latent carries {figures.mutual_information:.1f} nats of a text"
         f" (of at most {np.log(figures.texts):.1f} that {figures.texts:,} texts can show)"
         f" and saves the decoder {saved:.1f} of {figures.cross_entropy_without:.1f}"
     )
+
+
+def advice(figures: Figures, config: TrainConfig) -> str | None:
+    """What to do where the latent is not being used; None where it is, or where there is none."""
+    if config.without_latent or diagnosis(figures) is None:
+        return None
+    if config.objective == "stock":
+        return "the stock objective seldom uses a latent, train without --objective stock"
+    if config.on_collapse == "warn":
+        return "train again without --on-collapse warn"
+    return "train for longer with --max-time, or on more texts"

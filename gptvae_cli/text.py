@@ -162,6 +162,8 @@ def _valid(text: str, name: str, number: int | None, form: _Form) -> str:
     before, hint = text[: escaped.start()], "--errors replace puts U+FFFD there"
     if number is None:
         raise DataError(f"{name}: {what} (byte {_bytes(before) + 1} of the text)", hint=hint)
+    if number == 1 and text.startswith("\udc93NUMPY"):
+        raise DataError(f"{name} holds latents, not texts", hint="gptvae generate --latent reads them")
     number += before.count("\n")
     line = before.rpartition("\n")[2]
     encoding = "utf-16" if number == 1 and text[0] in "\udcfe\udcff" else "latin1"

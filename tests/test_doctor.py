@@ -87,6 +87,16 @@ def test_it_treats_while_there_is_time_and_not_over_its_own_beginning() -> None:
     assert not treatable(replace(plan, on_collapse="warn"), 0.05, UNTREATED)
 
 
+def test_a_recipe_with_the_remedies_is_given_its_time() -> None:
+    """Starting over before the decoder can have begun to listen costs likelihood and helps nobody."""
+    default = TrainConfig()
+    assert not treatable(default, 0.05, UNTREATED)
+    assert not treatable(default, 0.29, UNTREATED)
+    assert treatable(default, 0.3, UNTREATED)
+    for name in ("kl_warmup", "target_rate", "bag_of_words"):
+        assert treatable(replace(default, **{name: 0.0}), 0.05, UNTREATED), name
+
+
 def test_the_stock_recipe_is_left_alone() -> None:
     """It is there to be compared with."""
     assert not treatable(TrainConfig(**STOCK_RECIPE), 0.1, UNTREATED)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gptvae_cli import __version__
 from gptvae_cli.checkpoint import load, load_state, save_state, sync
-from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
+from gptvae_cli.config import STOCK_RECIPE, DataConfig, ModelConfig, TrainConfig, to_dict
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import (
     BusyError,
@@ -35,7 +35,7 @@ from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.run import Job, resume, start, verdict
+from gptvae_cli.run import Job, advice, resume, start, verdict
 from gptvae_cli.tokenizer import Tokenizer
 from tests.conftest import LINES
 
@@ -839,6 +839,34 @@ def test_the_verdict_says_what_the_latent_carries() -> None:
 def test_the_verdict_calls_a_collapse_a_collapse() -> None:
     text = verdict(replace(FIGURES, mutual_information=0.034), TrainConfig())
     assert text == "collapsed: the latent carries 0.03 nats of a text, the decoder writes without it"
+
+
+UNHEARD = replace(FIGURES, cross_entropy_shuffled=FIGURES.cross_entropy + 0.4)
+
+
+def test_the_verdict_does_not_praise_a_latent_that_the_decoder_does_not_hear() -> None:
+    assert verdict(UNHEARD, TrainConfig()) == (
+        "not used: the latent carries 3.2 nats of a text, but the decoder writes as well from another text's,"
+        " within 0.40 nats"
+    )
+
+
+@pytest.mark.parametrize(
+    ("figures", "config", "words"),
+    [
+        (FIGURES, {}, None),
+        (UNHEARD, {"latents_dropout_prob": 1.0}, None),
+        (UNHEARD, {}, "--max-time"),
+        (replace(FIGURES, mutual_information=0.5), {}, "--max-time"),
+        (UNHEARD, {"on_collapse": "warn"}, "without --on-collapse warn"),
+        (UNHEARD, {"objective": "stock", **STOCK_RECIPE}, "without --objective stock"),
+    ],
+)
+def test_a_latent_that_is_not_used_comes_with_advice(
+    figures: Figures, config: dict[str, Any], words: str | None
+) -> None:
+    found = advice(figures, TrainConfig(**config))
+    assert (found is None) if words is None else (found is not None and words in found)
 
 
 def test_a_users_tokenizer_stays_with_the_run(folder: Path, corpus: str, tmp_path: Path) -> None:

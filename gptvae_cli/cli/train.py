@@ -312,7 +312,8 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
             display.update(report)
             if report.figures is not None and not report.done:
                 if report.diagnosis is not None and (well or report.treatment is not None):
-                    console.note(f"at {report.progress:.0%}: {report.diagnosis}", quiet=quiet)
+                    early = "; beta is still rising" if report.beta < job.learner.config.vae_kl_loss_weight else ""
+                    console.note(f"at {report.progress:.0%}: {report.diagnosis}{early}", quiet=quiet)
                 if report.treatment is not None:
                     console.note(f"so {report.treatment}", quiet=quiet)
                 if report.diagnosis is None and not well:
@@ -328,13 +329,14 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
 
 
 def _finish(job: Job, *, quiet: bool) -> None:
-    from gptvae_cli.run import verdict
+    from gptvae_cli.run import advice, verdict
 
     job.load_best()
     if quiet or job.figures is None:
         return
     console.heading("Verdict")
     console.note(verdict(job.figures, job.learner.config))
+    console.note(advice(job.figures, job.learner.config))
     if job.learner.config.without_latent:
         console.heading("Next")
         console.note(f"gptvae evaluate test.txt --baseline {shlex.quote(str(job.folder))}")

@@ -295,6 +295,13 @@ def test_options_of_the_machine_are_taken(encode: Encode, texts: Path) -> None:
     assert np.abs(latents(rounded) - latents(exact)).max() > 0
 
 
+def test_latents_in_the_place_of_texts_are_called_so(encode: Encode, texts: Path) -> None:
+    assert encode(texts, "--out", "z.npy").exit_code == 0
+    assert_fails(encode("z.npy", "--out", "new.npy"), 3, "z.npy holds latents, not texts", "gptvae generate --latent")
+    piped = encode("--out", "new.npy", stdin=Path("z.npy").read_bytes())
+    assert_fails(piped, 3, "holds latents, not texts", "gptvae generate --latent")
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

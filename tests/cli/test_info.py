@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -187,6 +188,12 @@ def test_damaged_metadata_are_bad_input_of_a_named_file(
     path = forged(**changes)
     for options in ([], ["--json"]):
         assert_fails(info(path, *options), 3, f"cannot load {path}", *words)
+
+
+def test_latents_are_not_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "z.npy"
+    np.save(path, np.zeros((3, 8), "float32"))
+    assert_fails(info(path), 3, "z.npy: it holds latents, not a model", "gptvae generate --latent")
 
 
 def test_a_training_state_is_not_a_model(forged: MakeForged) -> None:

@@ -675,6 +675,7 @@ def test_a_collapse_is_a_verdict_and_under_strict_a_failure(train: Train, names:
     lenient = train(names, *stock, steps=40)
     assert lenient.exit_code == 0, lenient.stderr
     assert "collapsed: the latent carries 0." in lenient.stderr
+    assert "train without --objective stock" in lenient.stderr, "what to do about it"
     strict = train(names, *stock, "--strict", "--force", steps=40)
     assert strict.exit_code == 5
     assert "--strict asks for 1 at least" in strict.stderr

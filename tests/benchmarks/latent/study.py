@@ -8,11 +8,11 @@ study which was interrupted goes on. `--table` prints them. Corpora are `$GPTVAE
 Where there are labels of the test split, a linear probe reads them off the latents, as `gptvae evaluate --labels` does.
 
 Every arm gets one thread of the same processor and as many minutes of its time (not of the clock, so that what else the
-machine does hardly matters; start-up counted), the same corpus and seed, the sizes of `micro` unless it names others,
-and keeps its best validation. The arm `none`
-is the same decoder trained without a latent; the best of its kind is the baseline of "efficiency". Rows of 5 minutes
-are of an earlier protocol: of the clock, two threads of an AMD EPYC with AVX512_BF16, encoders of two layers. The
-others: an Intel Xeon with AMX, which was slower, as the steps say, when those marked "(before)" ran.
+machine does hardly matters; start-up counted), or steps where its name says so, the same corpus and seed, the sizes of
+`micro` unless it names others, and keeps its best validation. The arm `none` is the same decoder trained without a
+latent; the best of its kind, on the same processor, is the baseline of "efficiency". Processors: `Zen 5` is an AMD EPYC
+with AVX512_BF16; `AMX` an Intel Xeon with AMX, which was slower, as the steps say, when the rows marked "(before)" ran.
+Rows of 5 minutes are of an earlier protocol: of the clock, two threads of an older `EPYC`, encoders of two layers.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain beta 0.2": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn", "vae_kl_loss_weight": 0.2},
     "autoencoder": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn", "vae_kl_loss_weight": 0.0},
     "plain beta 1, treated": {"target_rate": 0.0, "bag_of_words": 0.0},
+    "100 steps": {"steps": 100, "max_time": None},
+    "100 steps, warned": {"steps": 100, "max_time": None, "on_collapse": "warn"},
+    "300 steps": {"steps": 300, "max_time": None},
+    "300 steps, warned": {"steps": 300, "max_time": None, "on_collapse": "warn"},
     "floor 0.25": {"vae_kl_div_floor": 0.25, "target_rate": 0.0},
     "floor 0.5": {"vae_kl_div_floor": 0.5, "target_rate": 0.0},
     "rate 4": {"target_rate": 4.0},
@@ -87,6 +91,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "word drop 0.3": {"word_dropout": 0.3},
     "small": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
     "none, nano": {"latents_dropout_prob": 1.0, "dim": 64, "depth": 3, "enc_depth": 1, "heads": 2},
+    "drop 0.3": {"dropout": 0.3},
+    "none, drop 0.3": {"latents_dropout_prob": 1.0, "dropout": 0.3},
+    "small, drop 0.3": {"dropout": 0.3, "dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
     "none, small": {"latents_dropout_prob": 1.0, "dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
 }
 """Fields of `TrainConfig`, `ModelConfig` and `DataConfig` that differ from the defaults.
@@ -175,10 +182,21 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
                     name: float(getattr(found, name).mean()) for name in ("latent", "words", "commonest")
                 }
             row["examples"] = examples(saved, unit, test)
+        row["processor"] = processor()
         row["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         return row
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def processor() -> str:
+    """The kind of processor, as /proc/cpuinfo has it: baselines are of the same one."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    found = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    if "amx_bf16" in found["flags"].split():
+        return "AMX"
+    zen = {25: "Zen 4", 26: "Zen 5"}.get(int(found["cpu family"])) if "AMD" in found["vendor_id"] else None
+    return zen or found["model name"].strip()
 
 
 def examples(saved: Checkpoint, unit: Unit, test: Sequence[str]) -> dict[str, list[str]]:
@@ -248,15 +266,16 @@ def trained(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Results as fixed-width text; efficiency is (baseline - cross-entropy with z) / KL."""
-    baselines: dict[tuple[str, int, float], float] = {}
+    baselines: dict[tuple[str, float, int, str], float] = {}
     for row in rows:
         if row["arm"].startswith("none"):
-            key, nll = (row["corpus"], row["seed"], row["minutes"]), row["test"]["cross_entropy_without"]
-            baselines[key] = min(nll, baselines.get(key, math.inf))
+            nll = row["test"]["cross_entropy_without"]
+            baselines[_setting(row)] = min(nll, baselines.get(_setting(row), math.inf))
     head = (
         "corpus",
         "min",
         "seed",
+        "CPU",
         "arm",
         "steps",
         "CE z",
@@ -275,9 +294,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "TF-IDF",
     )
     lines = [head]
-    for row in sorted(rows, key=lambda row: (row["corpus"], row["minutes"], row["seed"], row["arm"])):
+    for row in sorted(rows, key=lambda row: (*_setting(row), row["arm"])):
         test = row["test"]
-        baseline = baselines.get((row["corpus"], row["seed"], row["minutes"]))
+        baseline = baselines.get(_setting(row))
         most = min(test["kl"], math.log(test["texts"]))
         latent = not row["arm"].startswith("none")
         used = latent and test["kl"] > 0.1
@@ -286,6 +305,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 row["corpus"],
                 f"{row['minutes']:g}",
                 str(row["seed"]),
+                row["processor"],
                 row["arm"],
                 f"{row['steps']:,}",
                 f"{test['cross_entropy']:.2f}" if latent else "",
@@ -305,6 +325,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
         )
     return columns(lines)
+
+
+def _setting(row: dict[str, Any]) -> tuple[str, float, int, str]:
+    """What rows that are compared have in common."""
+    return row["corpus"], row["minutes"], row["seed"], row["processor"]
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
@@ -346,11 +371,11 @@ def main() -> None:
     if asked.examples:
         print(shown(rows))
         return
-    done = {(row["arm"], row["corpus"], row["seed"], row["minutes"]) for row in rows}
+    done = {(row["arm"], *_setting(row)) for row in rows}
     for corpus in asked.corpora.split(","):
         for seed in map(int, asked.seeds.split(",")):
             for arm in [name.strip() for name in asked.arms.strip(";").split(";" if ";" in asked.arms else ",")]:
-                if (arm, corpus, seed, asked.minutes) in done:
+                if (arm, corpus, asked.minutes, seed, processor()) in done:
                     continue
                 print(f"{arm}, {corpus}, seed {seed}, {asked.minutes:g} minutes", file=sys.stderr, flush=True)
                 row = run(arm, corpus, seed, asked.minutes, samples=asked.samples, texts=asked.texts)
