@@ -245,7 +245,8 @@ class TrainConfig:
         word_dropout: share of the decoder's input tokens that are hidden at the start of training, falling
             linearly to 0 at half of the run.
         dropout: share of what each block of encoder and decoder adds to the residual stream that is dropped, the same
-            along a text (arXiv 1512.05287), once the corpus has been passed over several times (`dropout_factor`).
+            along a text (arXiv 1512.05287), after eight passes over the corpus: less before, more later
+            (`dropout_share`).
         seed: of weights, data order and noise.
         on_collapse: what a latent that is not being used brings about: `treat` changes the rest of the run, see
             `doctor.py`; `warn` only says so.

@@ -31,7 +31,7 @@ from gptvae_cli.header import brief
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import BagOfWords, Batch, Noise, objective
-from gptvae_cli.schedule import dropout_factor, learning_rate_factor
+from gptvae_cli.schedule import dropout_share, learning_rate_factor
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
 """Progress at which a run is validated: a first look, early enough to mend what goes wrong, then every tenth."""
@@ -417,7 +417,7 @@ def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: Mo
     if recipe.word_dropout > 0:
         hide_BT = torch.from_numpy(random.random((rows, length)) < recipe.word_dropout)
     encoder_drop_LBD = decoder_drop_LBD = None
-    dropout = config.dropout * dropout_factor(epochs)
+    dropout = dropout_share(config.dropout, epochs)
     if dropout > 0:
         encoder_drop_LBD = _dropout(random, dropout, (2 * model.enc_depth, rows, model.dim))
         decoder_drop_LBD = _dropout(random, dropout, (2 * model.depth, rows, model.dim))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptvae_cli.schedule import dropout_factor, learning_rate_factor, ramp
+from gptvae_cli.schedule import dropout_share, learning_rate_factor, ramp
 
 
 @pytest.mark.parametrize(
@@ -52,5 +52,12 @@ def test_beta_rises_and_stays(progress: float, until: float, factor: float) -> N
     assert ramp(progress, until) == pytest.approx(factor)
 
 
-def test_dropout_begins_with_the_third_pass_and_is_whole_with_the_ninth() -> None:
-    assert [dropout_factor(epochs) for epochs in (0.0, 2.0, 3.5, 5.0, 8.0, 100.0)] == [0, 0, 0.25, 0.5, 1, 1]
+def test_dropout_begins_with_the_third_pass_is_whole_with_the_ninth_and_grows_to_three_times() -> None:
+    passes = (0.0, 2.0, 3.5, 5.0, 8.0, 20.0, 32.0, 100.0)
+    shares = [dropout_share(0.1, epochs) for epochs in passes]
+    assert shares == pytest.approx([0, 0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.3])
+
+
+@pytest.mark.parametrize(("dropout", "most"), [(0.0, 0.0), (0.1, 0.3), (0.2, 0.5), (0.5, 0.5), (0.8, 0.8)])
+def test_no_more_than_half_is_dropped_unless_that_was_asked_for(dropout: float, most: float) -> None:
+    assert dropout_share(dropout, 1000.0) == pytest.approx(most)

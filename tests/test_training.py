@@ -609,7 +609,9 @@ def test_without_dropout_nothing_is_dropped() -> None:
     assert (none.keep_B, none.hide_BT, none.encoder_drop_LBD, none.decoder_drop_LBD) == (None,) * 4
 
 
-@pytest.mark.parametrize(("epochs", "share"), [(0.0, 0.0), (1.9, 0.0), (5.0, 0.1), (8.0, 0.2), (30.0, 0.2)])
+@pytest.mark.parametrize(
+    ("epochs", "share"), [(0.0, 0.0), (1.9, 0.0), (5.0, 0.1), (8.0, 0.2), (14.0, 0.3), (32.0, 0.5)]
+)
 def test_dropout_begins_when_texts_are_no_longer_new(epochs: float, share: float) -> None:
     noise = training_noise(NOISY, 0, 0, some_batch(400), shape(), epochs)
     if share == 0:
@@ -623,11 +625,11 @@ def test_a_long_run_drops_out_and_a_short_one_does_not(make_rows: MakeRows, monk
     """The share follows the passes over the corpus that a run, resumed or not, has made."""
     seen: list[float] = []
 
-    def dropout_factor(epochs: float) -> float:
+    def dropout_share(dropout: float, epochs: float) -> float:
         seen.append(epochs)
         return 0.0
 
-    monkeypatch.setattr("gptvae_cli.training.dropout_factor", dropout_factor)
+    monkeypatch.setattr("gptvae_cli.training.dropout_share", dropout_share)
     learner = learner_of(config(steps=7))
     run(learner, make_rows())
     assert seen[0] == 0
