@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig
+from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig, from_dict
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Rows
 from gptvae_cli.doctor import LATEST, UNTREATED, Recipe, diagnosis, recipe, treatable, treated, treatment
@@ -94,7 +94,7 @@ def test_a_recipe_with_the_remedies_is_given_its_time() -> None:
     assert not treatable(default, 0.29, UNTREATED)
     assert treatable(default, 0.3, UNTREATED)
     for name in ("kl_warmup", "target_rate", "bag_of_words"):
-        assert treatable(replace(default, **{name: 0.0}), 0.05, UNTREATED), name
+        assert treatable(from_dict(TrainConfig, {name: 0.0}), 0.05, UNTREATED), name
 
 
 def test_the_stock_recipe_is_left_alone() -> None:
