@@ -29,7 +29,7 @@ from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig, TrainCo
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
-from gptvae_cli.doctor import diagnosis
+from gptvae_cli.doctor import diagnosis, has_remedies
 from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
@@ -408,6 +408,6 @@ def advice(figures: Figures, config: TrainConfig) -> str | None:
         return None
     if config.objective == "stock":
         return "the stock objective seldom uses a latent, train without --objective stock"
-    if config.on_collapse == "warn":
+    if config.on_collapse == "warn" and not has_remedies(config):
         return "train again without --on-collapse warn"
     return "train for longer with --max-time, or on more texts"

@@ -334,9 +334,9 @@ def train(
                 validated = bisect_right(VALIDATIONS, progress())
             wrong = diagnosis(figures) if figures is not None and not config.without_latent else None
             cure = None
-            if wrong is not None and not done and treatable(config, progress(), counters.treated_at):
-                again = counters.treated_at != UNTREATED
-                cure, counters.treated_at = treatment(config, again=again), progress()
+            at, before = progress(), counters.treated_at
+            if wrong is not None and not done and treatable(config, counters.step, at, before):
+                cure, counters.treated_at = treatment(config, again=before != UNTREATED), at
             yield StepReport(
                 step=counters.step,
                 progress=1.0 if done else progress(),

@@ -13,7 +13,17 @@ import torch
 from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig, from_dict
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Rows
-from gptvae_cli.doctor import LATEST, UNTREATED, Recipe, diagnosis, recipe, treatable, treated, treatment
+from gptvae_cli.doctor import (
+    LATEST,
+    UNTREATED,
+    YOUNG_STEPS,
+    Recipe,
+    diagnosis,
+    recipe,
+    treatable,
+    treated,
+    treatment,
+)
 from gptvae_cli.evaluation import Figures
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.training import Learner, StepReport, counters_dict, train
@@ -80,26 +90,27 @@ def test_one_text_shows_nothing() -> None:
 
 def test_it_treats_while_there_is_time_and_not_over_its_own_beginning() -> None:
     plan = config(on_collapse="treat")
-    assert treatable(plan, 0.05, UNTREATED)
-    assert not treatable(plan, LATEST + 0.01, UNTREATED)
-    assert not treatable(plan, 0.1, 0.05), "beta is still on its way"
-    assert treatable(plan, 0.5, 0.05)
-    assert not treatable(replace(plan, on_collapse="warn"), 0.05, UNTREATED)
+    assert treatable(plan, 15, 0.05, UNTREATED)
+    assert not treatable(plan, 300, LATEST + 0.01, UNTREATED)
+    assert not treatable(plan, 30, 0.1, 0.05), "beta is still on its way"
+    assert treatable(plan, 150, 0.5, 0.05)
+    assert not treatable(replace(plan, on_collapse="warn"), 15, 0.05, UNTREATED)
 
 
 def test_a_recipe_with_the_remedies_is_given_its_time() -> None:
     """Starting over before the decoder can have begun to listen costs likelihood and helps nobody."""
     default = TrainConfig()
-    assert not treatable(default, 0.05, UNTREATED)
-    assert not treatable(default, 0.29, UNTREATED)
-    assert treatable(default, 0.3, UNTREATED)
+    assert not treatable(default, YOUNG_STEPS, 0.05, UNTREATED)
+    assert not treatable(default, YOUNG_STEPS, 0.29, UNTREATED)
+    assert not treatable(default, YOUNG_STEPS - 1, 0.3, UNTREATED)
+    assert treatable(default, YOUNG_STEPS, 0.3, UNTREATED)
     for name in ("kl_warmup", "target_rate", "bag_of_words"):
-        assert treatable(from_dict(TrainConfig, {name: 0.0}), 0.05, UNTREATED), name
+        assert treatable(from_dict(TrainConfig, {name: 0.0}), 15, 0.05, UNTREATED), name
 
 
 def test_the_stock_recipe_is_left_alone() -> None:
     """It is there to be compared with."""
-    assert not treatable(TrainConfig(**STOCK_RECIPE), 0.1, UNTREATED)
+    assert not treatable(TrainConfig(**STOCK_RECIPE), YOUNG_STEPS, 0.5, UNTREATED)
 
 
 def test_a_treatment_starts_the_schedules_over_on_what_is_left() -> None:

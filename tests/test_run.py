@@ -858,7 +858,8 @@ def test_the_verdict_does_not_praise_a_latent_that_the_decoder_does_not_hear() -
         (UNHEARD, {"latents_dropout_prob": 1.0}, None),
         (UNHEARD, {}, "--max-time"),
         (replace(FIGURES, mutual_information=0.5), {}, "--max-time"),
-        (UNHEARD, {"on_collapse": "warn"}, "without --on-collapse warn"),
+        (UNHEARD, {"on_collapse": "warn"}, "--max-time"),
+        (UNHEARD, {"on_collapse": "warn", "bag_of_words": 0.0}, "without --on-collapse warn"),
         (UNHEARD, {"objective": "stock", **STOCK_RECIPE}, "without --objective stock"),
     ],
 )
