@@ -29,6 +29,22 @@ gptvae interpolate a.txt b.txt
 gptvae encode - < a.txt | gptvae generate --latent -
 """
 
+ELSEWHERE = {
+    "sample": "generate",
+    "decode": "generate",
+    "--batch-size": "--batch-tokens",
+    "--learning-rate": "--lr",
+    "--latent-dim": "--dim-latent",
+    "--latent-size": "--dim-latent",
+    "--n": "--copies",
+    "--num-samples": "--copies",
+    "--output": "--out",
+    "--time": "--max-time",
+    "--top_k": "--top-k",
+    "--top_p": "--top-p",
+}
+"""Names that other programs have for commands and options, and ours."""
+
 
 class _Commands(TyperGroup):
     """The group of commands. Both the console script and Typer's test runner enter by `main`."""
@@ -105,19 +121,34 @@ def _show_usage_error(problem: typer.TyperException, arguments: list[str]) -> in
     # The formatted message would repeat the possibilities.
     said = problem.message if hasattr(problem, "possibilities") else problem.format_message()
     message, _, guess = f"{said[:1].lower()}{said[1:]}".partition(" Did you mean ")
-    possible = getattr(problem, "possibilities", None) or re.findall(r"'([^']+)'", guess)
     parameter = getattr(problem, "param", None)
     found, name = _value_of(parameter, arguments)
+    context = getattr(problem, "ctx", None)
+    command = context.command_path if context else " ".join(["gptvae", *arguments[:1]])
+    possible = _meant(problem, arguments) or re.findall(r"'([^']+)'", guess)
     hint = f"did you mean {' or '.join(sorted(possible))}?" if possible else None
+    if command == "gptvae generate" and "extra argument" in message:
+        hint = "--text takes a text, --prior a number of random latents: gptvae generate --help"
     if parameter is not None and found is not None:
         choices = parameter.type_descriptor.choices
         allowed = f"one of {', '.join(choices)}" if choices else _allowed(problem.message)
         message = f"{name} is {found!r}, it must be {allowed}"
         hint = did_you_mean(found, choices) if choices else None
-    context = getattr(problem, "ctx", None)
-    command = context.command_path if context else " ".join(["gptvae", *arguments[:1]])
     console.error(" ".join(message.split()).removesuffix("."), hint or f"{command} --help")
     return problem.exit_code
+
+
+def _meant(problem: typer.TyperException, arguments: list[str]) -> list[str]:
+    """Our names that an option or command, which there is not, may stand for."""
+    context, unknown = getattr(problem, "ctx", None), getattr(problem, "option_name", "")
+    if not unknown:
+        name = next(iter(arguments), "")
+        return [ELSEWHERE[name]] if context and context.command_path == "gptvae" and name in ELSEWHERE else []
+    known = [option for parameter in context.command.params for option in parameter.opts] if context else []
+    if ELSEWHERE.get(unknown) in known:
+        return [ELSEWHERE[unknown]]
+    likely = getattr(problem, "possibilities", None) or []
+    return [option for option in known if option.startswith(unknown)] or list(likely)
 
 
 def _allowed(message: str) -> str:
