@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -38,12 +39,15 @@ from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeade
 from gptvae_cli.hub import foreign_companions, write_companions
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Repairs
-from gptvae_cli.training import Learner, StepReport, check_weights, counters_dict, train
+from gptvae_cli.tokens import TokenStore
+from gptvae_cli.training import Learner, StepReport, check_weights, counters_dict, tokens_per_second, train
 
 STATE_SECONDS = 60.0
 METRICS_SECONDS = 5.0
 _SAMPLE_BATCHES = 256
 """Batches that padding is told of, and their number estimated by."""
+_FASTEST = 100_000.0
+"""Tokens a second, of `small`, that no two cores reach: where even they would be too few, none need be measured."""
 
 
 @dataclass
@@ -66,10 +70,9 @@ class Job:
             f"{self.folder / name} is not gptvae's, or was edited, and stays as it is"
             for name in foreign_companions(self.folder)
         ]
-        config = self.model_config
-        window = self.data.unit == "window"
-        self.rows = Rows(self.corpus.train, config, window=window, source=self.corpus.train_source)
-        self.valid = Rows(self.corpus.valid, config, window=window, source=self.corpus.valid_source)
+        corpus, config = self.corpus, self.model_config
+        self.rows = _rows(corpus.train, corpus.train_source, config, self.data)
+        self.valid = _rows(corpus.valid, corpus.valid_source, config, self.data)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -236,15 +239,14 @@ def start(
         GPTVAEError: for a disk that cannot take the corpus; likewise.
     """
     require_log(folder, config.log)
-    name, reason = preset, "asked for"
-    if preset == "auto":
-        name, reason = sizing.choose_preset(config.max_time, accelerated=device.device.type != "cpu")
-    sizes = asdict(sizing.preset(name)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
     new_cache = folder / NEW_CACHE_NAME
     earlier = Corpus.recall(folder / CACHE_NAME, sources, data)
     try:
         corpus = earlier or _read_corpus(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
-        model_config = _model_config(corpus, data, sizes)
+        name, reason = preset, "asked for"
+        if preset == "auto":
+            name, reason = _fitting_preset(corpus, data, config, shape, device, precision)
+        model_config = _model_config(corpus, data, name, shape)
         torch.manual_seed(config.seed)
         model = GPTVAE.from_config(model_config).to(device.device)
         # Only now, with a corpus and a model in hand, does an earlier run have to go.
@@ -298,8 +300,37 @@ def _unwritable(path: Path, error: OSError) -> GPTVAEError:
     return GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint)
 
 
-def _model_config(corpus: Corpus, data: DataConfig, sizes: Mapping[str, int]) -> ModelConfig:
-    """These sizes, with a length that fits the corpus unless there is one."""
+def _fitting_preset(
+    corpus: Corpus,
+    data: DataConfig,
+    config: TrainConfig,
+    shape: Mapping[str, int],
+    device: Device,
+    precision: Precision,
+) -> tuple[str, str]:
+    """The preset that the limits of a run leave time for, on this machine where they are of time, and why."""
+    if device.device.type != "cpu":
+        return sizing.choose_preset_on_gpu(config.max_time)
+    model = _model_config(corpus, data, sizing.MEASURED, shape)
+    rows = _rows(corpus.train, corpus.train_source, model, data)
+    tokens = math.inf if config.steps is None else config.steps * config.batch_tokens
+    if config.epochs is not None:
+        tokens = min(tokens, config.epochs * len(rows) * rows.mean_width())
+    if config.max_time is not None:
+        tokens = min(tokens, config.max_time * _FASTEST)
+        if tokens >= sizing.ENOUGH_TOKENS:
+            speed = tokens_per_second(model, config, rows, device.device, precision.dtype)
+            tokens = min(tokens, config.max_time * speed)
+    return sizing.choose_preset(tokens)
+
+
+def _rows(store: TokenStore, source: TokenStore | None, model: ModelConfig, data: DataConfig) -> Rows:
+    return Rows(store, model, window=data.unit == "window", source=source)
+
+
+def _model_config(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str, int]) -> ModelConfig:
+    """The sizes of a preset, but for those of `shape`, with a length that fits the corpus unless there is one."""
+    sizes = asdict(sizing.preset(preset)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
     stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
     long_length = max(_quantile(store.lengths(), 0.999) for store in stores) + 2
     tokenizer = corpus.tokenizer

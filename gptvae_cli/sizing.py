@@ -29,25 +29,36 @@ PRESETS = {
 LATENT_WIDTH = 32
 
 
-def choose_preset(seconds: float | None, *, accelerated: bool) -> tuple[str, str]:
-    """The preset that learns most in the time given, and why.
+MEASURED = "small"
+"""The preset whose speed tells what there is time for."""
+ENOUGH_TOKENS = 6e6
+PLENTY_OF_TOKENS = 2e8
 
-    On Tatoeba's sentences, in ten minutes of one CPU thread, `small` gave an importance-weighted NLL of 30.5 nats
-    a text and `micro` 30.9; on Wikipedia's longer ones, in four, 148.0 and 145.8 (`tests/benchmarks/latent/`). Hence
-    twenty minutes of a thread, ten of two. The other bounds are rules of thumb.
+
+def choose_preset(tokens: float) -> tuple[str, str]:
+    """The preset that learns most on a CPU in the time that `small` takes for so many tokens, and why.
+
+    Tokens, and not minutes: machines of two cores differ fourfold. On Tatoeba's sentences `small` gave an
+    importance-weighted NLL of 30.5 nats a text after 6.6 million, and `micro` 30.9 in the same time
+    (`tests/benchmarks/latent/`). The other bound, hours, is a rule of thumb.
+
+    Args:
+        tokens: that a run trains on if its model is `MEASURED`, repeats counted.
+    """
+    if tokens >= PLENTY_OF_TOKENS:
+        return "medium", "there is time for it"
+    if tokens >= ENOUGH_TOKENS:
+        return MEASURED, "there is time for it"
+    return "micro", f"{MEASURED} would learn from too little, {tokens / 1e6:.1f} million tokens"
+
+
+def choose_preset_on_gpu(seconds: float | None) -> tuple[str, str]:
+    """The same for a GPU, which takes steps of a larger model about as fast: rules of thumb.
 
     Args:
         seconds: of training; None is without a limit.
-        accelerated: whether a GPU does the work.
     """
-    if accelerated:
-        name = "medium" if seconds is not None and seconds < 1800 else "large"
-        return name, "a GPU trains it"
-    if seconds is None or seconds > 4 * 3600:
-        return "medium", "hours on a CPU"
-    if seconds >= 600:
-        return "small", "ten minutes or more on a CPU"
-    return "micro", "less than ten minutes on a CPU"
+    return "medium" if seconds is not None and seconds < 1800 else "large", "a GPU trains it"
 
 
 def preset(name: str) -> Preset:

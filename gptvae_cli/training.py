@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ EARLIEST_BEST = 0.1
 """Progress before which no model is the best: one that has hardly begun has a latent that may only look alive."""
 VALIDATION_TEXTS = 1000
 REPORT_SECONDS = 0.5
+_TRIAL_STEPS = 5
+"""To measure speed by; the first are slow."""
 
 
 @dataclass
@@ -359,6 +362,20 @@ def train(
             if done or stop:
                 return
         counters.epoch += 1
+
+
+def tokens_per_second(
+    model: ModelConfig, config: TrainConfig, rows: Rows, device: torch.device, precision: torch.dtype
+) -> float:
+    """How fast a model of these sizes would learn here: the median of a few steps of one that is thrown away."""
+    learner = Learner(GPTVAE.from_config(model).to(device), config)
+    speeds = []
+    for batch in islice(Epoch(rows, config.batch_tokens, config.seed, 0).batches(0), _TRIAL_STEPS):
+        sums = _Sums(time.monotonic())
+        norm = _step(learner, [batch], 0.0, 0.0, precision, sums)[2]
+        _read(sums, norm, learner.counters.step)
+        speeds.append(batch.target_tokens / (time.monotonic() - sums.began))
+    return median(speeds)
 
 
 def score(figures: Figures, config: TrainConfig) -> float:

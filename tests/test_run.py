@@ -36,6 +36,7 @@ from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.run import Job, advice, resume, start, verdict
+from gptvae_cli.sizing import preset_of
 from gptvae_cli.tokenizer import Tokenizer
 from tests.conftest import LINES
 
@@ -113,6 +114,54 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Figures]], None]
         monkeypatch.setattr("gptvae_cli.training.measure", lambda *args, **kwargs: figures.pop(0))
 
     return set_figures
+
+
+# The sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("limits", "speed", "name", "why"),
+    [
+        ({"max_time": 600.0}, 20_000.0, "small", "there is time for it"),
+        ({"max_time": 600.0}, 4_000.0, "micro", "2.4 million tokens"),
+        ({"max_time": 600.0, "steps": 1000, "batch_tokens": 512}, None, "micro", "0.5 million tokens"),
+        ({"max_time": 30.0}, None, "micro", "tokens"),
+        ({"steps": 1000, "batch_tokens": 8192}, None, "small", "there is time for it"),
+        ({"epochs": 2.0}, None, "micro", "0.0 million tokens"),
+    ],
+    ids=["fast", "slow", "few-steps", "seconds", "large-batches", "epochs"],
+)
+def test_the_sizes_fit_what_the_machine_can_do_in_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    corpus: str,
+    limits: dict[str, Any],
+    speed: float | None,
+    name: str,
+    why: str,
+) -> None:
+    """A speed of None is one that need not be measured."""
+    asked = []
+
+    def measured(*args: object) -> float:
+        asked.append(args)
+        return speed or math.nan
+
+    monkeypatch.setattr("gptvae_cli.run.tokens_per_second", measured)
+    job = begin(folder, [corpus], shape={}, preset="auto", **{"steps": None, **limits})
+    assert preset_of(job.model_config) == name
+    assert any(f"model: {name}" in note and why in note for note in job.notes)
+    assert len(asked) == (speed is not None)
+
+
+def test_measuring_the_speed_leaves_no_trace_in_the_run(tmp_path: Path, corpus: str) -> None:
+    fitted, named = (
+        begin(tmp_path / preset, [corpus], shape=TINY, preset=preset, steps=None, max_time=600.0)
+        for preset in ("auto", "micro")
+    )
+    theirs = named.learner.tensors()
+    for key, tensor in fitted.learner.tensors().items():
+        assert torch.equal(tensor, theirs[key]), key
 
 
 # The folder -----------------------------------------------------------------------------------------------------------
@@ -334,9 +383,9 @@ def test_sizes_come_from_the_preset_unless_given(folder: Path, corpus: str) -> N
     assert model.max_seq_len == 24, "the longest of these texts takes 18 tokens"
     other = begin(folder, [corpus], shape={"depth": 1, "dim_latent": 5, "max_seq_len": 77}).model_config
     assert (other.dim, other.depth, other.dim_latent, other.max_seq_len) == (64, 1, 5, 77)
-    auto = begin(folder, [corpus], shape={}, preset="auto", max_time=60.0, steps=None)
+    auto = begin(folder, [corpus], shape={}, preset="auto", max_time=30.0, steps=None)
     assert auto.model_config.dim == 128
-    assert any("micro (less than ten minutes on a CPU)" in note for note in auto.notes)
+    assert any("model: micro (small would learn from too little" in note for note in auto.notes)
 
 
 def test_the_longer_of_texts_and_sources_sets_the_length(folder: Path, corpus: str, tmp_path: Path) -> None:

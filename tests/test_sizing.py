@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 
 import pytest
 
 from gptvae_cli.config import ModelConfig
 from gptvae_cli.errors import ConfigError
-from gptvae_cli.sizing import LATENT_WIDTH, PRESETS, choose_max_seq_len, choose_preset, preset
+from gptvae_cli.sizing import LATENT_WIDTH, PRESETS, choose_max_seq_len, choose_preset, choose_preset_on_gpu, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -28,24 +29,25 @@ def test_an_unknown_preset_is_told_the_known_ones() -> None:
         preset("huge")
 
 
-@pytest.mark.parametrize("accelerated", [False, True])
-def test_more_time_never_means_a_smaller_model(accelerated: bool) -> None:
+def test_more_tokens_or_time_never_mean_a_smaller_model() -> None:
     order = list(PRESETS)
-    times = [1.0, 60.0, 599.0, 600.0, 1800.0, 1801.0, 3600.0, 4 * 3600.0, 4 * 3600.0 + 1, 1e6, None]
-    chosen = [order.index(choose_preset(seconds, accelerated=accelerated)[0]) for seconds in times]
-    assert chosen == sorted(chosen)
-    assert len(set(chosen)) > 1
+    for chosen in (
+        [choose_preset(tokens) for tokens in (0.0, 1e3, 1e6, 5.9e6, 6e6, 1e8, 2e8, 1e12, math.inf)],
+        [choose_preset_on_gpu(seconds) for seconds in (1.0, 600.0, 1800.0, 1e6, None)],
+    ):
+        places = [order.index(name) for name, _ in chosen]
+        assert places == sorted(places)
+        assert len(set(places)) > 1
 
 
 @pytest.mark.parametrize(
-    ("seconds", "accelerated", "name"),
-    [(599.0, False, "micro"), (600.0, False, "small"), (8 * 3600.0, False, "medium"), (600.0, True, "medium")],
-    ids=["minutes", "more", "a-night", "gpu"],
+    ("tokens", "name", "reason"),
+    [(3.94e6, "micro", "3.9 million tokens"), (6e6, "small", "time for it"), (1e9, "medium", "time for it")],
 )
-def test_the_preset_fits_time_and_device_and_says_why(seconds: float, accelerated: bool, name: str) -> None:
-    found, reason = choose_preset(seconds, accelerated=accelerated)
+def test_the_preset_fits_what_there_is_time_for_and_says_why(tokens: float, name: str, reason: str) -> None:
+    found, why = choose_preset(tokens)
     assert found == name
-    assert ("GPU" in reason) == accelerated
+    assert reason in why
 
 
 @pytest.mark.parametrize(
