@@ -31,16 +31,17 @@ LATENT_WIDTH = 32
 
 MEASURED = "small"
 """The preset whose speed tells what there is time for."""
-ENOUGH_TOKENS = 6e6
+ENOUGH_TOKENS = 5e6
 PLENTY_OF_TOKENS = 2e8
 
 
 def choose_preset(tokens: float) -> tuple[str, str]:
     """The preset that learns most on a CPU in the time that `small` takes for so many tokens, and why.
 
-    Tokens, and not minutes: machines of two cores differ fourfold. On Tatoeba's sentences `small` gave an
-    importance-weighted NLL of 30.5 nats a text after 6.6 million, and `micro` 30.9 in the same time
-    (`tests/benchmarks/latent/`). The other bound, hours, is a rule of thumb.
+    Tokens, and not minutes: machines of two cores differ fourfold. In the time that `small` took for 6.6 million on
+    Tatoeba's sentences it came to an importance-weighted NLL of 30.5 nats a text and `micro` to 30.9, in that for 3.9
+    million to 31.6 and 31.4; on longer texts it is ahead sooner (`tests/benchmarks/latent/defaults.txt`). The other
+    bound, hours, is a rule of thumb.
 
     Args:
         tokens: that a run trains on if its model is `MEASURED`, repeats counted.
