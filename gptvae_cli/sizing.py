@@ -40,8 +40,8 @@ def choose_preset(tokens: float) -> tuple[str, str]:
 
     Tokens, and not minutes: machines of two cores differ fourfold. In the time that `small` took for 6.6 million on
     Tatoeba's sentences it came to an importance-weighted NLL of 30.5 nats a text and `micro` to 30.9, in that for 3.9
-    million to 31.6 and 31.4; on longer texts it is ahead sooner (`tests/benchmarks/latent/defaults.txt`). The other
-    bound, hours, is a rule of thumb.
+    million to 31.6 and 31.4; on Wikipedia's, in that for 2.8 million, to 145.9 and 145.6
+    (`tests/benchmarks/latent/results.txt`). The other bound, hours, is a rule of thumb.
 
     Args:
         tokens: that a run trains on if its model is `MEASURED`, repeats counted.
