@@ -103,7 +103,8 @@ Some arms in the results won nothing and are no longer in the package: `everywhe
 every token's embedding; `muon` gave the layers' matrices to `torch.optim.Muon`, which learns more in a step and, on a
 CPU, no more in a second; `lm 0.3` and `lm 0.5` trained the decoder alone for that share of the run and then began the
 encoder as a copy of its first layers, which is better without z and worse with it; `drop 0.1 throughout` drops out
-from the first step on. `sqrt ramp` let beta rise as the root of what it does now. `tied encoder` shared the decoder's embeddings with the encoder, `tied logits` those with the
+from the first step on. `sqrt ramp` let beta rise as the root of what it does now.
+`tied encoder` shared the decoder's embeddings with the encoder, `tied logits` those with the
 decoder's own logits; `attention pooling` weighed the tokens by a learnt softmax for every channel; `bn` normalised the
 means over a batch to a standard deviation of 0.7 in place of a rate and a bag of words (BN-VAE, arXiv 2004.12585);
 `contrastive 0.3` added 0.3 of the information within a batch, `mmd 30` 30 times the discrepancy of the batch's latents
