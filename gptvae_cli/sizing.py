@@ -50,7 +50,7 @@ def choose_preset(tokens: float) -> tuple[str, str]:
         return "medium", "there is time for it"
     if tokens >= ENOUGH_TOKENS:
         return MEASURED, "there is time for it"
-    return "micro", f"{MEASURED} would learn from too little, {tokens / 1e6:.1f} million tokens"
+    return "micro", f"{MEASURED} would learn from less than {ENOUGH_TOKENS / 1e6:g} million tokens"
 
 
 def choose_preset_on_gpu(seconds: float | None) -> tuple[str, str]:

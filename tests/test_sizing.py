@@ -42,7 +42,7 @@ def test_more_tokens_or_time_never_mean_a_smaller_model() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "name", "reason"),
-    [(3.94e6, "micro", "3.9 million tokens"), (5e6, "small", "time for it"), (1e9, "medium", "time for it")],
+    [(3.94e6, "micro", "less than 5 million tokens"), (5e6, "small", "time for it"), (1e9, "medium", "time for it")],
 )
 def test_the_preset_fits_what_there_is_time_for_and_says_why(tokens: float, name: str, reason: str) -> None:
     found, why = choose_preset(tokens)
