@@ -27,8 +27,6 @@ PRESETS = {
 }
 
 LATENT_WIDTH = 32
-
-
 MEASURED = "small"
 """The preset whose speed tells what there is time for."""
 ENOUGH_TOKENS = 5e6

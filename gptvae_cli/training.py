@@ -369,8 +369,9 @@ def tokens_per_second(
 ) -> float:
     """How fast a model of these sizes would learn here: the median of a few steps of one that is thrown away."""
     learner = Learner(GPTVAE.from_config(model).to(device), config)
+    micro_tokens = max(1, config.batch_tokens // config.accumulate)
     speeds = []
-    for batch in islice(Epoch(rows, config.batch_tokens, config.seed, 0).batches(0), _TRIAL_STEPS):
+    for batch in islice(Epoch(rows, micro_tokens, config.seed, 0).batches(0), _TRIAL_STEPS):
         sums = _Sums(time.monotonic())
         norm = _step(learner, [batch], 0.0, 0.0, precision, sums)[2]
         _read(sums, norm, learner.counters.step)
