@@ -40,8 +40,6 @@ ELSEWHERE = {
     "--num-samples": "--copies",
     "--output": "--out",
     "--time": "--max-time",
-    "--top_k": "--top-k",
-    "--top_p": "--top-p",
 }
 """Names that other programs have for commands and options, and ours."""
 
