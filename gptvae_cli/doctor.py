@@ -3,7 +3,8 @@
 A decoder that writes well without a latent gives its encoder nothing to learn from, and the KL then takes away what
 little the latent held: this does not mend itself. So the schedules start over on what is left of the run, with beta
 at 0, under a recipe that makes the latent worth listening to (`treated`). Everything here is a pure function of the
-configuration, the progress and the moment of the treatment: a resumed run goes on with it.
+configuration, the progress and the moment of the treatment: a resumed run goes on with it. At the end of a run it says
+in a sentence what came of it (`verdict`), and what to do where that is little (`advice`).
 """
 
 from __future__ import annotations
@@ -129,3 +130,39 @@ def recipe(config: TrainConfig, progress: float, treated_at: float = UNTREATED) 
     if treated_at == UNTREATED:
         return Recipe(config, progress)
     return Recipe(treated(config), (progress - treated_at) / (1 - treated_at))
+
+
+def verdict(figures: Figures, config: TrainConfig) -> str:
+    """One sentence on what the latent carries."""
+    if config.without_latent:
+        return (
+            f"trained without a latent: {figures.cross_entropy_without:.2f} nats/text held out; compare with --baseline"
+        )
+    if figures.collapsed:
+        return (
+            f"collapsed: the latent carries {max(0.0, figures.mutual_information):.2f} nats of a text,"
+            " the decoder writes without it"
+        )
+    lost = figures.cross_entropy_shuffled - figures.cross_entropy
+    if diagnosis(figures) is not None:
+        return (
+            f"not used: the latent carries {figures.mutual_information:.1f} nats of a text, but the decoder writes"
+            f" as well from another text's, within {abs(lost):.2f} nats"
+        )
+    saved = figures.cross_entropy_without - figures.cross_entropy
+    return (
+        f"the latent carries {figures.mutual_information:.1f} nats of a text"
+        f" (of at most {math.log(figures.texts):.1f} that {figures.texts:,} texts can show)"
+        f" and saves the decoder {saved:.1f} of {figures.cross_entropy_without:.1f}"
+    )
+
+
+def advice(figures: Figures, config: TrainConfig) -> str | None:
+    """What to do where the latent is not being used; None where it is, or where there is none."""
+    if config.without_latent or diagnosis(figures) is None:
+        return None
+    if config.objective == "stock":
+        return "the stock objective seldom uses a latent, train without --objective stock"
+    if config.on_collapse == "warn" and not has_remedies(config):
+        return "train again without --on-collapse warn"
+    return "train for longer with --max-time, or on more texts"

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from gptvae_cli import __version__, sizing
+from gptvae_cli import __version__
 from gptvae_cli.checkpoint import (
     load,
     load_state,
@@ -26,28 +24,27 @@ from gptvae_cli.checkpoint import (
     save_model,
     save_state,
 )
-from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig, TrainConfig, to_dict
+from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
-from gptvae_cli.doctor import diagnosis, has_remedies
+from gptvae_cli.doctor import verdict
 from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
+from gptvae_cli.fitting import fit_preset, fit_sizes
 from gptvae_cli.folder import CACHE_NAME, METRICS_NAME, NEW_CACHE_NAME, place_cache, remove_run, trim_log
 from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
 from gptvae_cli.hub import foreign_companions, write_companions
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Repairs
 from gptvae_cli.tokens import TokenStore
-from gptvae_cli.training import Learner, StepReport, check_weights, counters_dict, tokens_per_second, train
+from gptvae_cli.training import Learner, StepReport, check_weights, counters_dict, train
 
 STATE_SECONDS = 60.0
 METRICS_SECONDS = 5.0
 _SAMPLE_BATCHES = 256
 """Batches that padding is told of, and their number estimated by."""
-_FASTEST = 100_000.0
-"""Tokens a second, of `small`, that no two cores reach: where even they would be too few, none need be measured."""
 
 
 @dataclass
@@ -245,10 +242,10 @@ def start(
         corpus = earlier or _read_corpus(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
         name, reason = preset, "asked for"
         if preset == "auto":
-            name, reason = _fitting_preset(corpus, data, config, shape, device, precision)
-        model_config = _model_config(corpus, data, name, shape)
+            name, reason = fit_preset(corpus, data, config, shape, device, precision)
+        sizes = fit_sizes(corpus, data, name, shape)
         torch.manual_seed(config.seed)
-        model = GPTVAE.from_config(model_config).to(device.device)
+        model = GPTVAE.from_config(sizes).to(device.device)
         # Only now, with a corpus and a model in hand, does an earlier run have to go.
         remove_run(folder, keep_cache=earlier is not None)
         if earlier is None:
@@ -272,8 +269,8 @@ def start(
     batches = round(len(job.rows) * len(sample) / sum(map(len, sample)))
     notes += [
         f"model: {name} ({reason}): {sum(p.numel() for p in model.parameters()):,} parameters,"
-        f" encoder {model_config.enc_depth} and decoder {model_config.depth} layers of {model_config.dim},"
-        f" latent {model_config.dim_latent}, up to {model_config.max_seq_len} tokens",
+        f" encoder {sizes.enc_depth} and decoder {sizes.depth} layers of {sizes.dim},"
+        f" latent {sizes.dim_latent}, up to {sizes.max_seq_len} tokens",
         f"batches: {config.batch_tokens:,} tokens, about {batches:,} an epoch,"
         f" {100 * padding_share(sample):.1f} % padding",
         f"device: {device.device} ({device.reason}), {_dtype_name(precision)} ({precision.reason})",
@@ -300,56 +297,8 @@ def _unwritable(path: Path, error: OSError) -> GPTVAEError:
     return GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint)
 
 
-def _fitting_preset(
-    corpus: Corpus,
-    data: DataConfig,
-    config: TrainConfig,
-    shape: Mapping[str, int],
-    device: Device,
-    precision: Precision,
-) -> tuple[str, str]:
-    """The preset that the limits of a run leave time for, on this machine where they are of time, and why."""
-    if device.device.type != "cpu":
-        return sizing.choose_preset_on_gpu(config.max_time)
-    model = _model_config(corpus, data, sizing.MEASURED, shape)
-    rows = _rows(corpus.train, corpus.train_source, model, data)
-    tokens = math.inf if config.steps is None else config.steps * config.batch_tokens
-    if config.epochs is not None:
-        tokens = min(tokens, config.epochs * len(rows) * rows.mean_width())
-    if config.max_time is not None:
-        tokens = min(tokens, config.max_time * _FASTEST)
-        if tokens >= sizing.ENOUGH_TOKENS:
-            speed = tokens_per_second(model, config, rows, device.device, precision.dtype)
-            tokens = min(tokens, config.max_time * speed)
-    return sizing.choose_preset(tokens)
-
-
 def _rows(store: TokenStore, source: TokenStore | None, model: ModelConfig, data: DataConfig) -> Rows:
     return Rows(store, model, window=data.unit == "window", source=source)
-
-
-def _model_config(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str, int]) -> ModelConfig:
-    """The sizes of a preset, but for those of `shape`, with a length that fits the corpus unless there is one."""
-    sizes = asdict(sizing.preset(preset)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
-    stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
-    long_length = max(_quantile(store.lengths(), 0.999) for store in stores) + 2
-    tokenizer = corpus.tokenizer
-    return ModelConfig(
-        num_tokens=tokenizer.num_tokens,
-        pad_id=tokenizer.pad_id,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        **{"max_seq_len": sizing.choose_max_seq_len(long_length, data.unit), **sizes},
-    )
-
-
-def _quantile(pieces: Iterable[npt.NDArray[np.int64]], share: float) -> int:
-    """The least of these lengths that at most the rest of the share exceeds; what no model reads counts as one."""
-    counts = np.zeros(LONGEST_SEQUENCE + 1, dtype=np.int64)
-    for lengths_N in pieces:
-        counts += np.bincount(np.minimum(lengths_N, LONGEST_SEQUENCE), minlength=len(counts))
-    rank = np.ceil(share * (counts.sum() - 1))
-    return int(np.searchsorted(np.cumsum(counts), rank, side="right"))
 
 
 def _dtype_name(precision: Precision) -> str:
@@ -406,39 +355,3 @@ def resume(
     if state.note:
         notes.append(state.note)
     return Job(folder, corpus, data, learner, precision, notes)
-
-
-def verdict(figures: Figures, config: TrainConfig) -> str:
-    """One sentence on what the latent carries."""
-    if config.without_latent:
-        return (
-            f"trained without a latent: {figures.cross_entropy_without:.2f} nats/text held out; compare with --baseline"
-        )
-    if figures.collapsed:
-        return (
-            f"collapsed: the latent carries {max(0.0, figures.mutual_information):.2f} nats of a text,"
-            " the decoder writes without it"
-        )
-    lost = figures.cross_entropy_shuffled - figures.cross_entropy
-    if diagnosis(figures) is not None:
-        return (
-            f"not used: the latent carries {figures.mutual_information:.1f} nats of a text, but the decoder writes"
-            f" as well from another text's, within {abs(lost):.2f} nats"
-        )
-    saved = figures.cross_entropy_without - figures.cross_entropy
-    return (
-        f"the latent carries {figures.mutual_information:.1f} nats of a text"
-        f" (of at most {np.log(figures.texts):.1f} that {figures.texts:,} texts can show)"
-        f" and saves the decoder {saved:.1f} of {figures.cross_entropy_without:.1f}"
-    )
-
-
-def advice(figures: Figures, config: TrainConfig) -> str | None:
-    """What to do where the latent is not being used; None where it is, or where there is none."""
-    if config.without_latent or diagnosis(figures) is None:
-        return None
-    if config.objective == "stock":
-        return "the stock objective seldom uses a latent, train without --objective stock"
-    if config.on_collapse == "warn" and not has_remedies(config):
-        return "train again without --on-collapse warn"
-    return "train for longer with --max-time, or on more texts"

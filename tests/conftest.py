@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a b
 def pytest_configure(config: pytest.Config) -> None:
     # x-transformers scripts a function while it is imported, which torch has begun to deprecate.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Every processor has a worker: more threads would only wait for one another.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -18,11 +18,13 @@ from gptvae_cli.doctor import (
     UNTREATED,
     YOUNG_STEPS,
     Recipe,
+    advice,
     diagnosis,
     recipe,
     treatable,
     treated,
     treatment,
+    verdict,
 )
 from gptvae_cli.evaluation import Figures
 from gptvae_cli.model import GPTVAE
@@ -228,3 +230,48 @@ def test_a_treatment_that_fails_does_not_cost_the_model_from_before(
     reports = run(learner_of(config(steps=40)), rows)
     assert next(report.step for report in reports if report.treatment) == 12
     assert [report.step for report in reports if report.improved] == [4]
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_verdict_says_what_the_latent_carries() -> None:
+    text = verdict(HEALTHY, TrainConfig())
+    assert text == (
+        "the latent carries 6.0 nats of a text (of at most 6.9 that 1,000 texts can show)"
+        " and saves the decoder 4.0 of 24.0"
+    )
+
+
+def test_the_verdict_calls_a_collapse_a_collapse() -> None:
+    text = verdict(replace(HEALTHY, mutual_information=0.034), TrainConfig())
+    assert text == "collapsed: the latent carries 0.03 nats of a text, the decoder writes without it"
+
+
+UNHEARD = replace(HEALTHY, cross_entropy_shuffled=HEALTHY.cross_entropy + 0.4)
+
+
+def test_the_verdict_does_not_praise_a_latent_that_the_decoder_does_not_hear() -> None:
+    assert verdict(UNHEARD, TrainConfig()) == (
+        "not used: the latent carries 6.0 nats of a text, but the decoder writes as well from another text's,"
+        " within 0.40 nats"
+    )
+
+
+@pytest.mark.parametrize(
+    ("figures", "config", "words"),
+    [
+        (HEALTHY, {}, None),
+        (UNHEARD, {"latents_dropout_prob": 1.0}, None),
+        (UNHEARD, {}, "--max-time"),
+        (replace(HEALTHY, mutual_information=0.5), {}, "--max-time"),
+        (UNHEARD, {"on_collapse": "warn"}, "--max-time"),
+        (UNHEARD, {"on_collapse": "warn", "bag_of_words": 0.0}, "without --on-collapse warn"),
+        (UNHEARD, {"objective": "stock", **STOCK_RECIPE}, "without --objective stock"),
+    ],
+)
+def test_a_latent_that_is_not_used_comes_with_advice(
+    figures: Figures, config: dict[str, Any], words: str | None
+) -> None:
+    found = advice(figures, TrainConfig(**config))
+    assert (found is None) if words is None else (found is not None and words in found)

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from gptvae_cli.checkpoint import load
 from gptvae_cli.cli.app import app
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from gptvae_cli.doctor import verdict
 from gptvae_cli.errors import GPTVAEError
 from gptvae_cli.evaluation import Figures
 from gptvae_cli.header import FORMAT_VERSION, ModelHeader, read_header
 from gptvae_cli.hub import config_json, foreign_companions, model_card, remove_companions, tokenizer_json
 from gptvae_cli.hub import write_companions as write
-from gptvae_cli.run import verdict
 from gptvae_cli.sampling import Encoder
 from gptvae_cli.tokenizer import Tokenizer
 from tests.conftest import LINES

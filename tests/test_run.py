@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gptvae_cli import __version__
 from gptvae_cli.checkpoint import load, load_state, save_state, sync
-from gptvae_cli.config import STOCK_RECIPE, DataConfig, ModelConfig, TrainConfig, to_dict
+from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import (
     BusyError,
@@ -35,7 +35,7 @@ from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.run import Job, advice, resume, start, verdict
+from gptvae_cli.run import Job, resume, start
 from gptvae_cli.sizing import preset_of
 from gptvae_cli.tokenizer import Tokenizer
 from tests.conftest import LINES
@@ -147,7 +147,7 @@ def test_the_sizes_fit_what_the_machine_can_do_in_the_time(
         asked.append(args)
         return speed or math.nan
 
-    monkeypatch.setattr("gptvae_cli.run.tokens_per_second", measured)
+    monkeypatch.setattr("gptvae_cli.fitting.tokens_per_second", measured)
     job = begin(folder, [corpus], shape={}, preset="auto", **{"steps": None, **limits})
     assert preset_of(job.model_config) == name
     assert any(f"model: {name}" in note and why in note for note in job.notes)
@@ -872,51 +872,6 @@ def test_figures_that_are_no_numbers_are_a_divergence(
     with pytest.raises(DivergedError, match="validation is not finite at step 2"):
         finish(begin(folder, [corpus]))
     assert read_header(folder / "model.safetensors").training["steps"] == 1
-
-
-# Words ----------------------------------------------------------------------------------------------------------------
-
-
-def test_the_verdict_says_what_the_latent_carries() -> None:
-    text = verdict(FIGURES, TrainConfig())
-    assert text == (
-        "the latent carries 3.2 nats of a text (of at most 4.6 that 100 texts can show)"
-        " and saves the decoder 4.5 of 24.5"
-    )
-
-
-def test_the_verdict_calls_a_collapse_a_collapse() -> None:
-    text = verdict(replace(FIGURES, mutual_information=0.034), TrainConfig())
-    assert text == "collapsed: the latent carries 0.03 nats of a text, the decoder writes without it"
-
-
-UNHEARD = replace(FIGURES, cross_entropy_shuffled=FIGURES.cross_entropy + 0.4)
-
-
-def test_the_verdict_does_not_praise_a_latent_that_the_decoder_does_not_hear() -> None:
-    assert verdict(UNHEARD, TrainConfig()) == (
-        "not used: the latent carries 3.2 nats of a text, but the decoder writes as well from another text's,"
-        " within 0.40 nats"
-    )
-
-
-@pytest.mark.parametrize(
-    ("figures", "config", "words"),
-    [
-        (FIGURES, {}, None),
-        (UNHEARD, {"latents_dropout_prob": 1.0}, None),
-        (UNHEARD, {}, "--max-time"),
-        (replace(FIGURES, mutual_information=0.5), {}, "--max-time"),
-        (UNHEARD, {"on_collapse": "warn"}, "--max-time"),
-        (UNHEARD, {"on_collapse": "warn", "bag_of_words": 0.0}, "without --on-collapse warn"),
-        (UNHEARD, {"objective": "stock", **STOCK_RECIPE}, "without --objective stock"),
-    ],
-)
-def test_a_latent_that_is_not_used_comes_with_advice(
-    figures: Figures, config: dict[str, Any], words: str | None
-) -> None:
-    found = advice(figures, TrainConfig(**config))
-    assert (found is None) if words is None else (found is not None and words in found)
 
 
 def test_a_users_tokenizer_stays_with_the_run(folder: Path, corpus: str, tmp_path: Path) -> None:

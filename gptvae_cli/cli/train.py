@@ -329,7 +329,7 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
 
 
 def _finish(job: Job, *, quiet: bool) -> None:
-    from gptvae_cli.run import advice, verdict
+    from gptvae_cli.doctor import advice, verdict
 
     job.load_best()
     if quiet or job.figures is None:

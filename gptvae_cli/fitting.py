@@ -1,0 +1,83 @@
+"""A model's sizes for a corpus, the limits of a run and a machine: finds what the rules of `sizing.py` need to know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+import numpy as np
+import numpy.typing as npt
+
+from gptvae_cli import sizing
+from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig, TrainConfig
+from gptvae_cli.corpus import Corpus
+from gptvae_cli.data import Rows
+from gptvae_cli.device import Device, Precision
+from gptvae_cli.training import tokens_per_second
+
+_FASTEST = 100_000.0
+"""Tokens a second, of `small`, that no two cores reach: where even they would be too few, none need be measured."""
+
+
+def fit_preset(
+    corpus: Corpus,
+    data: DataConfig,
+    config: TrainConfig,
+    shape: Mapping[str, int],
+    device: Device,
+    precision: Precision,
+) -> tuple[str, str]:
+    """The preset that the limits of a run leave time for, on this machine where they are of time, and why.
+
+    Args:
+        corpus, data, config: what to learn, and until when.
+        shape: as `fit_sizes` takes it.
+        device, precision: where and in what to compute. A CPU's speed is measured where it decides; that takes seconds.
+    """
+    if device.device.type != "cpu":
+        return sizing.choose_preset_on_gpu(config.max_time)
+    model = fit_sizes(corpus, data, sizing.MEASURED, shape)
+    rows = Rows(corpus.train, model, window=data.unit == "window", source=corpus.train_source)
+    tokens = math.inf if config.steps is None else config.steps * config.batch_tokens
+    if config.epochs is not None:
+        tokens = min(tokens, config.epochs * len(rows) * rows.mean_width())
+    if config.max_time is not None:
+        tokens = min(tokens, config.max_time * _FASTEST)
+        if tokens >= sizing.ENOUGH_TOKENS:
+            speed = tokens_per_second(model, config, rows, device.device, precision.dtype)
+            tokens = min(tokens, config.max_time * speed)
+    return sizing.choose_preset(tokens)
+
+
+def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str, int]) -> ModelConfig:
+    """The sizes of a preset, with a length that fits the corpus.
+
+    Args:
+        corpus, data: what to learn.
+        preset: a name from `sizing.PRESETS`.
+        shape: fields of `ModelConfig` that were asked for, and win.
+
+    Raises:
+        ConfigError: for a name that there is not, and for sizes that cannot be.
+    """
+    sizes = asdict(sizing.preset(preset)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
+    stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
+    long_length = max(_quantile(store.lengths(), 0.999) for store in stores) + 2
+    tokenizer = corpus.tokenizer
+    return ModelConfig(
+        num_tokens=tokenizer.num_tokens,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        **{"max_seq_len": sizing.choose_max_seq_len(long_length, data.unit), **sizes},
+    )
+
+
+def _quantile(pieces: Iterable[npt.NDArray[np.int64]], share: float) -> int:
+    """The least of these lengths that at most the rest of the share exceeds; what no model reads counts as one."""
+    counts = np.zeros(LONGEST_SEQUENCE + 1, dtype=np.int64)
+    for lengths_N in pieces:
+        counts += np.bincount(np.minimum(lengths_N, LONGEST_SEQUENCE), minlength=len(counts))
+    rank = np.ceil(share * (counts.sum() - 1))
+    return int(np.searchsorted(np.cumsum(counts), rank, side="right"))
