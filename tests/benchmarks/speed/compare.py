@@ -304,11 +304,11 @@ def compiled(rounds: int) -> str:
 
 
 def neighbour(rounds: int) -> str:
-    """Training steps where waiting threads spin for a short time (`cli/app.py`), against libgomp's default: alone, and
-    beside a process that keeps one processor busy."""
+    """Training steps, and greedy decoding of one text, where waiting threads spin for a short time (`cli/app.py`),
+    against libgomp's default: alone, and beside a process that keeps one processor busy."""
 
-    def process(**environment: str) -> Side:
-        program = "from tests.benchmarks.speed.compare import seconds_of_steps; print(seconds_of_steps(True, 8))"
+    def process(amount: int, seconds: str, **environment: str) -> Side:
+        program = f"from tests.benchmarks.speed import compare; print(compare.{seconds})"
 
         def work() -> float:
             began = time.perf_counter()
@@ -316,17 +316,25 @@ def neighbour(rounds: int) -> str:
             ran = subprocess.run(
                 [sys.executable, "-c", program], check=True, capture_output=True, text=True, env=variables
             )
-            return 8 / float(ran.stdout) * (time.perf_counter() - began)
+            return amount / float(ran.stdout) * (time.perf_counter() - began)
 
         return work
 
-    sides = {"ours": process(GOMP_SPINCOUNT="10000"), "libgomp's default": process()}
-    alone = compare("train, alone", "steps/s", sides, rounds)
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+    def sides(amount: int, seconds: str) -> dict[str, Side]:
+        ours = process(amount, seconds, GOMP_SPINCOUNT="10000")
+        return {"ours": ours, "libgomp's default": process(amount, seconds)}
+
+    train, decode = sides(8, "seconds_of_steps(True, 8)"), sides(64, "seconds_of_tokens(64)")
+    lines = [compare("train, alone", "steps/s", train, rounds), compare("decode, alone", "tokens/s", decode, rounds)]
+    # It ends with this process, however that ends.
+    loop = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    with subprocess.Popen([sys.executable, "-c", loop]) as busy:
         try:
-            return f"{alone}\n{compare('train, busy neighbour', 'steps/s', sides, rounds)}"
+            lines.append(compare("train, busy neighbour", "steps/s", train, rounds))
+            lines.append(compare("decode, busy neighbour", "tokens/s", decode, rounds))
         finally:
             busy.kill()
+    return "\n".join(lines)
 
 
 def limit_decode(rounds: int) -> str:
@@ -399,6 +407,16 @@ def seconds_of_steps(tuned: bool, steps: int = 20) -> float:
     batches = batches_of(rows, None, tokenizer.pad_id, 2048)[:steps]
     train_ours(ours, batches[:3])
     return train_ours(ours, batches) * steps / len(batches)
+
+
+def seconds_of_tokens(tokens: int) -> float:
+    """Seconds of writing one text of so many tokens, 29 million parameters in float32."""
+    tune_cpu(None)
+    ours, _ = pair(4000, dim=512, depth=8, enc_depth=1, heads=8, longest=128)
+    ours.eval()
+    prompt_1T, latent_1Z = torch.full((1, 1), 4001), torch.randn(1, 32)
+    ours.generate(prompt_1T, 8, latents=latent_1Z, temperature=0.0)
+    return timed(lambda: ours.generate(prompt_1T, tokens, latents=latent_1Z, temperature=0.0))
 
 
 def timed(work: Callable[[], object]) -> float:
