@@ -26,6 +26,7 @@ Log = Literal["tensorboard"]
 OnCollapse = Literal["treat", "warn"]
 DType = Literal["auto", "float32", "bfloat16"]
 PathKind = Literal["slerp", "lerp"]
+ConditioningName = Literal["token", "bos"]
 DEVICE = re.compile(r"auto|cpu|cuda(?::([0-9]{1,4}))?")
 """The names of devices; the group is the number of a GPU."""
 
@@ -60,6 +61,8 @@ class ModelConfig:
         heads: attention heads of every layer.
         attn_dim_head: width of one head; half of it is rotated by position.
         pad_id, bos_id, eos_id: the special tokens.
+        conditioning: how a latent enters the decoder, see `conditioning.py`; models from before there was a choice
+            have a `token`.
     """
 
     num_tokens: int
@@ -73,9 +76,11 @@ class ModelConfig:
     pad_id: int
     bos_id: int
     eos_id: int
+    conditioning: ConditioningName = "token"
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        _one_of("conditioning", self.conditioning, get_args(ConditioningName))
         _require(4 <= self.num_tokens <= 2**22, "num_tokens", self.num_tokens, "between 4 and 4194304")
         # x-transformers gives a single head no output product that could bring it back to the width of the model.
         _require(
@@ -113,11 +118,11 @@ def _check_sizes(sizes: ModelConfig | SizeConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SizeConfig:
-    """The sizes that were asked for; None is left to the preset, the corpus or the default of `ModelConfig`.
+    """The model that was asked for; None is left to the preset, the corpus or the default.
 
     Args:
         preset: a name from `sizing.PRESETS`, or `auto`.
-        dim, depth, enc_depth, heads, attn_dim_head, dim_latent, max_seq_len: as in `ModelConfig`.
+        dim, depth, enc_depth, heads, attn_dim_head, dim_latent, max_seq_len, conditioning: as in `ModelConfig`.
     """
 
     preset: PresetName = "auto"
@@ -128,13 +133,16 @@ class SizeConfig:
     attn_dim_head: int | None = None
     dim_latent: int | None = None
     max_seq_len: int | None = None
+    conditioning: ConditioningName | None = None
 
     def __post_init__(self) -> None:
         _one_of("preset", self.preset, get_args(PresetName))
+        if self.conditioning is not None:
+            _one_of("conditioning", self.conditioning, get_args(ConditioningName))
         _check_sizes(self)
 
     @property
-    def shape(self) -> dict[str, int]:
+    def shape(self) -> dict[str, Any]:
         """The fields of `ModelConfig` that are set."""
         return {name: value for name, value in asdict(self).items() if name != "preset" and value is not None}
 

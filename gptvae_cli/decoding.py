@@ -133,7 +133,7 @@ def run(
             joining = list(islice(waiting, batch_size - len(active)))
             if joining:
                 for row in joining:
-                    row.context = row.context[-model.max_seq_len :]
+                    row.context = model.conditioning.window(row.context, model.max_seq_len)
                 active += joining
                 _advance(joining, choose(engine.join(joining), joining), on_token)
                 yield from _take_ended(engine, active, eos_id)
@@ -144,7 +144,7 @@ def run(
             engine.leave([active.index(row) for row in overgrown])
             active = [row for row in active if row not in overgrown]
             for row in overgrown:
-                row.context = row.context[-((model.max_seq_len + 1) // 2) :]
+                row.context = model.conditioning.window(row.context, (model.max_seq_len + 1) // 2)
             active += overgrown
             logits_BV = engine.join(overgrown)
             _advance(overgrown, choose(logits_BV, overgrown), on_token)
@@ -256,8 +256,8 @@ class PlainDecoder:
 class CachedDecoder:
     """Keys and values of every row in one preallocated cache; one position costs one pass over the weights.
 
-    Keys are stored rotated. The latent's slot comes first; a row without a latent has no such slot, which rotary
-    positions, being relative, do not notice.
+    Keys are stored rotated. The latent's slot, where it has one, comes first; a row without a latent has no such slot,
+    which rotary positions, being relative, do not notice.
 
     Under autocast the weights are cast once, and not for every token; the residual stream stays float32.
     """
@@ -283,11 +283,9 @@ class CachedDecoder:
         latents_BZ, keep_B = _stack_latents(rows, self.model)
         x_BTD = self.embedding_VD[tokens_BT]
         if bool(keep_B.any()):
-            token_B1D = self.model.from_latent_to_prepend_token(latents_BZ)
-            with_latent_BTD = torch.cat([token_B1D, x_BTD], dim=1)
-            without_latent_BTD = F.pad(x_BTD, (0, 0, 0, 1))
-            x_BTD = torch.where(keep_B[:, None, None], with_latent_BTD, without_latent_BTD)
-            length_B = length_B + keep_B
+            way = self.model.conditioning
+            x_BTD = way.enter(x_BTD, self.model.from_latent_to_prepend_token(latents_BZ), keep_B)
+            length_B = length_B + way.slots * keep_B
         length = x_BTD.shape[1]
         self._grow(first + len(rows), length, length + max(row.max_new for row in rows))
         self.positions += (length_B - 1).tolist()

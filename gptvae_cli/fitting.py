@@ -1,10 +1,11 @@
-"""A model's sizes for a corpus, the limits of a run and a machine: finds what the rules of `sizing.py` need to know."""
+"""A model for a corpus, the limits of a run and a machine: finds what the rules of `sizing.py` need to know."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ def fit_preset(
     corpus: Corpus,
     data: DataConfig,
     config: TrainConfig,
-    shape: Mapping[str, int],
+    shape: Mapping[str, Any],
     device: Device,
     precision: Precision,
 ) -> tuple[str, str]:
@@ -50,8 +51,8 @@ def fit_preset(
     return sizing.choose_preset(tokens)
 
 
-def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str, int]) -> ModelConfig:
-    """The sizes of a preset, with a length that fits the corpus.
+def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str, Any]) -> ModelConfig:
+    """The sizes of a preset, a length that fits the corpus, and the default conditioning.
 
     Args:
         corpus, data: what to learn.
@@ -61,7 +62,7 @@ def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str,
     Raises:
         ConfigError: for a name that there is not, and for sizes that cannot be.
     """
-    sizes = asdict(sizing.preset(preset)) | {"dim_latent": sizing.LATENT_WIDTH, **shape}
+    sizes = asdict(sizing.preset(preset)) | {"dim_latent": sizing.LATENT_WIDTH, "conditioning": sizing.CONDITIONING}
     stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
     long_length = max(_quantile(store.lengths(), 0.999) for store in stores) + 2
     tokenizer = corpus.tokenizer
@@ -70,7 +71,7 @@ def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str,
         pad_id=tokenizer.pad_id,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
-        **{"max_seq_len": sizing.choose_max_seq_len(long_length, data.unit), **sizes},
+        **{"max_seq_len": sizing.choose_max_seq_len(long_length, data.unit), **sizes, **shape},
     )
 
 

@@ -39,6 +39,7 @@ _UNITS = {
     "file": "a file",
     "window": "a window of a running text",
 }
+_WAYS = {"token": "a token before the text", "bos": "added to the first token, BOS"}
 
 
 # The folder -----------------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def _sizes(header: ModelHeader, parameters: int) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{parameters:,}"
     yield "layers", f"{model.enc_depth} in the encoder, {model.depth} in the decoder"
     yield "width", f"{model.dim:,}, {model.heads} heads of {model.attn_dim_head}"
-    yield "latent", f"{model.dim_latent:,} dimensions"
+    yield "latent", f"{model.dim_latent:,} dimensions, {_WAYS[model.conditioning]}"
     yield "vocabulary", f"{model.num_tokens:,} tokens, 3 special ones among them"
     yield "longest text", f"{model.max_seq_len:,} tokens, 2 special ones among them"
 

@@ -24,7 +24,8 @@ from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, Autoregressi
 from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
 
 from gptvae_cli import decoding, fused
-from gptvae_cli.config import ModelConfig
+from gptvae_cli.conditioning import CONDITIONINGS
+from gptvae_cli.config import ConditioningName, ModelConfig
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.latent import kl_to_standard_normal, reparameterize
 
@@ -50,7 +51,7 @@ class Posterior:
 
 
 class GPTVAE(nn.Module):
-    """A GPT with a Gaussian latent that is prepended to the decoder's input as one token.
+    """A GPT with a Gaussian latent, which is a token before the text as in the seed class, unless told otherwise.
 
     Args:
         num_tokens: size of the vocabulary V.
@@ -67,6 +68,7 @@ class GPTVAE(nn.Module):
         pad_id: id that marks padding; -1 is allowed.
         encoder: a module `(seq, mask=mask) -> [B D]` in place of the built-in encoder.
         bos_id: (addition) what an empty prompt starts with.
+        conditioning: (addition) how a latent enters the decoder, see `conditioning.py`.
         kwargs: keywords of both `Encoder` and `Decoder`, such as `rotary_pos_emb=True`.
     """
 
@@ -89,6 +91,7 @@ class GPTVAE(nn.Module):
         pad_id: int = -1,
         encoder: nn.Module | None = None,
         bos_id: int | None = None,
+        conditioning: ConditioningName = "token",
         **kwargs: Any,
     ) -> None:
         super().__init__()
@@ -123,6 +126,7 @@ class GPTVAE(nn.Module):
         self.max_seq_len = max_seq_len
         self.pad_id = pad_id
         self.bos_id = bos_id
+        self.conditioning = CONDITIONINGS[conditioning]
         self.vae_kl_div_floor = vae_kl_div_floor
         self.vae_kl_loss_weight = vae_kl_loss_weight
         # The fast path over the same weights, where the layers are of the kind that it computes; a head is pairs of
@@ -150,6 +154,7 @@ class GPTVAE(nn.Module):
             heads=config.heads,
             pad_id=config.pad_id,
             bos_id=config.bos_id,
+            conditioning=config.conditioning,
             rotary_pos_emb=True,
             attn_flash=True,
             verbose=False,  # keeps a warning about small rotary widths off people's terminals
@@ -271,12 +276,9 @@ class GPTVAE(nn.Module):
         latents_BZ, (mean_BZ, log_var_BZ) = self.encode_to_latents(
             seq if seq_for_latents is None else seq_for_latents, return_mean_log_var=True, generator=generator
         )
-        dropped_B = self._drop_latents(len(seq), generator)
-        ar_loss = self.ar_wrapped_decoder(
-            seq,
-            prepend_embeds=self.from_latent_to_prepend_token(latents_BZ),
-            seq_start_pos=dropped_B.long(),  # a dropped row starts at 1 and does not attend to the latent at 0
-        )
+        keep_B = ~self._drop_latents(len(seq), generator)
+        vector_B1D = self.from_latent_to_prepend_token(latents_BZ)
+        ar_loss = self.ar_wrapped_decoder(seq, **self.conditioning.keywords(vector_B1D, keep_B, seq.shape[1]))
         kl_BZ = F.relu(kl_to_standard_normal(mean_BZ, log_var_BZ) - self.vae_kl_div_floor)
         vae_kl_loss = kl_BZ.sum(dim=-1).mean()
         total = ar_loss + vae_kl_loss * self.vae_kl_loss_weight
@@ -291,46 +293,26 @@ class GPTVAE(nn.Module):
         *,
         plain: bool = False,
     ) -> Tensor:
-        """(Addition) The decoder's last hidden states at the tokens' positions, the latent's slot cut off [B T D].
+        """(Addition) The decoder's last hidden states at the tokens' positions [B T D].
 
         Args:
             tokens_BT: the decoder's input, BOS first; padding goes behind.
-            latents_BZ: one latent a row; None leaves the latent's slot out, which absolute positions notice.
+            latents_BZ: one latent a row; None leaves its slot out where it has one, which absolute positions notice.
             keep_B: True where a row sees its latent; every row does by default.
             drop_LBD: dropout of the decoder's blocks, see `fused.Stack`; the fused path alone has it.
             plain: go through x-transformers even where a fused path exists.
         """
         tokens_BT = tokens_BT.masked_fill(tokens_BT == self.pad_id, max(self.pad_id, 0))
-        if not plain and self.fused_decoder is not None:
-            return self._hidden_fused(self.fused_decoder, tokens_BT, latents_BZ, keep_B, drop_LBD)
-        hidden_BTD: Tensor = self.decoder(
-            tokens_BT,
-            prepend_embeds=None if latents_BZ is None else self.from_latent_to_prepend_token(latents_BZ),
-            seq_start_pos=None if keep_B is None else (~keep_B).long(),
-            return_embeddings=True,
-        )
-        return hidden_BTD if latents_BZ is None else hidden_BTD[:, 1:]
-
-    def _hidden_fused(
-        self,
-        stack: fused.Stack,
-        tokens_BT: Tensor,
-        latents_BZ: Tensor | None,
-        keep_B: Tensor | None,
-        drop_LBD: Tensor | None,
-    ) -> Tensor:
-        """A row without its latent starts one place earlier instead of masking the latent's slot: rotary positions
-        are relative, so this is the same, and attention needs no mask."""
+        vector_B1D = None if latents_BZ is None else self.from_latent_to_prepend_token(latents_BZ)
+        way = self.conditioning
+        if plain or self.fused_decoder is None:
+            keywords = {} if vector_B1D is None else way.keywords(vector_B1D, keep_B, tokens_BT.shape[1])
+            hidden_BTD: Tensor = self.decoder(tokens_BT, return_embeddings=True, **keywords)
+            return hidden_BTD if vector_B1D is None else hidden_BTD[:, way.slots :]
         embedded_BTD = self.decoder.token_emb.emb(tokens_BT)
-        if latents_BZ is None:
-            return stack(embedded_BTD, None, drop_LBD)
-        with_latent_BTD = torch.cat([self.from_latent_to_prepend_token(latents_BZ), embedded_BTD], dim=1)
-        if keep_B is None:
-            return stack(with_latent_BTD, None, drop_LBD)[:, 1:]
-        keep_B11 = keep_B[:, None, None]
-        shifted_BTD = torch.where(keep_B11, with_latent_BTD, F.pad(embedded_BTD, (0, 0, 0, 1)))
-        hidden_BTD = stack(shifted_BTD, None, drop_LBD)
-        return torch.where(keep_B11, hidden_BTD[:, 1:], hidden_BTD[:, :-1])
+        if vector_B1D is None:
+            return self.fused_decoder(embedded_BTD, None, drop_LBD)
+        return way.leave(self.fused_decoder(way.enter(embedded_BTD, vector_B1D, keep_B), None, drop_LBD), keep_B)
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(Addition) Next-token logits of hidden states of any leading shape [... V]."""
@@ -368,7 +350,8 @@ class GPTVAE(nn.Module):
             class, unless several latents repeat it.
 
         Raises:
-            ConfigError: for an empty prompt without a `bos_id`, or rows and latents that cannot be matched.
+            ConfigError: for an empty prompt without a `bos_id`, rows and latents that cannot be matched, or other
+                keywords and latents that are no tokens, which x-transformers' loop does not know.
         """
         # Part by part: a frozen encoder may well be in eval mode inside a model that is training.
         training = [module for module in self.modules() if module.training]
@@ -404,6 +387,8 @@ class GPTVAE(nn.Module):
         if foreign:
             prepend = None
             if latents is not None:
+                if self.conditioning.slots == 0:
+                    raise ConfigError(f"found {', '.join(foreign)}, which only works with latents that are tokens")
                 batch = len(prompts) if not isinstance(prompts, Tensor) or prompts.ndim == 2 else 1
                 rows_BZ = latents.expand(batch, -1) if latents.ndim == 1 else latents
                 prepend = self.from_latent_to_prepend_token(rows_BZ)

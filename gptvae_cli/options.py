@@ -45,6 +45,7 @@ UNSET = {
     "attn_dim_head": "64",
     "dim_latent": "32",
     "max_seq_len": "by the corpus",
+    "conditioning": "bos",
     **dict.fromkeys(("steps", "epochs", "max_time"), "no limit"),
     "lr": "by the width of the model",
     "log": "metrics.jsonl alone",

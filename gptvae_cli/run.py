@@ -210,7 +210,7 @@ def start(
     data: DataConfig,
     config: TrainConfig,
     *,
-    shape: Mapping[str, int],
+    shape: Mapping[str, Any],
     preset: str,
     device: Device,
     precision: Precision,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptvae_cli.config import ModelConfig, Unit, did_you_mean
+from gptvae_cli.config import ConditioningName, ModelConfig, Unit, did_you_mean
 from gptvae_cli.errors import FieldError
 
 
@@ -27,6 +27,7 @@ PRESETS = {
 }
 
 LATENT_WIDTH = 32
+CONDITIONING: ConditioningName = "bos"
 MEASURED = "small"
 """The preset whose speed tells what there is time for."""
 ENOUGH_TOKENS = 5e6

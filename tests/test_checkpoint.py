@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,7 +207,7 @@ class TestStrictLoading:
         ],
     )
     def test_tensor_that_the_configuration_does_not_expect_is_named(
-        self, path: Path, model: GPTVAE, change: dict[str, int], said: str
+        self, path: Path, model: GPTVAE, change: dict[str, Any], said: str
     ) -> None:
         save_model(path, model, replace(HEADER, model=replace(CONFIG, **change)))
         assert said in refusal(path)
@@ -232,7 +233,7 @@ class TestStrictLoading:
         ],
     )
     def test_small_file_cannot_claim_a_huge_model(
-        self, path: Path, model: GPTVAE, claim: dict[str, int], monkeypatch: pytest.MonkeyPatch
+        self, path: Path, model: GPTVAE, claim: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The model would be built, in tens of gigabytes or for minutes, before its weights were found missing."""
         build = GPTVAE.from_config

@@ -45,7 +45,7 @@ def lengths_of(store: TokenStore) -> Ints:
     return np.concatenate(list(store.lengths()))
 
 
-def shape(**changes: int) -> ModelConfig:
+def shape(**changes: Any) -> ModelConfig:
     fields = {"dim": 32, "depth": 1, "enc_depth": 1, "max_seq_len": 32, "dim_latent": 4, "heads": 2}
     specials = {"num_tokens": 259, "pad_id": PAD, "bos_id": BOS, "eos_id": EOS}
     return ModelConfig(**{**fields, **specials, **changes})

@@ -79,6 +79,9 @@ def greedy_logits(
         ({"heads": 1, "attn_dim_head": 32}, "mixed", 3),
         ({"dim_latent": 3, "max_seq_len": 5}, "mixed", 4),
         ({"max_seq_len": 64}, "mixed", 1),
+        ({"conditioning": "bos"}, "mixed", 3),
+        ({"conditioning": "bos"}, "all", 8),
+        ({"conditioning": "bos", "max_seq_len": 5}, "mixed", 1),
     ],
     ids=[
         "mixed",
@@ -91,6 +94,9 @@ def greedy_logits(
         "one-head",
         "short-window",
         "one-by-one",
+        "bos",
+        "bos-latents",
+        "bos-short-window",
     ],
 )
 def test_cached_logits_and_greedy_tokens_equal_the_plain_path(
@@ -140,18 +146,21 @@ def test_a_row_without_a_latent_differs_from_a_latent_of_zero(tiny_model: TinyMo
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "plain"])
+@pytest.mark.parametrize("conditioning", ["token", "bos"])
 def test_a_row_beyond_the_window_goes_on_from_its_newer_half_and_its_latent(
-    tiny_model: TinyModel, cached: bool
+    tiny_model: TinyModel, cached: bool, conditioning: str
 ) -> None:
-    """x-transformers' own cache drops the latent there."""
-    model = tiny_model()
+    """x-transformers' own cache drops the latent there. Where it is added to BOS, that stays in front."""
+    model = tiny_model(conditioning=conditioning)
     latent_Z, prompt = some_requests(1, latents="all")[0].latent, [3, 1, 4]
     text = next(decode(model, [Request(0, 0, prompt, latent_Z)], GREEDY, banned=[EOS], cached=cached))
     assert len(text) == 40
     context, moves = [BOS, *prompt], 0
     for token in text:
         if len(context) > WINDOW:
-            context, moves = context[-WINDOW // 2 :], moves + 1
+            half = WINDOW // 2
+            context = [BOS, *context[-half + 1 :]] if conditioning == "bos" else context[-half:]
+            moves += 1
         start = model.hidden(torch.tensor([context]), latent_Z[None], plain=True)  # type: ignore[index]
         logits_V = model.logits(start)[0, -1].index_fill(0, torch.tensor([PAD, BOS, EOS]), float("-inf"))
         assert token == int(logits_V.argmax())

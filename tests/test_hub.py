@@ -58,7 +58,7 @@ def header(
 ) -> ModelHeader:
     """Of a model that nobody trained."""
     tokenizer = tokenizer or Tokenizer.bytes()
-    specials = {"pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    specials: dict[str, Any] = {"pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
     model = ModelConfig(num_tokens=tokenizer.num_tokens, max_seq_len=24, **TINY, **specials)
     training = {
         "gptvae": "0.1.0",

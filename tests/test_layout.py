@@ -21,6 +21,7 @@ ROWS: list[set[str]] = [
     },
     {"latent", "fused", "tokens"},
     {"corpus"},
+    {"conditioning"},
     {"decoding"},
     {"model"},
     {"objective"},

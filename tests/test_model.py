@@ -40,6 +40,7 @@ POSITIONS: dict[str, dict[str, Any]] = {
     "rotary-flash": {"rotary_pos_emb": True, "attn_flash": True},
 }
 ROTARY = POSITIONS["rotary"]
+every_way = pytest.mark.parametrize("conditioning", ["token", "bos"])
 every_position = pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 
 Pair = Callable[..., tuple[Any, GPTVAE]]
@@ -432,8 +433,11 @@ def test_prompts_and_latents_that_cannot_be_matched_are_refused(ours: Ours) -> N
 
 
 @every_position
-def test_text_beyond_the_window_is_the_same_with_and_without_a_cache(ours: Ours, positions: dict[str, Any]) -> None:
-    model, latents_BZ = ours(**positions), random_latents(2)
+@every_way
+def test_text_beyond_the_window_is_the_same_with_and_without_a_cache(
+    ours: Ours, positions: dict[str, Any], conditioning: str
+) -> None:
+    model, latents_BZ = ours(**positions, conditioning=conditioning), random_latents(2)
     for first, second in ((latents_BZ, latents_BZ), (latents_BZ[0], latents_BZ[1])):
         cached, plain = (
             model.generate(random_tokens(2, 4), 3 * WINDOW, latents=first, temperature=0.0, cache_kv=cache_kv)
@@ -585,9 +589,13 @@ def test_a_rotary_row_that_lost_its_latent_equals_one_that_never_had_one(ours: O
 
 @pytest.mark.parametrize("heads", [{}, {"heads": 1, "attn_dim_head": 32}], ids=["heads", "one-head"])
 @pytest.mark.parametrize("keep", [None, [True, False, True, False], [False] * 4], ids=["all", "some", "none"])
-def test_the_fused_layers_equal_x_transformers(ours: Ours, keep: list[bool] | None, heads: dict[str, int]) -> None:
+@every_way
+def test_the_fused_layers_equal_x_transformers(
+    ours: Ours, keep: list[bool] | None, heads: dict[str, int], conditioning: str
+) -> None:
     """Values and gradients, over padded rows; a single head has no output product."""
-    model, tokens_BT, latents_BZ = ours(**POSITIONS["rotary-flash"], **heads), padded(), random_latents(4)
+    model = ours(**POSITIONS["rotary-flash"], **heads, conditioning=conditioning)
+    tokens_BT, latents_BZ = padded(), random_latents(4)
     assert model.fused_encoder is not None
     assert model.fused_decoder is not None
     real_BT = tokens_BT != PAD
@@ -615,8 +623,10 @@ def scale_blocks(layers: Any, factors_LBD: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("keep", [None, [True, False, True, False]], ids=["all", "some"])
-def test_dropout_scales_what_each_block_adds(ours: Ours, keep: list[bool] | None) -> None:
-    model, tokens_BT, latents_BZ = ours(**POSITIONS["rotary-flash"]), padded(), random_latents(4)
+@every_way
+def test_dropout_scales_what_each_block_adds(ours: Ours, keep: list[bool] | None, conditioning: str) -> None:
+    model = ours(**POSITIONS["rotary-flash"], conditioning=conditioning)
+    tokens_BT, latents_BZ = padded(), random_latents(4)
     real_BT = tokens_BT != PAD
     keep_B = None if keep is None else torch.tensor(keep)
     torch.manual_seed(1)
@@ -638,10 +648,14 @@ def test_dropout_scales_what_each_block_adds(ours: Ours, keep: list[bool] | None
 
 
 @pytest.mark.parametrize("keep", [None, [True, False, True, False]], ids=["all", "some"])
+@every_way
 @torch.no_grad()
-def test_the_fused_layers_equal_x_transformers_without_gradients(ours: Ours, keep: list[bool] | None) -> None:
+def test_the_fused_layers_equal_x_transformers_without_gradients(
+    ours: Ours, keep: list[bool] | None, conditioning: str
+) -> None:
     """Where nothing flows back another path computes, in place."""
-    model, tokens_BT, latents_BZ = ours(**POSITIONS["rotary-flash"]), padded(), random_latents(4)
+    model = ours(**POSITIONS["rotary-flash"], conditioning=conditioning)
+    tokens_BT, latents_BZ = padded(), random_latents(4)
     keep_B, real_BT = None if keep is None else torch.tensor(keep), tokens_BT != PAD
     for _ in range(2):
         (mean, log_var, hidden), (plain_mean, plain_log_var, plain_hidden) = (

@@ -42,7 +42,7 @@ from tests.conftest import LINES
 
 CPU = Device(torch.device("cpu"), "asked for")
 FLOAT32 = Precision(torch.float32, "exact")
-TINY = {"dim": 32, "depth": 1, "enc_depth": 1, "heads": 2, "attn_dim_head": 16, "dim_latent": 8}
+TINY: dict[str, Any] = {"dim": 32, "depth": 1, "enc_depth": 1, "heads": 2, "attn_dim_head": 16, "dim_latent": 8}
 CORPUS_FILES = {"corpus.json", "tokenizer.json", "train.tokens", "train.offsets", "valid.tokens", "valid.offsets"}
 FIGURES = Figures(
     texts=100,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,8 @@ from gptvae_cli.sizing import LATENT_WIDTH, PRESETS, choose_max_seq_len, choose_
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_model(name: str) -> None:
     specials = {"num_tokens": 259, "pad_id": 256, "bos_id": 257, "eos_id": 258}
-    config = ModelConfig(**asdict(preset(name)), **specials, max_seq_len=64, dim_latent=LATENT_WIDTH)
+    sizes: dict[str, Any] = asdict(preset(name)) | specials
+    config = ModelConfig(**sizes, max_seq_len=64, dim_latent=LATENT_WIDTH)
     assert config.heads * config.attn_dim_head >= config.dim
 
 

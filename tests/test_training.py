@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MakeRows = Callable[..., Rows]
 
 
-def shape(**changes: int) -> ModelConfig:
+def shape(**changes: Any) -> ModelConfig:
     sizes = {"dim": 32, "depth": 1, "enc_depth": 1, "max_seq_len": 32, "dim_latent": 8, "heads": 2, "attn_dim_head": 16}
     return ModelConfig(num_tokens=259, pad_id=256, bos_id=257, eos_id=258, **{**sizes, **changes})
 

@@ -18,6 +18,7 @@ from gptvae_cli import __version__
 from gptvae_cli.cli import console
 from gptvae_cli.config import (
     STOCK_RECIPE,
+    ConditioningName,
     Config,
     DataConfig,
     DType,
@@ -127,6 +128,9 @@ def train(
     attn_dim_head: Annotated[int | None, _option("attn_dim_head", "Width of a head.", _SIZES)] = None,
     dim_latent: Annotated[int | None, _option("dim_latent", "Width of the latent.", _SIZES)] = None,
     max_seq_len: Annotated[int | None, _option("max_seq_len", "Longest text in tokens.", _SIZES)] = None,
+    conditioning: Annotated[
+        ConditioningName | None, _option("conditioning", "The latent is a token, or is added to BOS.", _SIZES)
+    ] = None,
     objective: Annotated[
         Objective | None,
         _option("objective", "Nats per token, or x-transformers' units and defaults.", _LEARNING),
@@ -247,7 +251,7 @@ class _Plan:
         if ("steps" in values or "epochs" in values) and "max_time" not in values:
             values["max_time"] = None
         if values.get("objective") == "stock":
-            values = STOCK_RECIPE | values
+            values = {**STOCK_RECIPE, "conditioning": "token", **values}
         with self.naming():
             self.run = _config(RunConfig, values)
             self.data = _config(DataConfig, values)

@@ -721,3 +721,22 @@ def test_a_baseline_is_not_told_that_its_latent_carries_anything(train: Train, n
     assert f"--baseline {out}" in result.stderr
     for claim in ("information", "carries", "from its z", "collapsed"):
         assert claim not in result.stderr
+
+
+def test_the_latent_is_added_to_bos_unless_a_token_is_asked_for(train: Train, names: Path, out: Path) -> None:
+    """Stored in the model; the commands need not be told."""
+    for flags, expected in (
+        ([], "bos"),
+        (["--conditioning", "token"], "token"),
+        (["--objective", "stock"], "token"),
+        (["--objective", "stock", "--conditioning", "bos"], "bos"),
+    ):
+        assert train(names, "--force", "--steps", "2", *flags).exit_code == 0
+        assert read_header(out / "model.safetensors").model.conditioning == expected
+        written = CliRunner().invoke(app, ["generate", "--model", str(out), "--text", "emma", "--greedy"])
+        assert written.exit_code == 0, written.stderr
+    assert_fails(
+        train(names, "--force", "--conditioning", "everywhere"),
+        2,
+        "--conditioning is 'everywhere', it must be one of token, bos",
+    )

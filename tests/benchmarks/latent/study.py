@@ -13,6 +13,7 @@ machine does hardly matters; start-up counted), or steps where its name says so,
 latent; the best of its kind, on the same processor, is the baseline of "efficiency". Processors: `AMX` is an Intel Xeon
 with AMX, which was slower, as the steps say, when the rows marked "(before)" ran; `AVX512` one without products of
 bfloat16, a third as fast, with the dropout that grows with the passes; "before" in its rows is without that growth.
+Column `z` is how the latent entered the decoder, which is `bos` by default since there is a choice.
 Rows of 5 minutes are of an earlier protocol: of the clock, two threads of an older `EPYC`, encoders of two layers.
 """
 
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig
+from gptvae_cli.sizing import CONDITIONING
 
 if TYPE_CHECKING:
     from gptvae_cli.checkpoint import Checkpoint
@@ -45,13 +47,15 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
+    "token": {"conditioning": "token"},
     "none": {"latents_dropout_prob": 1.0},
     "none, drop 0": {"latents_dropout_prob": 1.0, "dropout": 0.0},
     "none, drop 0.2": {"latents_dropout_prob": 1.0, "dropout": 0.2},
     "none, batch 1024": {"latents_dropout_prob": 1.0, "batch_tokens": 1024},
+    "decay 0.15": {"decay": 0.15},
     "none, decay 0.7": {"latents_dropout_prob": 1.0, "decay": 0.7},
     "none, lr 4e-3": {"latents_dropout_prob": 1.0, "lr": 4e-3},
-    "stock": {"objective": "stock", **STOCK_RECIPE},
+    "stock": {"objective": "stock", "conditioning": "token", **STOCK_RECIPE},
     "plain beta 1": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn"},
     "plain beta 0.5": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn", "vae_kl_loss_weight": 0.5},
     "plain beta 0.2": {"target_rate": 0.0, "bag_of_words": 0.0, "on_collapse": "warn", "vae_kl_loss_weight": 0.2},
@@ -91,6 +95,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "z 64": {"dim_latent": 64},
     "word drop 0.3": {"word_dropout": 0.3},
     "small": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
+    "small, token": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3, "conditioning": "token"},
     "none, nano": {"latents_dropout_prob": 1.0, "dim": 64, "depth": 3, "enc_depth": 1, "heads": 2},
     "drop 0.3": {"dropout": 0.3},
     "none, drop 0.3": {"latents_dropout_prob": 1.0, "dropout": 0.3},
@@ -110,10 +115,12 @@ means over a batch to a standard deviation of 0.7 in place of a rate and a bag o
 `contrastive 0.3` added 0.3 of the information within a batch, `mmd 30` 30 times the discrepancy of the batch's latents
 from the prior (InfoVAE, arXiv 1706.02262); `cyclic` let beta rise four times in three quarters of the run (arXiv
 1903.10145); `ae start` began with beta at 0 and a new decoder after a tenth (Li et al. 2019, arXiv 1909.00868);
-`enc lr 2` doubled the encoder's learning rate.
+`enc lr 2` doubled the encoder's learning rate, `emb lr 3` trebled that of all embeddings; `bounded log-variance` kept
+the variance between exp(-4) and 1 by a sigmoid; `schedule-free` took the optimizer of schedulefree 1.4.1 (arXiv
+2405.15682) at the same learning rate, without a decay; `muon, batch 4096` is `muon` with fewer, larger steps.
 """
 
-SHAPE = ("dim", "depth", "enc_depth", "heads", "dim_latent")
+SHAPE = ("dim", "depth", "enc_depth", "heads", "dim_latent", "conditioning")
 DATA = ("vocab_size",)
 
 
@@ -161,6 +168,7 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
             "steps": job.learner.counters.step,
             "tokens_seen": job.learner.counters.tokens,
             "parameters": sum(p.numel() for p in saved.model.parameters()),
+            "conditioning": saved.header.model.conditioning,
             "test": asdict(figures) | {"nll_bound": figures.nll_bound},
         }
         if not arm.startswith("none"):
@@ -280,6 +288,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "seed",
         "CPU",
         "arm",
+        "z",
         "steps",
         "CE z",
         "KL",
@@ -297,7 +306,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "TF-IDF",
     )
     lines = [head]
-    for row in sorted(rows, key=lambda row: (*_setting(row), row["arm"])):
+    for row in sorted(rows, key=lambda row: (*_setting(row), row["arm"], conditioning(row))):
         test = row["test"]
         baseline = baselines.get(_setting(row))
         most = min(test["kl"], math.log(test["texts"]))
@@ -310,6 +319,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 str(row["seed"]),
                 row["processor"],
                 row["arm"],
+                conditioning(row) if latent else "",
                 f"{row['steps']:,}",
                 f"{test['cross_entropy']:.2f}" if latent else "",
                 f"{test['kl']:.2f}" if latent else "",
@@ -333,6 +343,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _setting(row: dict[str, Any]) -> tuple[str, float, int, str]:
     """What rows that are compared have in common."""
     return row["corpus"], row["minutes"], row["seed"], row["processor"]
+
+
+def conditioning(row: Mapping[str, Any]) -> str:
+    """How the latent entered a run's decoder; as a token where there was no choice yet."""
+    found: str = row.get("conditioning", "token")
+    return found
 
 
 def shown(rows: list[dict[str, Any]]) -> str:
@@ -374,11 +390,11 @@ def main() -> None:
     if asked.examples:
         print(shown(rows))
         return
-    done = {(row["arm"], *_setting(row)) for row in rows}
+    done = {(row["arm"], conditioning(row), *_setting(row)) for row in rows}
     for corpus in asked.corpora.split(","):
         for seed in map(int, asked.seeds.split(",")):
             for arm in [name.strip() for name in asked.arms.strip(";").split(";" if ";" in asked.arms else ",")]:
-                if (arm, corpus, asked.minutes, seed, processor()) in done:
+                if (arm, ARMS[arm].get("conditioning", CONDITIONING), corpus, asked.minutes, seed, processor()) in done:
                     continue
                 print(f"{arm}, {corpus}, seed {seed}, {asked.minutes:g} minutes", file=sys.stderr, flush=True)
                 row = run(arm, corpus, seed, asked.minutes, samples=asked.samples, texts=asked.texts)
