@@ -238,7 +238,8 @@ class TrainConfig:
         max_time: seconds for the whole process, start-up and final evaluation included.
         batch_tokens: target tokens of one optimizer step, about.
         accumulate: micro-batches that one step is cut into.
-        lr: peak learning rate of AdamW; None is 2e-3 at a width of 128, falling with its square root.
+        lr: peak learning rate of AdamW, of embeddings ten times as much; None is 2e-3 at a width of 128, falling with
+            its square root.
         weight_decay: decoupled, on matrices only.
         warmup: share of the run over which the learning rate rises from 0.
         decay: share of the run, at its end, over which it falls to 0.

@@ -22,7 +22,15 @@ from gptvae_cli.errors import CheckpointError, DivergedError, ExitCode
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import BagOfWords, Batch, Weights, objective
-from gptvae_cli.training import Learner, StepReport, counters_dict, score, train, training_noise
+from gptvae_cli.training import (
+    EMBEDDINGS_FASTER,
+    Learner,
+    StepReport,
+    counters_dict,
+    score,
+    train,
+    training_noise,
+)
 
 SENTENCES = [
     "the cat sleeps",
@@ -186,16 +194,27 @@ def test_accumulated_parts_make_the_step_that_one_pass_makes(make_rows: MakeRows
 
 def test_only_matrices_of_products_decay() -> None:
     learner = learner_of(config(steps=1, weight_decay=0.3))
-    decayed, others = learner.optimizer.param_groups
+    decayed, others, embeddings = learner.optimizer.param_groups
     names = {id(parameter): name for name, parameter in learner.named.items()}
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0)
+    assert (decayed["weight_decay"], others["weight_decay"], embeddings["weight_decay"]) == (0.3, 0, 0)
     assert all(parameter.ndim == 2 and "emb" not in names[id(parameter)] for parameter in decayed["params"])
-    assert {names[id(parameter)] for parameter in others["params"]} >= {
+    assert "bag_of_words.to_logits.bias" in {names[id(parameter)] for parameter in others["params"]}
+    assert {names[id(parameter)] for parameter in embeddings["params"]} == {
         "decoder.token_emb.emb.weight",
         "encoder.token_emb.emb.weight",
-        "bag_of_words.to_logits.bias",
     }
-    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    assert sum(len(group["params"]) for group in learner.optimizer.param_groups) == len(names)
+
+
+def test_embeddings_learn_faster_than_the_rest(make_rows: MakeRows) -> None:
+    """AdamW's first step moves whatever has a gradient by the learning rate, whatever the gradient's size."""
+    learner = learner_of(config(steps=1, warmup=0.0, decay=0.0, weight_decay=0.0, kl_warmup=0.0, lr=1e-3))
+    before = {name: tensor.detach().clone() for name, tensor in learner.named.items()}
+    run(learner, make_rows())
+    moved = {name: float((tensor.detach() - before[name]).abs().max()) for name, tensor in learner.named.items()}
+    for name in ("decoder.token_emb.emb.weight", "encoder.token_emb.emb.weight"):
+        assert moved.pop(name) == pytest.approx(EMBEDDINGS_FASTER * 1e-3, rel=1e-3)
+    assert max(moved.values()) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_weights_stay_float32_under_bfloat16(make_rows: MakeRows) -> None:
@@ -403,7 +422,8 @@ def test_the_learning_rate_follows_progress_and_ends_near_zero(
     rates = [min(1, i / 20 / 0.1, (1 - i / 20) / 0.5) * 1e-3 for i in range(20)]
     assert [report.learning_rate for report in reports] == pytest.approx(rates)
     assert [report.beta for report in reports] == pytest.approx([min(1, i / 20 / 0.4) for i in range(20)])
-    assert all(group["lr"] == pytest.approx(rates[-1]) for group in learner.optimizer.param_groups)
+    last = [group["lr"] / group["times"] for group in learner.optimizer.param_groups]
+    assert last == pytest.approx([rates[-1]] * 3)
 
 
 def test_wider_models_learn_at_a_lower_rate_unless_told() -> None:
