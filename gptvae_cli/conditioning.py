@@ -66,8 +66,8 @@ class Token:
 
 
 class AddedToBOS:
-    """The latent is added to the embedding of the first token, which is BOS: there is no position more to compute: of
-    a sentence of eleven tokens, a twelfth. A row without its latent has BOS as it is."""
+    """The latent is added to the embedding of the first token, which is BOS: no position more has to be computed, of
+    a sentence of eleven tokens a twelfth. A row without its latent has BOS as it is."""
 
     slots = 0
 

@@ -26,6 +26,7 @@ from gptvae_cli.config import (
     type_name,
 )
 from gptvae_cli.errors import ConfigError, FieldError
+from gptvae_cli.sizing import CONDITIONING, LATENT_WIDTH
 
 Options = RunConfig | DataConfig | SizeConfig | TrainConfig | MachineConfig
 TABLES: dict[str, type[Options]] = {
@@ -43,9 +44,9 @@ UNSET = {
     "vocab_size": "by the corpus",
     **dict.fromkeys(("dim", "depth", "enc_depth", "heads"), "by the preset"),
     "attn_dim_head": "64",
-    "dim_latent": "32",
+    "dim_latent": str(LATENT_WIDTH),
     "max_seq_len": "by the corpus",
-    "conditioning": "bos",
+    "conditioning": CONDITIONING,
     **dict.fromkeys(("steps", "epochs", "max_time"), "no limit"),
     "lr": "by the width of the model",
     "log": "metrics.jsonl alone",
