@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
 
 import torch
 
 from gptvae_cli.config import DEVICE, DType
 from gptvae_cli.errors import DeviceError, FieldError
 
-# What a CPU needs to multiply bfloat16 matrices: torch's private test, and the flag in /proc/cpuinfo for a torch
-# that has renamed it.
-_CPU_BFLOAT16 = {
-    "AMX": ("_is_amx_tile_supported", "amx_bf16"),
-    "AVX512_BF16": ("_is_avx512_bf16_supported", "avx512_bf16"),
-}
+BFLOAT16_PAYS = 2.0
+"""How many times as fast as float32 a CPU must multiply bfloat16 for training in it: a step also converts between the
+two, and does much besides products. Processors with AMX reach 5; of those without, one with AVX512_BF16 came to 0.5,
+and took 1.5 times as long for a step (`tests/benchmarks/speed/results.txt`)."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h; the greatest that the second one takes is 32 MB
 
 
@@ -64,9 +63,10 @@ def resolve_device(name: str) -> Device:
 
 
 def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Precision:
-    """The type to compute in. `auto` takes bfloat16 where the hardware multiplies it, but for inference on a CPU.
+    """The type to compute in. `auto` takes bfloat16 where the hardware multiplies it fast, but for inference on a CPU.
 
-    Without the instructions for it, bfloat16 on a CPU is 40 to 500 times slower than float32.
+    A CPU is not asked for its instructions but timed: there are some for bfloat16 that are slower than float32, and
+    without any it is up to 500 times as slow.
 
     Raises:
         ConfigError: for a name that is none of `auto`, `float32` and `bfloat16`.
@@ -75,17 +75,15 @@ def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Preci
         return Precision(torch.float32, "asked for")
     if name not in ("auto", "bfloat16"):
         raise FieldError("dtype", name, "auto, float32 or bfloat16")
-    unit = _bfloat16_unit(device)
-    processor = "GPU" if device.type == "cuda" else "CPU"
-    if name == "bfloat16":
-        if unit is None:
-            return Precision(torch.bfloat16, f"asked for, but slow: this {processor} cannot multiply bfloat16")
-        return Precision(torch.bfloat16, "asked for")
-    if device.type == "cpu" and not training:
+    if device.type == "cuda":
+        return _gpu_dtype(name, device)
+    if name == "auto" and not training:
         return Precision(torch.float32, "exact and fast enough on a CPU")
-    if unit is None:
-        return Precision(torch.float32, f"this {processor} cannot multiply bfloat16")
-    return Precision(torch.bfloat16, f"this {processor} multiplies it ({unit})")
+    times = _cpu_bfloat16_speed()
+    found = f"this CPU multiplies bfloat16 {times:.1f} times as fast as float32"
+    if name == "bfloat16":
+        return Precision(torch.bfloat16, "asked for" if times >= 1 else f"asked for, but slow: {found}")
+    return Precision(torch.bfloat16 if times >= BFLOAT16_PAYS else torch.float32, found)
 
 
 def tune_cpu(threads: int | None) -> int:
@@ -132,22 +130,27 @@ def _cuda_gpus() -> tuple[int, str | None]:
     return 0, str(caught[0].message).partition("\n")[0] if caught else "torch finds no GPU"
 
 
-def _bfloat16_unit(device: torch.device) -> str | None:
-    """What multiplies bfloat16 matrices on this device, or None."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # torch answers for the current GPU
-            supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.cuda.get_device_name(device) if supported else None
-    for feature, (test_name, flag) in _CPU_BFLOAT16.items():
-        test = getattr(torch.cpu, test_name, None)
-        if flag in _cpu_flags() if test is None else test():
-            return feature
-    return None
+def _gpu_dtype(name: DType, gpu: torch.device) -> Precision:
+    with torch.cuda.device(gpu):  # torch answers for the current GPU
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bfloat16":
+        return Precision(torch.bfloat16, "asked for" if able else "asked for, but slow: this GPU cannot multiply it")
+    if able:
+        return Precision(torch.bfloat16, f"this GPU multiplies it ({torch.cuda.get_device_name(gpu)})")
+    return Precision(torch.float32, "this GPU cannot multiply bfloat16")
 
 
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+@cache
+def _cpu_bfloat16_speed() -> float:
+    """How many times as fast as float32 this CPU multiplies matrices of bfloat16; takes a few milliseconds."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        square = torch.ones(256, 256, dtype=dtype)
+        best = float("inf")
+        for _ in range(6):  # the first is slow, and others may be disturbed
+            began = time.perf_counter()
+            square @ square
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
