@@ -20,9 +20,9 @@ from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, GPTVAEError
 from gptvae_cli.folder import CACHE_NAME, METRICS_NAME, claimed, remove_run
 from gptvae_cli.header import MODEL_NAME, STATE_NAME, ModelHeader, read_header
+from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.tokenizer import Tokenizer
-from gptvae_cli.training import Learner
 
 FOLDER_NAME = "baseline"
 _BY_HAND = "train one, gptvae train CORPUS --latents-dropout-prob 1 --out baseline, and name it: --baseline baseline"

@@ -36,10 +36,11 @@ from gptvae_cli.fitting import fit_preset, fit_sizes
 from gptvae_cli.folder import CACHE_NAME, METRICS_NAME, NEW_CACHE_NAME, place_cache, remove_run, trim_log
 from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
 from gptvae_cli.hub import foreign_companions, write_companions
+from gptvae_cli.learner import Learner, check_weights, counters_dict
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Repairs
 from gptvae_cli.tokens import TokenStore
-from gptvae_cli.training import Learner, StepReport, check_weights, counters_dict, train
+from gptvae_cli.training import StepReport, train
 
 STATE_SECONDS = 60.0
 METRICS_SECONDS = 5.0

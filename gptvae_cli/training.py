@@ -11,27 +11,24 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gptvae_cli.checkpoint import check_finite, claimed_model, is_finite
 from gptvae_cli.config import ModelConfig, TrainConfig
 from gptvae_cli.data import Epoch, Rows, fixed_batches
 from gptvae_cli.device import tokens_together
 from gptvae_cli.doctor import UNTREATED, Recipe, diagnosis, recipe, treatable, treatment
-from gptvae_cli.errors import CheckpointError, DivergedError
 from gptvae_cli.evaluation import Figures, measure
-from gptvae_cli.header import brief
+from gptvae_cli.learner import Learner, diverged
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
-from gptvae_cli.objective import BagOfWords, Batch, Noise, objective
+from gptvae_cli.objective import Batch, Noise, objective
 from gptvae_cli.schedule import dropout_share, learning_rate_factor
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
@@ -40,33 +37,8 @@ EARLIEST_BEST = 0.1
 """Progress before which no model is the best: one that has hardly begun has a latent that may only look alive."""
 VALIDATION_TEXTS = 1000
 REPORT_SECONDS = 0.5
-EMBEDDINGS_FASTER = 10.0
-"""The learning rate of embeddings over that of the rest: a step has news for few of their rows. On Tatoeba's sentences
-ten minutes came half a nat a text further for it (`tests/benchmarks/latent/defaults.txt`)."""
 _TRIAL_STEPS = 5
 """To measure speed by; the first are slow."""
-
-
-@dataclass
-class Counters:
-    """Where a run stands: with the configuration and the corpus, all that resuming needs besides tensors.
-
-    Args:
-        step: optimizer steps taken.
-        epoch: passes over the data that are complete.
-        seconds: spent so far, in all sessions of the run.
-        tokens, texts: trained on so far, repeats counted; the texts tell the place in the data of the next batch.
-        best: score of the best model so far, nats per text, see `score`.
-        treated_at: progress at which the last treatment of the collapse doctor began; infinity where there was none.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    texts: int = 0
-    best: float = math.inf
-    treated_at: float = UNTREATED
 
 
 @dataclass(frozen=True)
@@ -106,146 +78,6 @@ class StepReport:
     treatment: str | None = None
     improved: bool = False
     done: bool = False
-
-
-class Learner:
-    """A model in training: its weights, the auxiliary head, the optimizer and the counters."""
-
-    def __init__(self, model: GPTVAE, config: TrainConfig) -> None:
-        assert model.config is not None
-        self.model = model
-        self.config = config
-        self.counters = Counters()
-        # Wider layers want smaller steps; the rate at width 128 was measured, the root is a rule of thumb.
-        self.lr = config.lr or 2e-3 * (128 / model.config.dim) ** 0.5
-        self.bag_of_words = _auxiliary_head(model.config, config)
-        if self.bag_of_words is not None:
-            self.bag_of_words.to(model.device)
-        self.named = _named_parameters(model, self.bag_of_words)
-        # Without a latent nothing but the decoder gets gradients, and the optimizer keeps moments of nothing else.
-        self._learning = {
-            name: p for name, p in self.named.items() if name.startswith("decoder.") or not config.without_latent
-        }
-        # Weight decay is for the matrices of products: not for gains and biases, nor for embeddings, whose rare
-        # rows would fade.
-        embeddings = [p for name, p in self.named.items() if "emb" in name]
-        decayed = [p for name, p in self.named.items() if p.ndim >= 2 and "emb" not in name]
-        others = [p for name, p in self.named.items() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay, "times": 1.0},
-                {"params": others, "weight_decay": 0.0, "times": 1.0},
-                {"params": embeddings, "weight_decay": 0.0, "times": EMBEDDINGS_FASTER},
-            ],
-            lr=self.lr,
-            betas=(0.9, 0.98),
-            fused=True,
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, by name: weights, buffers aside, and the optimizer's moments."""
-        result = {f"weights.{name}": p.detach() for name, p in self.named.items()}
-        for name, parameter in self.named.items():
-            for key, value in self.optimizer.state[parameter].items():
-                result[f"optimizer.{key}.{name}"] = value
-        return result
-
-    def check_finite(self) -> None:
-        """Looks at what the last step made, before it is saved: no loss has shown it yet.
-
-        Raises:
-            DivergedError: where a weight or a moment of the optimizer is not a finite number.
-        """
-        for name, tensor in self.tensors().items():
-            if not is_finite(tensor):
-                raise _diverged(f"{name} is not finite", self.counters.step)
-
-    def restore(self, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
-        """The inverse of `tensors` and of `counters_dict`; the learner is unchanged where it fails.
-
-        Raises:
-            CheckpointError: where a tensor is missing, of another shape or type, or not finite, or a counter is none.
-        """
-        restored = _counters(counters)
-        keys = ("exp_avg", "exp_avg_sq", "step")
-        stepped = restored.step > 0 or any(name.startswith("optimizer.") for name in tensors)
-        wanted = {f"weights.{name}": parameter.shape for name, parameter in self.named.items()}
-        # A bag of words that only a treatment needs has no moments before.
-        learning = {
-            name: parameter
-            for name, parameter in self._learning.items()
-            if self.config.bag_of_words > 0
-            or not name.startswith("bag_of_words.")
-            or f"optimizer.step.{name}" in tensors
-        }
-        if stepped:
-            for name, parameter in learning.items():
-                shapes = (parameter.shape, parameter.shape, torch.Size([]))
-                wanted |= {f"optimizer.{key}.{name}": shape for key, shape in zip(keys, shapes, strict=True)}
-        _check_tensors(tensors, wanted)
-        check_finite(tensors)
-        for name, parameter in self.named.items():
-            with torch.no_grad():
-                parameter.copy_(tensors[f"weights.{name}"])
-        if stepped:
-            for name, parameter in learning.items():
-                # AdamW keeps its step counter on the CPU unless it is fused on a GPU.
-                self.optimizer.state[parameter] = {
-                    key: tensors[f"optimizer.{key}.{name}"].clone().to(parameter.device) for key in keys
-                }
-        self.counters = restored
-
-
-def check_weights(tensors: Mapping[str, Tensor], model: ModelConfig, config: TrainConfig) -> None:
-    """Compares a state's weights with its configuration before a learner is built.
-
-    Raises:
-        CheckpointError: where they differ: a small file may claim a huge model.
-    """
-    claimed = claimed_model(model, tensors)
-    with torch.device("meta"):
-        head = _auxiliary_head(model, config)
-    named = _named_parameters(claimed, head)
-    _check_tensors(tensors, {f"weights.{name}": parameter.shape for name, parameter in named.items()})
-
-
-def _auxiliary_head(model: ModelConfig, config: TrainConfig) -> BagOfWords | None:
-    wanted = config.bag_of_words > 0 or config.on_collapse == "treat"
-    return BagOfWords(model.dim_latent, model.num_tokens) if wanted else None
-
-
-def _named_parameters(model: GPTVAE, head: BagOfWords | None) -> dict[str, nn.Parameter]:
-    """All that is learnt, by the names that a state has for it."""
-    named = dict(model.named_parameters())
-    if head is not None:
-        named |= {f"bag_of_words.{name}": parameter for name, parameter in head.named_parameters()}
-    return named
-
-
-def _check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
-    for name, shape in wanted.items():
-        found = list(tensors[name].shape) if name in tensors else "missing"
-        if found != list(shape):
-            raise CheckpointError(f"the state's tensor {name} is {found}, this run needs {list(shape)}")
-        if tensors[name].dtype != torch.float32:
-            raise CheckpointError(f"the state's tensor {name} is of {tensors[name].dtype}, this run needs float32")
-
-
-def _counters(values: object) -> Counters:
-    """The inverse of `counters_dict`.
-
-    Raises:
-        CheckpointError: for anything that a run cannot have counted.
-    """
-    known = asdict(Counters())
-    if not isinstance(values, dict) or not values.keys() <= known.keys():
-        raise CheckpointError(f"the state's counters are {brief(values)}, expected some of {', '.join(known)}")
-    for name, value in values.items():
-        # `noise` takes no counter beyond 2^64, and a float has a place for every whole number up to 2^53 only.
-        whole = type(value) is int and 0 <= value < 2**53
-        if not (whole or (type(known[name]) is float and type(value) is float and math.isfinite(value))):
-            raise CheckpointError(f"the state's counter {name} is {brief(value)}")
-    return Counters(**values)
 
 
 @dataclass
@@ -307,7 +139,7 @@ def train(
         start = time.monotonic()
         figures = measure(model, held_out, seed=config.seed, precision=precision)
         if not all(map(math.isfinite, asdict(figures).values())):
-            raise _diverged("validation is not finite", counters.step)
+            raise diverged("validation is not finite", counters.step)
         # Before beta has reached its final value a model is not comparable with later ones.
         now = recipe(config, progress(), counters.treated_at)
         settled = (now.beta_is_final and progress() >= EARLIEST_BEST) or done
@@ -465,17 +297,5 @@ def _read(sums: _Sums, norm: Tensor, step: int) -> list[float]:
     names = ("cross-entropy", "KL", "bag-of-words loss", "gradient norm")
     for name, value in zip(names, values, strict=True):
         if not math.isfinite(value):
-            raise _diverged(f"the {name} is {value}", step)
+            raise diverged(f"the {name} is {value}", step)
     return values
-
-
-def _diverged(what: str, step: int) -> DivergedError:
-    return DivergedError(
-        f"training diverged: {what} at step {step}",
-        hint="start again with a lower --lr, or --resume from the last saved state with --dtype float32",
-    )
-
-
-def counters_dict(counters: Counters) -> dict[str, Any]:
-    """As JSON; a best score of infinity, which JSON does not know, is left out."""
-    return {key: value for key, value in asdict(counters).items() if value != math.inf}

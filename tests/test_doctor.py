@@ -27,8 +27,9 @@ from gptvae_cli.doctor import (
     verdict,
 )
 from gptvae_cli.evaluation import Figures
+from gptvae_cli.learner import Learner, counters_dict
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.training import Learner, StepReport, counters_dict, train
+from gptvae_cli.training import StepReport, train
 from tests.test_training import SENTENCES, shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")

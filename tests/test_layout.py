@@ -28,6 +28,7 @@ ROWS: list[set[str]] = [
     {"checkpoint", "data", "device", "latent_file"},
     {"evaluation"},
     {"doctor"},
+    {"learner"},
     {"training", "sampling", "events", "hub", "folder"},
     {"fitting"},
     {"run"},

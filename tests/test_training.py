@@ -20,17 +20,10 @@ from gptvae_cli.data import Epoch, Rows
 from gptvae_cli.doctor import recipe
 from gptvae_cli.errors import CheckpointError, DivergedError, ExitCode
 from gptvae_cli.evaluation import Figures, reconstruct
+from gptvae_cli.learner import EMBEDDINGS_FASTER, Learner, counters_dict
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import BagOfWords, Batch, Weights, objective
-from gptvae_cli.training import (
-    EMBEDDINGS_FASTER,
-    Learner,
-    StepReport,
-    counters_dict,
-    score,
-    train,
-    training_noise,
-)
+from gptvae_cli.training import StepReport, score, train, training_noise
 
 SENTENCES = [
     "the cat sleeps",

@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from gptvae_cli import checkpoint, run, sampling, training
 from gptvae_cli.cli import app
 from gptvae_cli.header import STATE_NAME
+from gptvae_cli.learner import Learner
 from gptvae_cli.tokens import BulkTokenizer
 
 Action = Callable[..., object]
@@ -106,7 +107,7 @@ def after_step(count: int) -> Moment:
     def install(action: Action) -> None:
         step = training._step
 
-        def wrapper(learner: training.Learner, *args: Any) -> Any:
+        def wrapper(learner: Learner, *args: Any) -> Any:
             result = step(learner, *args)
             if learner.counters.step == count:
                 action(learner)
@@ -151,7 +152,7 @@ def fill_disk(*args: Any, **options: Any) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def put_nan(learner: training.Learner, *args: Any) -> None:
+def put_nan(learner: Learner, *args: Any) -> None:
     with torch.no_grad():
         next(iter(learner.named.values())).view(-1)[0] = float("nan")
 

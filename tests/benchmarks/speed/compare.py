@@ -32,11 +32,12 @@ from gptvae_cli.config import DType, ModelConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 from gptvae_cli.fused import attend
+from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import Batch, _LinearCrossEntropy
 from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer
-from gptvae_cli.training import Learner, _step, _Sums
+from gptvae_cli.training import _step, _Sums
 
 Side = Callable[[], float]
 """Does a share of the work and returns how much that was: tokens, texts or runs."""
