@@ -14,7 +14,7 @@ latent; the best of its kind, on the same processor, is the baseline of "efficie
 with AMX, which was slower, as the steps say, when the rows marked "(before)" ran; `AVX512` one without products of
 bfloat16, a third as fast, with the dropout that grows with the passes; "before" in its rows is without that growth.
 Column `z` is how the latent entered the decoder, which is `bos` by default since there is a choice.
-Rows of 5 minutes are of an earlier protocol: of the clock, two threads of an older `EPYC`, encoders of two layers.
+Rows of `EPYC` are of an earlier protocol: of the clock, two threads of an older one, encoders of two layers.
 """
 
 from __future__ import annotations
@@ -118,6 +118,10 @@ from the prior (InfoVAE, arXiv 1706.02262); `cyclic` let beta rise four times in
 `enc lr 2` doubled the encoder's learning rate, `emb lr 3` trebled that of all embeddings; `bounded log-variance` kept
 the variance between exp(-4) and 1 by a sigmoid; `schedule-free` took the optimizer of schedulefree 1.4.1 (arXiv
 2405.15682) at the same learning rate, without a decay; `muon, batch 4096` is `muon` with fewer, larger steps.
+`zero outputs` began with the last matrix of every block at 0, `squared relu` took the square of a ReLU for the GELU,
+`logits lr 3` trebled the learning rate of the output matrix, `4 heads of 32` halved the heads' width, `lr 4e-3, emb lr
+5` doubled that of all but the embeddings; `bag by nats` weighed the words of the bag by how badly the decoder
+predicted them, `bag by rarity` by the logarithm of their frequency.
 """
 
 SHAPE = ("dim", "depth", "enc_depth", "heads", "dim_latent", "conditioning")
@@ -377,7 +381,7 @@ def main() -> None:
     parser.add_argument("--arms", default="default,none", help="comma-separated names from ARMS")
     parser.add_argument("--corpora", default="tatoeba_eng", help="comma-separated")
     parser.add_argument("--seeds", default="0", help="comma-separated")
-    parser.add_argument("--minutes", type=float, default=5.0, help="wall time of a run")
+    parser.add_argument("--minutes", type=float, default=5.0, help="of the processor, for a run")
     parser.add_argument("--samples", type=int, default=100, help="K of the importance-weighted NLL")
     parser.add_argument("--texts", type=int, default=1000, help="of the test split")
     parser.add_argument("--table", action="store_true", help="print the results so far, and run nothing")
