@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Normal, kl_divergence
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
 from gptvae_cli.evaluation import (
     Figures,
@@ -264,6 +264,30 @@ def test_more_samples_come_closer_and_one_is_the_elbo(tiny_model: TinyModel) -> 
     bounds = [float(importance_weighted(model, batches, 1, seed=seed).mean()) for seed in range(60)]
     figures = [measure(model, batches, seed=seed).nll_bound for seed in range(60)]
     assert sum(bounds) / 60 == pytest.approx(sum(figures) / 60, rel=0.02)
+
+
+@pytest.mark.parametrize(("samples", "widths"), [(5, (1.0, 1.3)), (7, (0.8, 1.0, 2.0)), (4, (1.0,)), (1, (1.0, 1.3))])
+def test_latents_are_weighed_by_the_mixture_they_are_drawn_from(
+    tiny_model: TinyModel, samples: int, widths: tuple[float, ...]
+) -> None:
+    """By the densities of torch.distributions, text by text; turns that do not come out even have uneven shares."""
+    model, rows = tiny_model(), rows_of(4)
+    stock = stock_of(model)
+    nll_N = importance_weighted(model, batches_of(rows, 2), samples, seed=3, widths=widths)
+    width_K = torch.tensor((widths * samples)[:samples])
+    for row, nll in zip(rows, nll_N.tolist(), strict=True):
+        posterior = model.posterior(torch.tensor([row]))
+        mean_Z, std_Z = posterior.mean_BZ[0].detach().double(), (0.5 * posterior.log_var_BZ[0].detach().double()).exp()
+        noise_KZ = torch.from_numpy(
+            stream(3, Purpose.IMPORTANCE, key(row)).standard_normal((samples, model.dim_latent), dtype="float32")
+        )
+        latents_KZ = mean_Z + std_Z * noise_KZ * width_K[:, None]
+        parts_K = Independent(Normal(mean_Z.expand_as(latents_KZ), std_Z * width_K[:, None]), 1)
+        proposal = MixtureSameFamily(Categorical(torch.ones(samples, dtype=torch.float64)), parts_K)
+        nats_K = torch.tensor([nats(stock, row, latent_Z) for latent_Z in latents_KZ.float()], dtype=torch.float64)
+        log_prior_K = Normal(0.0, 1.0).log_prob(latents_KZ).sum(-1)  # type: ignore[no-untyped-call]
+        log_weights_K = log_prior_K - proposal.log_prob(latents_KZ) - nats_K  # type: ignore[no-untyped-call]
+        assert nll == pytest.approx(math.log(samples) - float(log_weights_K.logsumexp(0)), rel=1e-5)
 
 
 def test_importance_weighting_does_not_depend_on_how_samples_are_split(tiny_model: TinyModel) -> None:

@@ -4,7 +4,8 @@
 
 First the gap between the bound and the likelihood (Cremer et al. 2018, arXiv 1801.03558): the posterior of every one of
 `--few` test texts is optimised by itself, with as many nats of KL free as the encoder's have, and with none.
-What is left to the importance-weighted NLL is that no posterior is a Gaussian.
+What is left to the importance-weighted NLL is that no posterior is a Gaussian. Its own bound depends on where the
+latents are drawn: from the posterior, from a wider one, or in turn from several.
 
 Then the gap between posteriors and prior (Hoffman and Johnson 2016, "ELBO surgery"): KL = information + the distance of
 the aggregate posterior from the prior. The aggregate is that of `--many` training texts, and the samples are of test
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence
 
 from gptvae_cli.data import batches_of
-from gptvae_cli.evaluation import importance_weighted
+from gptvae_cli.evaluation import PROPOSAL_WIDTHS, importance_weighted
 from gptvae_cli.header import locate_model
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
@@ -83,7 +84,10 @@ def inference_gaps(model: GPTVAE, batches: list[Batch]) -> Iterable[str]:
     for name, row in zip(names, rows, strict=True):
         nats, kl = (float(torch.cat(column).mean()) for column in zip(*row, strict=True))
         yield f"{name:<34}  cross-entropy {nats:6.2f}  KL {kl:5.2f}  bound {nats + kl:6.2f}"
-    yield f"{'importance-weighted, K = 500':<34}  {float(importance_weighted(model, batches, 500).mean()):.2f}"
+    for widths in ((1.0,), (1.2,), (1.3,), PROPOSAL_WIDTHS, (1.0, 1.2, 1.4)):
+        nlls = [float(importance_weighted(model, batches, samples, widths=widths).mean()) for samples in (100, 500)]
+        name = f"importance-weighted, {', '.join(map(str, widths))} wide"
+        yield f"{name:<34}  K = 100: {nlls[0]:6.2f}  K = 500: {nlls[1]:6.2f}"
 
 
 def log_aggregate(sample_NZ: Tensor, posterior: Posterior) -> Tensor:
