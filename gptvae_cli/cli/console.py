@@ -150,8 +150,14 @@ def one_line(text: str) -> str:
 
 
 def note(text: str | None, *, quiet: bool = False) -> None:
-    """A line for people, where there is something to say."""
+    """A line for people, where there is something to say; on a terminal it breaks between words, in a file nowhere."""
     if text is not None and not quiet:
+        stderr.print(Text(one_line(text)), soft_wrap=not stderr.is_terminal)
+
+
+def command(text: str, *, quiet: bool = False) -> None:
+    """A command for people, in one piece, so that it can be pasted."""
+    if not quiet:
         stderr.print(Text(one_line(text)), soft_wrap=True)
 
 

@@ -71,8 +71,8 @@ def demo(
     generate.generate(prior=10, model=model, seed=1, device=device, quiet=True)
 
     _say("Your turn", quiet=quiet)
-    console.note(f"gptvae generate --text YOURNAME -n 5 --model {shlex.quote(model)}", quiet=quiet)
-    console.note("gptvae train YOURTEXT.txt", quiet=quiet)
+    console.command(f"gptvae generate --text YOURNAME -n 5 --model {shlex.quote(model)}", quiet=quiet)
+    console.command("gptvae train YOURTEXT.txt", quiet=quiet)
 
 
 def _say(what: str, *, quiet: bool) -> None:
@@ -81,4 +81,4 @@ def _say(what: str, *, quiet: bool) -> None:
 
 
 def _show(*words: str | Path, quiet: bool) -> None:
-    console.note(f"$ gptvae {shlex.join(map(str, words))}", quiet=quiet)
+    console.command(f"$ gptvae {shlex.join(map(str, words))}", quiet=quiet)

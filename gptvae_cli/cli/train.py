@@ -328,7 +328,7 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
                 example += 1
     if caught:
         console.note(f"stopped at step {job.learner.counters.step:,}; the state is saved")
-        console.note(f"go on with: gptvae train --resume --out {shlex.quote(str(job.folder))}")
+        console.command(f"go on with: gptvae train --resume --out {shlex.quote(str(job.folder))}")
         raise typer.Exit(ExitCode.INTERRUPTED if caught[0] == signal.SIGINT else ExitCode.TERMINATED)
 
 
@@ -343,14 +343,14 @@ def _finish(job: Job, *, quiet: bool) -> None:
     console.note(advice(job.figures, job.learner.config))
     if job.learner.config.without_latent:
         console.heading("Next")
-        console.note(f"gptvae evaluate test.txt --baseline {shlex.quote(str(job.folder))}")
+        console.command(f"gptvae evaluate test.txt --baseline {shlex.quote(str(job.folder))}")
         return
     console.heading("Held-out texts, and what the model writes from their latents")
     for text, written in job.reconstructions(3):
         console.pair(text, written)
     model = "" if str(job.folder) == "gptvae-run" else f" --model {shlex.quote(str(job.folder))}"
     console.heading("Next")
-    console.note(f"gptvae generate --prior 5{model}")
+    console.command(f"gptvae generate --prior 5{model}")
 
 
 @contextmanager

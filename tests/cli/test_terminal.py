@@ -5,6 +5,7 @@ Every command runs here with a terminal for standard output and error, on a mode
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from rich.console import Console
 from tokenizers import models as library_models
 from typer.testing import CliRunner
 
@@ -171,3 +173,24 @@ def test_errors_spell_out_the_names_and_texts_in_them(
     shown = on_terminal(*arguments, code=code)
     assert "gptvae: error: " in shown
     assert "this should not have happened" not in shown
+
+
+@pytest.mark.parametrize(
+    ("terminal", "lines"),
+    [(True, ["the latent carries", "6.2 nats of 30.7"]), (False, ["the latent carries 6.2 nats of 30.7"])],
+)
+def test_a_note_breaks_between_words_on_a_terminal_and_a_command_nowhere(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, lines: list[str]
+) -> None:
+    notes, commands = (Console(file=io.StringIO(), force_terminal=terminal, width=20, color_system=None) for _ in "ab")
+    monkeypatch.setattr(console, "stderr", notes)
+    console.note("the latent carries 6.2 nats of 30.7")
+    assert [line.rstrip() for line in written(notes)] == lines
+    monkeypatch.setattr(console, "stderr", commands)
+    console.command("gptvae train --resume --out somewhere")
+    assert written(commands) == ["gptvae train --resume --out somewhere"]
+
+
+def written(to: Console) -> list[str]:
+    assert isinstance(to.file, io.StringIO)
+    return to.file.getvalue().splitlines()
