@@ -3,7 +3,7 @@
 A text's noise is keyed by its own tokens. So what is measured of it is a function of the text, the model and the
 seed, whatever the order of the texts and the batches they are in.
 
-Shapes: B batch, N texts, T tokens, K samples, Z latent width.
+Shapes: B batch, N texts, T tokens, K samples, Z latent width, W proposals.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ def importance_weighted(
         most_tokens: that the decoder reads at once, a batch with one latent a text at least; None asks the device.
         on_progress: called with the texts measured so far.
 
-    Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8; the mixture: Veach and Guibas 1995, "Optimally combining
-    sampling techniques for Monte Carlo rendering", eq. 14 and 15.
+    Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8; the balance heuristic is of Veach and Guibas 1995, "Optimally
+    combining sampling techniques for Monte Carlo rendering".
     """
     nll: list[Tensor] = []
     most_tokens = most_tokens or tokens_together(model.device)
