@@ -152,22 +152,36 @@ def test_unknown_dtype_is_wrong_usage() -> None:
         resolve_dtype("float16", CPU, training=False)  # type: ignore[arg-type]
 
 
-def test_speed_of_bfloat16_is_that_of_the_best_undisturbed_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a clock that only products move, by 7, then 4 and once 90 for float32, 9, 2 and 30 for bfloat16."""
-    clock = 0.0
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "times", "products"),
+    [([7, 4, 90, 4], [9, 2, 30, 2], 2.0, 4), ([2, 1, 1, 1], [15, 9, 8, 9], 0.125, 4), ([1], [900], 1 / 900, 1)],
+    ids=["faster", "slower", "emulated"],
+)
+def test_speed_of_bfloat16_is_that_of_the_best_products(
+    monkeypatch: pytest.MonkeyPatch,
+    thread_count: int,
+    float32: list[float],
+    bfloat16: list[float],
+    times: float,
+    products: int,
+) -> None:
+    """Against a clock that only products move; what is hopelessly slow is not tried again."""
+    clock, threads = 0.0, []
 
     class Square:
         def __init__(self, dtype: torch.dtype) -> None:
-            often, first, once = (4.0, 7.0, 90.0) if dtype == torch.float32 else (2.0, 9.0, 30.0)
-            self.durations = iter([first, often, once, *[often] * 97])
+            self.durations = iter(float32 if dtype == torch.float32 else bfloat16)
 
         def __matmul__(self, other: Square) -> None:
             nonlocal clock
             clock += next(self.durations)
+            threads.append(torch.get_num_threads())
 
     monkeypatch.setattr(torch, "ones", lambda *shape, dtype: Square(dtype))
-    monkeypatch.setattr(time, "perf_counter", lambda: clock)
-    assert device_module._cpu_bfloat16_speed.__wrapped__() == 2.0
+    monkeypatch.setattr(time, "thread_time", lambda: clock)
+    assert device_module._cpu_bfloat16_speed.__wrapped__() == times
+    assert threads == [1] * 2 * products
+    assert torch.get_num_threads() == thread_count
 
 
 def test_threads_are_set_and_none_changes_nothing(thread_count: int) -> None:
