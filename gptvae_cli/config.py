@@ -191,7 +191,8 @@ class DataConfig:
         valid: a file of held-out texts, or the share of the texts to hold out.
         latents_from: a file of texts for the encoder, aligned with the corpus (the seed's `seq_for_latents`).
         tokenizer: `auto`, `bytes`, `bpe` or the path of a `tokenizers` JSON file.
-        vocab_size: tokens that a trained BPE may have at most; None chooses by the size of the corpus.
+        vocab_size: tokens that a trained BPE may have at most, and a wish for one where the tokenizer is `auto`; None
+            chooses by the size of the corpus.
     """
 
     unit: Unit = "line"

@@ -75,6 +75,14 @@ def test_a_corpus_comes_back_from_its_cache(tmp_path: Path, tokenizer: str) -> N
     assert built.tokenizer.kind == tokenizer
 
 
+def test_a_size_of_the_vocabulary_asks_for_a_bpe(tmp_path: Path) -> None:
+    """However small the corpus is; bytes, which it would get by itself, have no vocabulary to choose."""
+    small = build(tmp_path, "\n".join(LINES), tokenizer="auto")
+    assert small.tokenizer.kind == "bytes"
+    sized = build(tmp_path, "\n".join(LINES), tokenizer="auto", vocab_size=300)
+    assert (sized.tokenizer.kind, sized.facts.tokenizer_reason) == ("bpe", "a size of the vocabulary was asked for")
+
+
 def test_more_than_65536_tokens_are_stored_without_wrapping_round(tmp_path: Path) -> None:
     """The cache is of two bytes a token where that is enough and of four where it is not."""
     vocab = {f"w{i}": i for i in range(70_000)}

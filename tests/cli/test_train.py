@@ -505,6 +505,8 @@ class Spawned:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE if stderr is None else stderr,
             env={**os.environ, "COLUMNS": "110", "LINES": "40", "TERM": "xterm-256color"},
+            # A shell's background jobs ignore interrupts, and what they start inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def __enter__(self) -> Spawned:
