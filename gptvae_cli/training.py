@@ -140,9 +140,10 @@ def train(
         figures = measure(model, held_out, seed=config.seed, precision=precision)
         if not all(map(math.isfinite, asdict(figures).values())):
             raise diverged("validation is not finite", counters.step)
-        # Before beta has reached its final value a model is not comparable with later ones.
-        now = recipe(config, progress(), counters.treated_at)
-        settled = (now.beta_is_final and progress() >= EARLIEST_BEST) or done
+        # Before beta has reached its final value a model is not comparable with later ones; without a latent it weighs
+        # nothing.
+        final = config.without_latent or recipe(config, progress(), counters.treated_at).beta_is_final
+        settled = (final and progress() >= EARLIEST_BEST) or done
         improved = settled and score(figures, config) < counters.best
         if improved:
             counters.best = score(figures, config)

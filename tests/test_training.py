@@ -484,6 +484,17 @@ def test_nothing_is_best_before_beta_has_reached_its_final_value(
     assert improved == [16, 20, 32], "strictly better ones, from 40 % on"
 
 
+def test_a_language_model_may_be_best_before_beta_is_final(
+    make_rows: MakeRows, measured: Callable[[list[Figures]], None]
+) -> None:
+    """It has no latent for beta to weigh, and on a small corpus it is soon at its best."""
+    measured(
+        [replace(FIGURES, cross_entropy_without=FIGURES.cross_entropy_without + by) for by in (-9, 0, -1, 1, -2, 2)]
+    )
+    reports = run(learner_of(config(steps=40, kl_warmup=0.8, latents_dropout_prob=1.0)), make_rows())
+    assert [report.step for report in reports if report.improved] == [4, 8, 16], "none before a tenth"
+
+
 def test_a_collapsed_model_never_replaces_one_that_is_not(
     make_rows: MakeRows, measured: Callable[[list[Figures]], None]
 ) -> None:
