@@ -180,7 +180,8 @@ class GPTVAE(nn.Module):
 
         Args:
             seq_BT: tokens, padded with `pad_id`.
-            drop_LBD: dropout of the encoder's blocks, see `fused.Stack`; the fused path alone has it.
+            drop_LBD: dropout of the embedded tokens, then of the encoder's blocks, see `fused.Stack`, as factors; the
+                fused path alone has it.
             plain: go through x-transformers even where a fused path exists.
         """
         mask_BT = seq_BT != self.pad_id
@@ -189,7 +190,10 @@ class GPTVAE(nn.Module):
         if plain or self.fused_encoder is None:
             pooled_BD = self.encoder(seq_BT, mask=mask_BT)
         else:
-            hidden_BTD = self.fused_encoder(self.encoder.get_submodule("token_emb.emb")(seq_BT), mask_BT, drop_LBD)
+            embedded_BTD = self.encoder.get_submodule("token_emb.emb")(seq_BT)
+            if drop_LBD is not None:
+                embedded_BTD, drop_LBD = embedded_BTD * drop_LBD[0, :, None], drop_LBD[1:]
+            hidden_BTD = self.fused_encoder(embedded_BTD, mask_BT, drop_LBD)
             pooled_BD = (hidden_BTD * mask_BT[..., None]).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
         mean_BZ, log_var_BZ = self.to_latent_mean_log_variance(pooled_BD)
         return Posterior(mean_BZ, log_var_BZ)
@@ -299,7 +303,8 @@ class GPTVAE(nn.Module):
             tokens_BT: the decoder's input, BOS first; padding goes behind.
             latents_BZ: one latent a row; None leaves its slot out where it has one, which absolute positions notice.
             keep_B: True where a row sees its latent; every row does by default.
-            drop_LBD: dropout of the decoder's blocks, see `fused.Stack`; the fused path alone has it.
+            drop_LBD: dropout of the embedded tokens, but not of the latent, then of the decoder's blocks, see
+                `fused.Stack`, and of the hidden states, as factors; the fused path alone has it.
             plain: go through x-transformers even where a fused path exists.
         """
         tokens_BT = tokens_BT.masked_fill(tokens_BT == self.pad_id, max(self.pad_id, 0))
@@ -310,9 +315,15 @@ class GPTVAE(nn.Module):
             hidden_BTD: Tensor = self.decoder(tokens_BT, return_embeddings=True, **keywords)
             return hidden_BTD if vector_B1D is None else hidden_BTD[:, way.slots :]
         embedded_BTD = self.decoder.token_emb.emb(tokens_BT)
+        drop_blocks_LBD = None
+        if drop_LBD is not None:
+            embedded_BTD, drop_blocks_LBD = embedded_BTD * drop_LBD[0, :, None], drop_LBD[1:-1]
         if vector_B1D is None:
-            return self.fused_decoder(embedded_BTD, None, drop_LBD)
-        return way.leave(self.fused_decoder(way.enter(embedded_BTD, vector_B1D, keep_B), None, drop_LBD), keep_B)
+            hidden_BTD = self.fused_decoder(embedded_BTD, None, drop_blocks_LBD)
+        else:
+            entered_BTD = way.enter(embedded_BTD, vector_B1D, keep_B)
+            hidden_BTD = way.leave(self.fused_decoder(entered_BTD, None, drop_blocks_LBD), keep_B)
+        return hidden_BTD if drop_LBD is None else hidden_BTD * drop_LBD[-1, :, None]
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(Addition) Next-token logits of hidden states of any leading shape [... V]."""

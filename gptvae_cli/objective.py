@@ -58,7 +58,7 @@ class Noise:
         latent_BZ: standard normal.
         keep_B: True where the decoder sees the latent; None where every row does.
         hide_BT: True where the decoder's input token is hidden (word dropout); None hides nothing.
-        encoder_drop_LBD, decoder_drop_LBD: dropout of the blocks, see `fused.Stack`; None drops nothing.
+        encoder_drop_LBD, decoder_drop_LBD: dropout, see `GPTVAE.posterior` and `GPTVAE.hidden`; None drops nothing.
     """
 
     latent_BZ: Tensor

@@ -37,6 +37,9 @@ EARLIEST_BEST = 0.1
 """Progress before which no model is the best: one that has hardly begun has a latent that may only look alive."""
 VALIDATION_TEXTS = 1000
 REPORT_SECONDS = 0.5
+ENDS_DROP_MORE = 2.0
+ENDS_DROP_MOST = 0.6
+"""Embedded tokens and the decoder's last states lose twice the share that a block does, up to this much."""
 _TRIAL_STEPS = 5
 """To measure speed by; the first are slow."""
 
@@ -276,16 +279,19 @@ def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: Mo
     if recipe.word_dropout > 0:
         hide_BT = torch.from_numpy(random.random((rows, length)) < recipe.word_dropout)
     encoder_drop_LBD = decoder_drop_LBD = None
-    dropout = dropout_share(config.dropout, epochs)
-    if dropout > 0:
-        encoder_drop_LBD = _dropout(random, dropout, (2 * model.enc_depth, rows, model.dim))
-        decoder_drop_LBD = _dropout(random, dropout, (2 * model.depth, rows, model.dim))
+    blocks = dropout_share(config.dropout, epochs)
+    if blocks > 0:
+        ends = max(blocks, min(ENDS_DROP_MORE * blocks, ENDS_DROP_MOST))
+        encoder_drop_LBD = _dropout(random, [ends, *[blocks] * 2 * model.enc_depth], rows, model.dim)
+        decoder_drop_LBD = _dropout(random, [ends, *[blocks] * 2 * model.depth, ends], rows, model.dim)
     return Noise(latent_BZ, keep_B, hide_BT, encoder_drop_LBD, decoder_drop_LBD)
 
 
-def _dropout(random: np.random.Generator, share: float, shape: tuple[int, ...]) -> Tensor:
-    """Factors that are 0 for a share of the places, and have a mean of 1."""
-    return torch.from_numpy(random.random(shape, dtype="float32") >= share) / (1 - share)
+def _dropout(random: np.random.Generator, shares: Sequence[float], rows: int, dim: int) -> Tensor:
+    """Factors that are 0 for these shares of the places, and have a mean of 1 [L B D]."""
+    shares_L11 = np.array(shares, dtype="float32")[:, None, None]
+    kept_LBD = random.random((len(shares), rows, dim), dtype="float32") >= shares_L11
+    return torch.from_numpy(kept_LBD / (1 - shares_L11))
 
 
 def _read(sums: _Sums, norm: Tensor, step: int) -> list[float]:

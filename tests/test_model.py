@@ -610,9 +610,10 @@ def test_the_fused_layers_equal_x_transformers(
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
-def scale_blocks(layers: Any, factors_LBD: torch.Tensor) -> None:
-    """Multiplies what every block of x-transformers' layers adds to the residual stream."""
-    for block, factors_BD in zip(layers.layers, factors_LBD, strict=True):
+def scale(wrapper: Any, factors_LBD: torch.Tensor) -> None:
+    """Multiplies the embeddings of x-transformers' model, and what every block adds to the residual stream."""
+    wrapper.token_emb.register_forward_hook(lambda module, inputs, output: output * factors_LBD[0][:, None])
+    for block, factors_BD in zip(wrapper.attn_layers.layers, factors_LBD[1:], strict=True):
 
         def scaled(module: Any, inputs: Any, output: Any, factors_BD: torch.Tensor = factors_BD) -> Any:
             if isinstance(output, tuple):  # of attention, with what it remembers
@@ -624,23 +625,25 @@ def scale_blocks(layers: Any, factors_LBD: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("keep", [None, [True, False, True, False]], ids=["all", "some"])
 @every_way
-def test_dropout_scales_what_each_block_adds(ours: Ours, keep: list[bool] | None, conditioning: str) -> None:
+def test_dropout_scales_tokens_what_each_block_adds_and_the_hidden_states(
+    ours: Ours, keep: list[bool] | None, conditioning: str
+) -> None:
     model = ours(**POSITIONS["rotary-flash"], conditioning=conditioning)
     tokens_BT, latents_BZ = padded(), random_latents(4)
     real_BT = tokens_BT != PAD
     keep_B = None if keep is None else torch.tensor(keep)
     torch.manual_seed(1)
-    encoder_LBD, decoder_LBD = torch.rand(2, 4, 32), torch.rand(4, 4, 32)
+    encoder_LBD, decoder_LBD = torch.rand(3, 4, 32), torch.rand(6, 4, 32)
     undropped = model.posterior(tokens_BT).mean_BZ, model.hidden(tokens_BT, latents_BZ, keep_B)[real_BT]
     found = (
         model.posterior(tokens_BT, encoder_LBD).mean_BZ,
         model.hidden(tokens_BT, latents_BZ, keep_B, decoder_LBD)[real_BT],
     )
-    scale_blocks(model.encoder.attn_layers, encoder_LBD)
-    scale_blocks(model.decoder.attn_layers, decoder_LBD)
+    scale(model.encoder, encoder_LBD)
+    scale(model.decoder, decoder_LBD[:-1])
     expected = (
         model.posterior(tokens_BT, plain=True).mean_BZ,
-        model.hidden(tokens_BT, latents_BZ, keep_B, plain=True)[real_BT],
+        (model.hidden(tokens_BT, latents_BZ, keep_B, plain=True) * decoder_LBD[-1][:, None])[real_BT],
     )
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for before, after in zip(undropped, found, strict=True):
