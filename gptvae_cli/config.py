@@ -256,7 +256,7 @@ class TrainConfig:
             linearly to 0 at half of the run.
         dropout: share of what each block of encoder and decoder adds to the residual stream that is dropped, the same
             along a text (arXiv 1512.05287), after eight passes over the corpus: less before, more later
-            (`dropout_share`); of embedded tokens and of the decoder's last states twice as much.
+            (`dropout_share`); then of embedded tokens and of the decoder's last states as well (`ends_dropout_share`).
         seed: of weights, data order and noise.
         on_collapse: what a latent that is not being used brings about: `treat` changes the rest of the run, see
             `doctor.py`; `warn` only says so.

@@ -29,7 +29,7 @@ from gptvae_cli.learner import Learner, diverged
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, objective
-from gptvae_cli.schedule import dropout_share, learning_rate_factor
+from gptvae_cli.schedule import dropout_share, ends_dropout_share, learning_rate_factor
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
 """Progress at which a run is validated: a first look, early enough to mend what goes wrong, then every tenth."""
@@ -37,9 +37,6 @@ EARLIEST_BEST = 0.1
 """Progress before which no model is the best: one that has hardly begun has a latent that may only look alive."""
 VALIDATION_TEXTS = 1000
 REPORT_SECONDS = 0.5
-ENDS_DROP_MORE = 2.0
-ENDS_DROP_MOST = 0.6
-"""Embedded tokens and the decoder's last states lose twice the share that a block does, up to this much."""
 _TRIAL_STEPS = 5
 """To measure speed by; the first are slow."""
 
@@ -281,7 +278,7 @@ def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: Mo
     encoder_drop_LBD = decoder_drop_LBD = None
     blocks = dropout_share(config.dropout, epochs)
     if blocks > 0:
-        ends = max(blocks, min(ENDS_DROP_MORE * blocks, ENDS_DROP_MOST))
+        ends = ends_dropout_share(config.dropout, epochs)
         encoder_drop_LBD = _dropout(random, [ends, *[blocks] * 2 * model.enc_depth], rows, model.dim)
         decoder_drop_LBD = _dropout(random, [ends, *[blocks] * 2 * model.depth, ends], rows, model.dim)
     return Noise(latent_BZ, keep_B, hide_BT, encoder_drop_LBD, decoder_drop_LBD)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptvae_cli.schedule import dropout_share, learning_rate_factor, ramp
+from gptvae_cli.schedule import dropout_share, ends_dropout_share, learning_rate_factor, ramp
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,13 @@ def test_dropout_begins_with_the_third_pass_is_whole_with_the_ninth_and_grows_to
     passes = (0.0, 2.0, 3.5, 5.0, 8.0, 20.0, 32.0, 100.0)
     shares = [dropout_share(0.1, epochs) for epochs in passes]
     assert shares == pytest.approx([0, 0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.3])
+
+
+def test_dropout_of_the_ends_begins_with_the_ninth_pass_and_grows_to_six_times() -> None:
+    passes = (0.0, 2.0, 8.0, 14.0, 20.0, 32.0, 100.0)
+    shares = [ends_dropout_share(0.1, epochs) for epochs in passes]
+    assert shares == pytest.approx([0, 0, 0, 0.15, 0.3, 0.6, 0.6])
+    assert [ends_dropout_share(dropout, 100.0) for dropout in (0.0, 0.05, 0.9)] == pytest.approx([0, 0.3, 0.6])
 
 
 @pytest.mark.parametrize(("dropout", "most"), [(0.0, 0.0), (0.1, 0.3), (0.2, 0.5), (0.5, 0.5), (0.8, 0.8)])

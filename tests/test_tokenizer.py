@@ -271,7 +271,8 @@ def test_a_tokenizer_file_that_is_missing_or_binary_is_bad_input(tmp_path: Path)
     ("length", "total", "kind", "size"),
     [
         (100, 0, "bytes", 256),
-        (100, 200_000, "bytes", 256),
+        (100, 199_000, "bytes", 256),
+        (100, 200_000, "bpe", 1000),
         (7, 5_000_000, "bytes", 256),
         (100, 500_000, "bpe", 1000),
         (100, 3_000_000, "bpe", 2000),

@@ -4,8 +4,9 @@
 
 Results go to `results.jsonl` beside this file, one line a run; a run that is there already is not repeated, so that a
 study which was interrupted goes on. `--table` prints them. Corpora are `$GPTVAE_TEST_DATA/NAME_{train,valid,test}.txt`,
-`A+B` both together; of `NAME.txt`, a running text, the paragraphs are taken, every twentieth to validate and to test.
-Where there are labels of the test split, a linear probe reads them off the latents, as `gptvae evaluate --labels` does.
+`A+B` both together, `A/3` with every third text of A to train on; of `NAME.txt`, a running text, the paragraphs are
+taken, every twentieth to validate and to test. Where there are labels of the test split, a linear probe reads them off
+the latents, as `gptvae evaluate --labels` does.
 
 Every arm gets one thread of the same processor and as many minutes of its time (not of the clock, so that what else the
 machine does hardly matters; start-up counted), or steps where its name says so, the same corpus and seed, the sizes of
@@ -249,7 +250,12 @@ def splits(corpus: str, folder: Path) -> tuple[Unit, dict[str, Path]]:
     names = ("train", "valid", "test")
     if (data / f"{corpus}_train.txt").exists():
         return "line", {split: data / f"{corpus}_{split}.txt" for split in names}
-    files = {split: folder / f"{corpus}_{split}.txt" for split in names}
+    files = {split: folder / f"{corpus.replace('/', '-')}_{split}.txt" for split in names}
+    if "/" in corpus:
+        whole, share = corpus.split("/")
+        texts = (data / f"{whole}_train.txt").read_bytes().splitlines(keepends=True)
+        files["train"].write_bytes(b"".join(texts[:: int(share)]))
+        return "line", files | {split: data / f"{whole}_{split}.txt" for split in names[1:]}
     if "+" in corpus:
         for split, file in files.items():
             file.write_bytes(b"".join((data / f"{part}_{split}.txt").read_bytes() for part in corpus.split("+")))
