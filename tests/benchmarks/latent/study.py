@@ -126,6 +126,13 @@ the variance between exp(-4) and 1 by a sigmoid; `schedule-free` took the optimi
 `logits lr 3` trebled the learning rate of the output matrix, `4 heads of 32` halved the heads' width, `lr 4e-3, emb lr
 5` doubled that of all but the embeddings; `bag by nats` weighed the words of the bag by how badly the decoder
 predicted them, `bag by rarity` by the logarithm of their frequency.
+`blocks only` dropped nothing of embeddings and of the decoder's last states, whose share is six times `dropout` now
+(`schedule.ends_dropout_share`): so did all rows of more than eight passes that are not of AVX512_BF16. `ends 2` dropped
+them from the third pass on, at twice the share of the blocks (`ends 1`, `ends 3`: once, three times), `and z` the
+latent's contribution and the encoder's last states as well; `encoder's words` hid a share of its words, once or twice
+that of the blocks, from the encoder. `none, blocks only` kept its best model from 30 % of the run on, not from 10 %.
+`bytes` is what the third of CLINC150 was read in before it got a BPE.
+`emb lr` gives the learning rate of embeddings over that of the rest, `emb decay` their weight decay.
 """
 
 SHAPE = ("dim", "depth", "enc_depth", "heads", "dim_latent", "conditioning")
