@@ -42,7 +42,7 @@ def ends_dropout_share(dropout: float, epochs: float) -> float:
     six times `dropout` from the thirty-second on, never above 0.6.
 
     What a model learns by heart goes through them, past the layers: of a corpus of 0.6 MB, in 17 passes, this gains 1.5
-    nats a text, and in 51, which came out worse than 17 without, 1.9; where there is little to learn by heart, it
+    nats a text, and in 53, which came out worse than 17 without, 2.3; where there is little to learn by heart, it
     costs (`tests/benchmarks/latent/`).
 
     Args:
