@@ -424,9 +424,12 @@ def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tu
     if config.tokenizer not in ("auto", "bytes", "bpe"):
         return Tokenizer.from_file(Path(config.tokenizer)), f"read from {config.tokenizer}"
     choice = automatic_tokenizer(texts, None)
-    kind, reason = (choice.kind, choice.reason) if config.tokenizer == "auto" else (config.tokenizer, "asked for")
-    if config.tokenizer == "auto" and config.vocab_size is not None:
+    if config.tokenizer != "auto":
+        kind, reason = config.tokenizer, "asked for"
+    elif config.vocab_size is not None:
         kind, reason = "bpe", "a size of the vocabulary was asked for"
+    else:
+        kind, reason = choice.kind, choice.reason
     if kind == "bytes":
         return Tokenizer.bytes(), reason
     return Tokenizer.train_bpe(texts, config.vocab_size or choice.vocab_size), reason

@@ -616,6 +616,7 @@ def test_noise_has_the_shares_that_were_asked_for() -> None:
         for factors_BD, share in zip(factors_LBD, expected, strict=True):
             assert sorted(set(factors_BD.flatten().tolist())) == pytest.approx([0, 1 / (1 - share)])
             assert (factors_BD == 0).double().mean().item() == pytest.approx(share, abs=0.01)
+            assert factors_BD.mean().item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.4), (0.25, 0.2), (0.49, 0.008)])
@@ -638,13 +639,13 @@ def test_without_dropout_nothing_is_dropped() -> None:
     [(0.0, 0.0, 0.0), (1.9, 0.0, 0.0), (5.0, 0.1, 0.0), (8.0, 0.2, 0.0), (14.0, 0.3, 0.3), (32.0, 0.5, 0.6)],
 )
 def test_dropout_begins_when_texts_are_no_longer_new(epochs: float, share: float, ends: float) -> None:
-    noise = training_noise(NOISY, 0, 0, some_batch(400), shape(), epochs)
+    noise = training_noise(NOISY, 0, 0, some_batch(1600), shape(), epochs)
     if share == 0:
         assert noise.decoder_drop_LBD is None
     else:
         assert noise.decoder_drop_LBD is not None
         shares_L = (noise.decoder_drop_LBD == 0).double().mean(dim=(1, 2)).tolist()
-        assert shares_L == pytest.approx([ends, share, share, ends], abs=0.015)
+        assert shares_L == pytest.approx([ends, share, share, ends], abs=0.01)
 
 
 def test_a_long_run_drops_out_and_a_short_one_does_not(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
