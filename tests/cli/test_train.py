@@ -725,6 +725,18 @@ def test_a_baseline_is_not_told_that_its_latent_carries_anything(train: Train, n
         assert claim not in result.stderr
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "tokenizer.json"])
+def test_a_size_of_a_vocabulary_that_has_one_is_refused(
+    train: Train, names: Path, tmp_path: Path, tokenizer: str
+) -> None:
+    """It was ignored, and a user believed that it had been heeded."""
+    (tmp_path / "c.toml").write_text("[data]\nvocab_size = 300\n")
+    said = f"left out where the tokenizer is {tokenizer}"
+    flags = ("--tokenizer", tokenizer)
+    assert_fails(train(names, *flags, "--vocab-size", "300"), 2, f"--vocab-size is 300, it must be {said}")
+    assert_fails(train(names, *flags, "--config", "c.toml"), 2, "c.toml, [data] vocab_size is 300", "--tokenizer bpe")
+
+
 def test_the_latent_is_added_to_bos_unless_a_token_is_asked_for(train: Train, names: Path, out: Path) -> None:
     """Stored in the model; the commands need not be told."""
     for flags, expected in (
