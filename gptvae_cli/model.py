@@ -175,13 +175,11 @@ class GPTVAE(nn.Module):
                     stacks.enter_context(stack.frozen())
             yield
 
-    def posterior(self, seq_BT: Tensor, drop_LBD: Tensor | None = None, *, plain: bool = False) -> Posterior:
+    def posterior(self, seq_BT: Tensor, *, plain: bool = False) -> Posterior:
         """(Addition) q(z | text) of padded rows; padding does not change it.
 
         Args:
             seq_BT: tokens, padded with `pad_id`.
-            drop_LBD: dropout of the embedded tokens, then of the encoder's blocks, see `fused.Stack`, as factors; the
-                fused path alone has it.
             plain: go through x-transformers even where a fused path exists.
         """
         mask_BT = seq_BT != self.pad_id
@@ -190,10 +188,7 @@ class GPTVAE(nn.Module):
         if plain or self.fused_encoder is None:
             pooled_BD = self.encoder(seq_BT, mask=mask_BT)
         else:
-            embedded_BTD = self.encoder.get_submodule("token_emb.emb")(seq_BT)
-            if drop_LBD is not None:
-                embedded_BTD, drop_LBD = embedded_BTD * drop_LBD[0, :, None], drop_LBD[1:]
-            hidden_BTD = self.fused_encoder(embedded_BTD, mask_BT, drop_LBD)
+            hidden_BTD = self.fused_encoder(self.encoder.get_submodule("token_emb.emb")(seq_BT), mask_BT)
             pooled_BD = (hidden_BTD * mask_BT[..., None]).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
         mean_BZ, log_var_BZ = self.to_latent_mean_log_variance(pooled_BD)
         return Posterior(mean_BZ, log_var_BZ)

@@ -58,14 +58,13 @@ class Noise:
         latent_BZ: standard normal.
         keep_B: True where the decoder sees the latent; None where every row does.
         hide_BT: True where the decoder's input token is hidden (word dropout); None hides nothing.
-        encoder_drop_LBD, decoder_drop_LBD: dropout, see `GPTVAE.posterior` and `GPTVAE.hidden`; None drops nothing.
+        drop_LBD: the decoder's dropout, see `GPTVAE.hidden`; None drops nothing.
     """
 
     latent_BZ: Tensor
     keep_B: Tensor | None = None
     hide_BT: Tensor | None = None
-    encoder_drop_LBD: Tensor | None = None
-    decoder_drop_LBD: Tensor | None = None
+    drop_LBD: Tensor | None = None
 
     def to(self, device: torch.device) -> Noise:
         """The same noise on another device."""
@@ -216,7 +215,7 @@ def _hidden_and_targets(
         hide_BT = noise.hide_BT[:, : inputs_BT.shape[1]].clone()
         hide_BT[:, 0] = False
         inputs_BT = inputs_BT.masked_fill(hide_BT, model.pad_id)
-    return model.hidden(inputs_BT, latents_BZ, noise.keep_B, noise.decoder_drop_LBD), targets_BT
+    return model.hidden(inputs_BT, latents_BZ, noise.keep_B, noise.drop_LBD), targets_BT
 
 
 def objective(
@@ -242,7 +241,7 @@ def objective(
         cross_entropy = summed_cross_entropy(model, batch.tokens_BT, None, noise)
         nothing = cross_entropy.new_zeros(())
         return Terms(cross_entropy / (step_tokens or batch.target_tokens), cross_entropy.detach(), nothing, nothing)
-    posterior = model.posterior(batch.encoder_BT, noise.encoder_drop_LBD).in_float32()
+    posterior = model.posterior(batch.encoder_BT).in_float32()
     latents_BZ = posterior.sample(noise.latent_BZ)
     cross_entropy = summed_cross_entropy(model, batch.tokens_BT, latents_BZ, noise)
     kl_BZ = posterior.kl_BZ()

@@ -22,12 +22,13 @@ def ramp(progress: float, until: float) -> float:
 
 
 def dropout_share(dropout: float, epochs: float) -> float:
-    """The share to drop after some passes over a corpus: none in the first two, `dropout` after eight, three times as
-    much from the thirty-second on; never above a half, unless that was asked for.
+    """The share to drop of what the decoder's blocks add, after some passes over a corpus: none in the first two,
+    `dropout` after eight, three times as much from the thirty-second on; never above a half, unless that was asked for.
 
-    A text that is new cannot be learnt by heart, and dropout then only slows learning; the more often it was seen, the
-    more it helps. On Tatoeba sentences 0.1 costs a decoder alone 0.6 nats a text in 4 passes, and gains it 1.3 in 20;
-    on a megabyte of Wikipedia, in 36, 0.3 gains 5.5 more than 0.1 does (`tests/benchmarks/latent/`).
+    The encoder is left whole: dropping some of it as well wrote fewer tokens back, at the same likelihood or a worse
+    one. A text that is new cannot be learnt by heart, and dropout then only slows learning; the more often it was seen,
+    the more it helps. On Tatoeba sentences 0.1 costs a decoder alone 0.6 nats a text in 4 passes, and gains it 1.3 in
+    20; on a megabyte of Wikipedia, in 36, 0.3 gains 5.5 more than 0.1 does (`tests/benchmarks/latent/`).
 
     Args:
         dropout: the share after eight passes.
@@ -38,7 +39,7 @@ def dropout_share(dropout: float, epochs: float) -> float:
 
 
 def ends_dropout_share(dropout: float, epochs: float) -> float:
-    """The share of embeddings and of the decoder's last states to drop: none in the first eight passes over a corpus,
+    """The share of the decoder's embedded tokens and last states to drop: none in the first eight passes over a corpus,
     six times `dropout` from the thirty-second on, never above 0.6.
 
     What a model learns by heart goes through them, past the layers: of a corpus of 0.6 MB, in 17 passes, this gains 1.5

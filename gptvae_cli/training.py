@@ -275,13 +275,12 @@ def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: Mo
         keep_B = torch.from_numpy(random.random(rows) >= config.latents_dropout_prob)
     if recipe.word_dropout > 0:
         hide_BT = torch.from_numpy(random.random((rows, length)) < recipe.word_dropout)
-    encoder_drop_LBD = decoder_drop_LBD = None
+    drop_LBD = None
     blocks = dropout_share(config.dropout, epochs)
     if blocks > 0:
         ends = ends_dropout_share(config.dropout, epochs)
-        encoder_drop_LBD = _dropout(random, [ends, *[blocks] * 2 * model.enc_depth], rows, model.dim)
-        decoder_drop_LBD = _dropout(random, [ends, *[blocks] * 2 * model.depth, ends], rows, model.dim)
-    return Noise(latent_BZ, keep_B, hide_BT, encoder_drop_LBD, decoder_drop_LBD)
+        drop_LBD = _dropout(random, [ends, *[blocks] * 2 * model.depth, ends], rows, model.dim)
+    return Noise(latent_BZ, keep_B, hide_BT, drop_LBD)
 
 
 def _dropout(random: np.random.Generator, shares: Sequence[float], rows: int, dim: int) -> Tensor:

@@ -610,13 +610,12 @@ def test_noise_has_the_shares_that_were_asked_for() -> None:
     assert noise.keep_B.double().mean().item() == pytest.approx(0.7, abs=0.03)
     assert noise.hide_BT.double().mean().item() == pytest.approx(0.4, abs=0.01)
     shares = [0.15, 0.25, 0.25, 0.15]
-    for factors_LBD, expected in ((noise.encoder_drop_LBD, shares[:3]), (noise.decoder_drop_LBD, shares)):
-        assert factors_LBD is not None
-        assert factors_LBD.shape == (len(expected), 4000, 32)
-        for factors_BD, share in zip(factors_LBD, expected, strict=True):
-            assert sorted(set(factors_BD.flatten().tolist())) == pytest.approx([0, 1 / (1 - share)])
-            assert (factors_BD == 0).double().mean().item() == pytest.approx(share, abs=0.01)
-            assert factors_BD.mean().item() == pytest.approx(1, abs=0.01)
+    assert noise.drop_LBD is not None
+    assert noise.drop_LBD.shape == (4, 4000, 32)
+    for factors_BD, share in zip(noise.drop_LBD, shares, strict=True):
+        assert sorted(set(factors_BD.flatten().tolist())) == pytest.approx([0, 1 / (1 - share)])
+        assert (factors_BD == 0).double().mean().item() == pytest.approx(share, abs=0.01)
+        assert factors_BD.mean().item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.4), (0.25, 0.2), (0.49, 0.008)])
@@ -631,7 +630,7 @@ def test_without_dropout_nothing_is_dropped() -> None:
     none = training_noise(
         recipe(config(steps=1, latents_dropout_prob=0.0, dropout=0.0), 0.0), 0, 0, some_batch(), shape(), epochs=8.0
     )
-    assert (none.keep_B, none.hide_BT, none.encoder_drop_LBD, none.decoder_drop_LBD) == (None,) * 4
+    assert (none.keep_B, none.hide_BT, none.drop_LBD) == (None,) * 3
 
 
 @pytest.mark.parametrize(
@@ -641,10 +640,10 @@ def test_without_dropout_nothing_is_dropped() -> None:
 def test_dropout_begins_when_texts_are_no_longer_new(epochs: float, share: float, ends: float) -> None:
     noise = training_noise(NOISY, 0, 0, some_batch(1600), shape(), epochs)
     if share == 0:
-        assert noise.decoder_drop_LBD is None
+        assert noise.drop_LBD is None
     else:
-        assert noise.decoder_drop_LBD is not None
-        shares_L = (noise.decoder_drop_LBD == 0).double().mean(dim=(1, 2)).tolist()
+        assert noise.drop_LBD is not None
+        shares_L = (noise.drop_LBD == 0).double().mean(dim=(1, 2)).tolist()
         assert shares_L == pytest.approx([ends, share, share, ends], abs=0.01)
 
 

@@ -157,7 +157,7 @@ def train(
         float | None, _option("word_dropout", "Share of the decoder's input hidden at first.", _LEARNING)
     ] = None,
     dropout: Annotated[
-        float | None, _option("dropout", "Share of what every layer adds that is dropped.", _LEARNING)
+        float | None, _option("dropout", "Share of what the decoder's layers add that is dropped.", _LEARNING)
     ] = None,
     batch_tokens: Annotated[int | None, _option("batch_tokens", "Tokens of a step.", _LEARNING)] = None,
     accumulate: Annotated[
