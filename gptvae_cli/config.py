@@ -255,8 +255,8 @@ class TrainConfig:
         word_dropout: share of the decoder's input tokens that are hidden at the start of training, falling
             linearly to 0 at half of the run.
         dropout: share of what each block of the decoder adds to the residual stream that is dropped, the same along a
-            text (arXiv 1512.05287), after eight passes over the corpus: less before, more later (`dropout_share`);
-            then of its embedded tokens and last states as well (`ends_dropout_share`). The encoder's never.
+            text (arXiv 1512.05287), after eight passes over the corpus: less before, more later, and of its embedded
+            tokens and last states, too (`dropout_shares`). Nothing of the encoder.
         seed: of weights, data order and noise.
         on_collapse: what a latent that is not being used brings about: `treat` changes the rest of the run, see
             `doctor.py`; `warn` only says so.

@@ -266,10 +266,11 @@ class TokenizerChoice(NamedTuple):
 def automatic_tokenizer(sample: Sequence[str], total_bytes: int | None) -> TokenizerChoice:
     """Chooses a tokenizer by how much text there is and how long a text is.
 
-    The vocabulary is a rule of thumb: 1000 tokens for 0.2 to 0.5 MB, 2000 for 3 MB, 3750 for 20 MB and 8750 for
-    200 MB, at most 16,000, so that most tokens are seen often enough to be learnt. Of 5,000 requests, 207 kB, five
-    minutes with 1000 tokens come to 42.9 nats a text, with 500 to 44.5 and with bytes to 45.5
-    (`tests/benchmarks/latent/defaults.txt`).
+    The vocabulary is 2000 tokens for 0.5 MB, 2500 for 1 MB, 4000 for 3.4 MB and 7500 for 20 MB, at most 10,000. In five
+    minutes 15,000 requests, 0.6 MB, come to 35.4 nats a text with 2000 tokens and to 36.0 with 1000; a megabyte of
+    Wikipedia to 142.9 with 2500, 143.0 with 4000 and 143.5 with 1250; 3.4 MB of Tatoeba to 30.6 with 4000, 30.5 with
+    8000 and 31.2 with 2000. Molecules as SMILES, which have no words, are better off with fewer: 4.1 MB come to 25.3
+    with 500, 25.6 with 2250 and 25.7 with 4000 (`tests/benchmarks/latent/defaults.txt`).
 
     Args:
         sample: texts of the corpus.
@@ -284,6 +285,6 @@ def automatic_tokenizer(sample: Sequence[str], total_bytes: int | None) -> Token
     if mean < 16:
         reason = f"the texts are short, {mean:.0f} bytes on average, so longer tokens would save little"
         return TokenizerChoice("bytes", 256, reason)
-    vocab_size = min(16_000, max(1000, 250 * round(1000 * (size / 500_000) ** 0.36 / 250)))
+    vocab_size = min(10_000, 250 * round(2000 * (size / 500_000) ** 0.36 / 250))
     reason = f"{amount} in texts of {mean:.0f} bytes on average is enough to learn {vocab_size} tokens from"
     return TokenizerChoice("bpe", vocab_size, reason)

@@ -29,7 +29,7 @@ from gptvae_cli.learner import Learner, diverged
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, objective
-from gptvae_cli.schedule import dropout_share, ends_dropout_share, learning_rate_factor
+from gptvae_cli.schedule import Dropout, dropout_shares, learning_rate_factor
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
 """Progress at which a run is validated: a first look, early enough to mend what goes wrong, then every tenth."""
@@ -160,7 +160,8 @@ def train(
         # The last step of an epoch may have fewer parts than the others.
         while micro_batches := list(islice(batches, config.accumulate)):
             now = progress()
-            beta, learning_rate, norm = _step(learner, micro_batches, now, counters.texts / len(rows), precision, sums)
+            dropout = dropout_shares(config.dropout, counters.texts / len(rows), rows.store.count)
+            beta, learning_rate, norm = _step(learner, micro_batches, now, dropout, precision, sums)
             counters.tokens += sum(b.target_tokens for b in micro_batches)
             counters.texts += sum(len(b.tokens_BT) for b in micro_batches)
             counters.seconds = earlier + session()
@@ -214,7 +215,7 @@ def tokens_per_second(
     speeds = []
     for batch in islice(Epoch(rows, micro_tokens, config.seed, 0).batches(0), _TRIAL_STEPS):
         sums = _Sums(time.monotonic())
-        norm = _step(learner, [batch], 0.0, 0.0, precision, sums)[2]
+        norm = _step(learner, [batch], 0.0, Dropout(0.0, 0.0), precision, sums)[2]
         _read(sums, norm, learner.counters.step)
         speeds.append(batch.target_tokens / (time.monotonic() - sums.began))
     return median(speeds)
@@ -233,7 +234,7 @@ def _step(
     learner: Learner,
     batches: Sequence[Batch],
     progress: float,
-    epochs: float,
+    dropout: Dropout,
     precision: torch.dtype,
     sums: _Sums,
 ) -> tuple[float, float, Tensor]:
@@ -248,7 +249,7 @@ def _step(
         group["lr"] = learning_rate * group["times"]
     step_tokens = sum(batch.target_tokens for batch in batches)
     for part, batch in enumerate(batches):
-        noise = training_noise(now, learner.counters.step, part, batch, model.config, epochs)
+        noise = training_noise(now, learner.counters.step, part, batch, model.config, dropout)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
             terms = objective(
                 model, learner.bag_of_words, batch.to(device), noise.to(device), weights, step_tokens=step_tokens
@@ -264,7 +265,7 @@ def _step(
     return weights.beta, learning_rate, norm
 
 
-def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: ModelConfig, epochs: float) -> Noise:
+def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: ModelConfig, dropout: Dropout) -> Noise:
     """The noise of one micro-batch, a pure function of seed, step and row."""
     config = recipe.config
     rows, length = batch.tokens_BT.shape
@@ -276,10 +277,9 @@ def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: Mo
     if recipe.word_dropout > 0:
         hide_BT = torch.from_numpy(random.random((rows, length)) < recipe.word_dropout)
     drop_LBD = None
-    blocks = dropout_share(config.dropout, epochs)
-    if blocks > 0:
-        ends = ends_dropout_share(config.dropout, epochs)
-        drop_LBD = _dropout(random, [ends, *[blocks] * 2 * model.depth, ends], rows, model.dim)
+    if dropout.blocks > 0:
+        shares = [dropout.ends, *[dropout.blocks] * 2 * model.depth, dropout.ends]
+        drop_LBD = _dropout(random, shares, rows, model.dim)
     return Noise(latent_BZ, keep_B, hide_BT, drop_LBD)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptvae_cli.schedule import dropout_share, ends_dropout_share, learning_rate_factor, ramp
+from gptvae_cli.schedule import dropout_shares, learning_rate_factor, ramp
 
 
 @pytest.mark.parametrize(
@@ -54,17 +54,19 @@ def test_beta_rises_and_stays(progress: float, until: float, factor: float) -> N
 
 def test_dropout_begins_with_the_third_pass_is_whole_with_the_ninth_and_grows_to_three_times() -> None:
     passes = (0.0, 2.0, 3.5, 5.0, 8.0, 20.0, 32.0, 100.0)
-    shares = [dropout_share(0.1, epochs) for epochs in passes]
+    shares = [dropout_shares(0.1, epochs, 10**5).blocks for epochs in passes]
     assert shares == pytest.approx([0, 0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.3])
 
 
-def test_dropout_of_the_ends_begins_with_the_ninth_pass_and_grows_to_six_times() -> None:
-    passes = (0.0, 2.0, 8.0, 14.0, 20.0, 32.0, 100.0)
-    shares = [ends_dropout_share(0.1, epochs) for epochs in passes]
-    assert shares == pytest.approx([0, 0, 0, 0.15, 0.3, 0.6, 0.6])
-    assert [ends_dropout_share(dropout, 100.0) for dropout in (0.0, 0.05, 0.9)] == pytest.approx([0, 0.3, 0.6])
+@pytest.mark.parametrize(("tokens", "last"), [(0, 16.0), (256_000, 16.0), (512_000, 32.0), (4_000_000, 250.0)])
+def test_dropout_of_the_ends_grows_to_six_times_and_more_slowly_for_a_large_corpus(tokens: int, last: float) -> None:
+    passes = (0.0, 2.0, 1 + last / 2, last, 10 * last)
+    shares = [dropout_shares(0.1, epochs, tokens).ends for epochs in passes]
+    assert shares == pytest.approx([0, 0, 0.3, 0.6, 0.6])
+    most = [dropout_shares(dropout, 1000.0, tokens).ends for dropout in (0.0, 0.05, 0.9)]
+    assert most == pytest.approx([0, 0.3, 0.6])
 
 
 @pytest.mark.parametrize(("dropout", "most"), [(0.0, 0.0), (0.1, 0.3), (0.2, 0.5), (0.5, 0.5), (0.8, 0.8)])
-def test_no_more_than_half_is_dropped_unless_that_was_asked_for(dropout: float, most: float) -> None:
-    assert dropout_share(dropout, 1000.0) == pytest.approx(most)
+def test_no_more_than_half_is_dropped_of_blocks_unless_that_was_asked_for(dropout: float, most: float) -> None:
+    assert dropout_shares(dropout, 1000.0, 10**5).blocks == pytest.approx(most)

@@ -23,6 +23,7 @@ from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.learner import EMBEDDINGS_FASTER, Learner, counters_dict
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import BagOfWords, Batch, Weights, objective
+from gptvae_cli.schedule import Dropout
 from gptvae_cli.training import StepReport, score, train, training_noise
 
 SENTENCES = [
@@ -135,7 +136,7 @@ def test_the_first_report_is_the_objective_of_the_first_batch(make_rows: MakeRow
     learner, same = learner_of(train_config), learner_of(train_config)
     (report,) = run(learner, rows)
     batch = next(Epoch(rows, 64, seed=0, epoch=0).batches())
-    noise = training_noise(recipe(train_config, 0.0), 0, 0, batch, shape(), epochs=0.0)
+    noise = training_noise(recipe(train_config, 0.0), 0, 0, batch, shape(), Dropout(0.0, 0.0))
     assert same.bag_of_words is not None
     terms = objective(same.model, same.bag_of_words, batch, noise, Weights("elbo", 0.0, 0.5, 1.0))
     assert report.cross_entropy == pytest.approx(terms.cross_entropy.item() / batch.target_tokens)
@@ -576,20 +577,21 @@ def some_batch(rows: int = 200, length: int = 20) -> Batch:
 
 TRAINED = config(steps=1, latents_dropout_prob=0.3, word_dropout=0.4, dropout=0.2)
 NOISY = recipe(TRAINED, 0.0)
+SOME = Dropout(0.2, 0.1)
 
 
 def test_noise_is_a_function_of_seed_step_part_and_row_alone() -> None:
     torch.manual_seed(0)
-    first = training_noise(NOISY, 7, 1, some_batch(), shape(), epochs=8.0)
+    first = training_noise(NOISY, 7, 1, some_batch(), shape(), SOME)
     torch.manual_seed(1)
     np.random.default_rng(0)
-    again = training_noise(NOISY, 7, 1, some_batch(), shape(), epochs=8.0)
+    again = training_noise(NOISY, 7, 1, some_batch(), shape(), SOME)
     for field in fields(first):
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
     others = [
-        training_noise(NOISY, 8, 1, some_batch(), shape(), epochs=8.0),
-        training_noise(NOISY, 7, 0, some_batch(), shape(), epochs=8.0),
-        training_noise(recipe(replace(TRAINED, seed=1), 0.0), 7, 1, some_batch(), shape(), epochs=8.0),
+        training_noise(NOISY, 8, 1, some_batch(), shape(), SOME),
+        training_noise(NOISY, 7, 0, some_batch(), shape(), SOME),
+        training_noise(recipe(replace(TRAINED, seed=1), 0.0), 7, 1, some_batch(), shape(), SOME),
     ]
     for other in others:
         for field in fields(first):
@@ -597,12 +599,12 @@ def test_noise_is_a_function_of_seed_step_part_and_row_alone() -> None:
 
 
 def test_a_rows_noise_does_not_depend_on_the_rows_behind_it() -> None:
-    few, many = (training_noise(NOISY, 3, 0, some_batch(rows), shape(), epochs=8.0) for rows in (5, 50))
+    few, many = (training_noise(NOISY, 3, 0, some_batch(rows), shape(), SOME) for rows in (5, 50))
     assert torch.equal(few.latent_BZ, many.latent_BZ[:5])
 
 
 def test_noise_has_the_shares_that_were_asked_for() -> None:
-    noise = training_noise(NOISY, 0, 0, some_batch(4000, 50), shape(), epochs=11.0)
+    noise = training_noise(NOISY, 0, 0, some_batch(4000, 50), shape(), Dropout(0.25, 0.15))
     assert noise.keep_B is not None
     assert noise.hide_BT is not None
     assert noise.latent_BZ.mean().item() == pytest.approx(0, abs=0.03)
@@ -620,44 +622,31 @@ def test_noise_has_the_shares_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.4), (0.25, 0.2), (0.49, 0.008)])
 def test_word_dropout_falls_to_nothing_at_half_of_the_run(progress: float, share: float) -> None:
-    noise = training_noise(recipe(TRAINED, progress), 0, 0, some_batch(4000, 50), shape(), epochs=8.0)
+    noise = training_noise(recipe(TRAINED, progress), 0, 0, some_batch(4000, 50), shape(), SOME)
     assert noise.hide_BT is not None
     assert noise.hide_BT.double().mean().item() == pytest.approx(share, abs=0.01)
-    assert training_noise(recipe(TRAINED, 0.5), 0, 0, some_batch(), shape(), epochs=8.0).hide_BT is None
+    assert training_noise(recipe(TRAINED, 0.5), 0, 0, some_batch(), shape(), SOME).hide_BT is None
 
 
 def test_without_dropout_nothing_is_dropped() -> None:
-    none = training_noise(
-        recipe(config(steps=1, latents_dropout_prob=0.0, dropout=0.0), 0.0), 0, 0, some_batch(), shape(), epochs=8.0
-    )
+    undropped = recipe(config(steps=1, latents_dropout_prob=0.0), 0.0)
+    none = training_noise(undropped, 0, 0, some_batch(), shape(), Dropout(0.0, 0.0))
     assert (none.keep_B, none.hide_BT, none.drop_LBD) == (None,) * 3
 
 
-@pytest.mark.parametrize(
-    ("epochs", "share", "ends"),
-    [(0.0, 0.0, 0.0), (1.9, 0.0, 0.0), (5.0, 0.1, 0.0), (8.0, 0.2, 0.0), (14.0, 0.3, 0.3), (32.0, 0.5, 0.6)],
-)
-def test_dropout_begins_when_texts_are_no_longer_new(epochs: float, share: float, ends: float) -> None:
-    noise = training_noise(NOISY, 0, 0, some_batch(1600), shape(), epochs)
-    if share == 0:
-        assert noise.drop_LBD is None
-    else:
-        assert noise.drop_LBD is not None
-        shares_L = (noise.drop_LBD == 0).double().mean(dim=(1, 2)).tolist()
-        assert shares_L == pytest.approx([ends, share, share, ends], abs=0.01)
-
-
 def test_a_long_run_drops_out_and_a_short_one_does_not(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The share follows the passes over the corpus that a run, resumed or not, has made."""
+    """The shares follow the passes over the corpus that a run, resumed or not, has made, and its size."""
     seen: list[float] = []
+    rows = make_rows()
 
-    def dropout_share(dropout: float, epochs: float) -> float:
+    def dropout_shares(dropout: float, epochs: float, tokens: int) -> Dropout:
+        assert (dropout, tokens) == (0.1, rows.store.count)
         seen.append(epochs)
-        return 0.0
+        return Dropout(0.0, 0.0)
 
-    monkeypatch.setattr("gptvae_cli.training.dropout_share", dropout_share)
-    learner = learner_of(config(steps=7))
-    run(learner, make_rows())
+    monkeypatch.setattr("gptvae_cli.training.dropout_shares", dropout_shares)
+    learner = learner_of(config(steps=7, dropout=0.1))
+    run(learner, rows)
     assert seen[0] == 0
     assert seen == sorted(seen)
     assert seen[-1] < learner.counters.texts / len(SENTENCES) <= seen[-1] + 1

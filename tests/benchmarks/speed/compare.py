@@ -35,6 +35,7 @@ from gptvae_cli.fused import attend
 from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import Batch, _LinearCrossEntropy
+from gptvae_cli.schedule import Dropout
 from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import _step, _Sums
@@ -437,7 +438,7 @@ def train_ours(model: GPTVAE, batches: list[Batch], dtype: DType = "auto") -> fl
     model.train()
     began = time.perf_counter()
     for batch in batches:
-        _step(model.learner, [batch], 0.5, 0.0, precision, sums)  # type: ignore[arg-type]
+        _step(model.learner, [batch], 0.5, Dropout(0.0, 0.0), precision, sums)  # type: ignore[arg-type]
     return time.perf_counter() - began
 
 
