@@ -58,7 +58,7 @@ def test_dropout_begins_with_the_third_pass_is_whole_with_the_ninth_and_grows_to
     assert shares == pytest.approx([0, 0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.3])
 
 
-@pytest.mark.parametrize(("tokens", "last"), [(0, 16.0), (256_000, 16.0), (512_000, 32.0), (4_000_000, 250.0)])
+@pytest.mark.parametrize(("tokens", "last"), [(0, 24.0), (384_000, 24.0), (512_000, 32.0), (4_000_000, 250.0)])
 def test_dropout_of_the_ends_grows_to_six_times_and_more_slowly_for_a_large_corpus(tokens: int, last: float) -> None:
     passes = (0.0, 2.0, 1 + last / 2, last, 10 * last)
     shares = [dropout_shares(0.1, epochs, tokens).ends for epochs in passes]
