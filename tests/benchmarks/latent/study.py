@@ -126,12 +126,18 @@ the variance between exp(-4) and 1 by a sigmoid; `schedule-free` took the optimi
 `logits lr 3` trebled the learning rate of the output matrix, `4 heads of 32` halved the heads' width, `lr 4e-3, emb lr
 5` doubled that of all but the embeddings; `bag by nats` weighed the words of the bag by how badly the decoder
 predicted them, `bag by rarity` by the logarithm of their frequency.
-`blocks only` dropped nothing of embeddings and of the decoder's last states, whose share is six times `dropout` now
-(`schedule.ends_dropout_share`): so did all rows of more than eight passes that are not of AVX512_BF16. `ends 2` dropped
-them from the third pass on, at twice the share of the blocks (`ends 1`, `ends 3`: once, three times), `and z` the
-latent's contribution and the encoder's last states as well; `encoder's words` hid a share of its words, once or twice
-that of the blocks, from the encoder. `none, blocks only` kept its best model from 30 % of the run on, not from 10 %.
-`bytes` is what the third of CLINC150 was read in before it got a BPE.
+`blocks only` dropped nothing of embeddings and of the decoder's last states, the ends; so did all rows of more than
+two passes before there was any other dropout, but of blocks of encoder and decoder alike. `former dropout` dropped the
+embeddings of both and the decoder's last states as well, from the ninth pass on, six times `dropout` by the
+thirty-second; `encoder's blocks alone` left the encoder's embeddings whole. `ends from pass 9` did the same in the
+decoder and nothing in the encoder, `ends by pass 32`, `16` and `10` began with the third pass and were whole by that
+one (the default, `schedule.dropout_shares`, by the 24th, and later of more than 384,000 tokens). `ends 2` dropped
+those of encoder and decoder from the third pass on, at twice the share of the blocks (`ends 1`, `ends 3`: once, three
+times), `and z` the latent's contribution and the encoder's last states as well; `encoder's words` hid a share of its
+words, once or twice that of the blocks, from the encoder. `none, blocks only` kept its best model from 30 % of the run
+on, not from 10 %. `vocabulary N` is named where it is not that of today's rule, but for rows of other processors than
+AMX and rows with a token, which had about half as large ones; `bytes` is what the third of CLINC150 was read in before
+it got a BPE.
 `emb lr` gives the learning rate of embeddings over that of the rest, `emb decay` their weight decay.
 """
 
