@@ -51,6 +51,6 @@ def dropout_shares(dropout: float, epochs: float, tokens: int) -> Dropout:
         epochs: passes over the corpus so far.
         tokens: of the corpus.
     """
-    blocks = dropout * (ramp(max(0.0, epochs - 2.0), 6.0) + 2.0 * ramp(max(0.0, epochs - 8.0), 24.0))
-    ends = 6.0 * dropout * ramp(max(0.0, epochs - 2.0), max(24.0, tokens / 16_000) - 2.0)
+    blocks = dropout * (ramp(epochs - 2.0, 6.0) + 2.0 * ramp(epochs - 8.0, 24.0))
+    ends = 6.0 * dropout * ramp(epochs - 2.0, max(24.0, tokens / 16_000) - 2.0)
     return Dropout(min(blocks, max(dropout, 0.5)), min(ends, 0.6))
