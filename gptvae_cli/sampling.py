@@ -57,8 +57,8 @@ def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto", threa
         CheckpointError, DeviceError, ConfigError: for what cannot be loaded, is not there, or is not known.
     """
     where = resolve_device(device)
-    precision = resolve_dtype(dtype, where.device, training=False)
     tune_cpu(threads)
+    precision = resolve_dtype(dtype, where.device, training=False)
     note = None
     if where.device.type != "cpu" or precision.dtype != torch.float32:  # the rest is what everybody expects
         name = str(precision.dtype).removeprefix("torch.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -195,6 +198,30 @@ def test_denormals_count_as_zero_once_a_cpu_is_tuned(thread_count: int) -> None:
     assert bool((tiny * 1e-3).any())
     tune_cpu(None)
     assert not bool((tiny * 1e-3).any())
+
+
+_PRODUCTS = """
+import sys, torch
+from gptvae_cli.device import tune_cpu
+if sys.argv[1] == "tuned":
+    tune_cpu(1)
+weight = torch.ones(16, 16, 3)
+for width in [*range(20, 720)] * 2:
+    torch.nn.functional.conv1d(torch.ones(4, 16, width), weight)
+"""
+
+
+@pytest.mark.parametrize(("how", "kept"), [("tuned", True), ("as it comes", False)])
+def test_what_onednn_compiles_is_kept_for_thousands_of_shapes(how: str, kept: bool) -> None:
+    # Convolutions, as it has these of float32 on every processor; each makes several entries of its cache.
+    environment = {k: v for k, v in os.environ.items() if "PRIMITIVE_CACHE" not in k} | {"ONEDNN_VERBOSE": "2"}
+    ran = subprocess.run(
+        [sys.executable, "-c", _PRODUCTS, how], capture_output=True, text=True, env=environment, check=True
+    )
+    if "create:cache_miss" not in ran.stdout:
+        pytest.skip("this torch does not use oneDNN here, or does not tell")
+    hits = ran.stdout.count("create:cache_hit,cpu,convolution")
+    assert hits == (700 if kept else 0)
 
 
 @pytest.mark.parametrize("count", [0, -1])

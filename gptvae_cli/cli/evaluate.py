@@ -242,8 +242,8 @@ def _train_baseline(
         console.note(f"the baseline is {found.folder}, trained before", quiet=quiet)
         return found.path
     where = resolve_device(device)
-    precision = resolve_dtype(dtype, where.device, training=True)
     tune_cpu(threads)
+    precision = resolve_dtype(dtype, where.device, training=True)
     if header.training.get("device") not in (None, where.device.type):
         console.note(
             f"the model was trained on {header.training['device']}, its baseline on {where.device.type}: in the same"

@@ -201,8 +201,8 @@ def train(
 
     with plan.naming():
         where = resolve_device(plan.machine.device)
+        tune_cpu(plan.machine.threads)
         precision = resolve_dtype(plan.machine.dtype, where.device, training=True)
-    tune_cpu(plan.machine.threads)
     folder = Path(plan.run.out)
     with claimed(folder, resume=resume, force=force):
         if resume:

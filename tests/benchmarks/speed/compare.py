@@ -5,7 +5,7 @@
 
 A row prints the median of each side and of their ratio, with the ratio's range over the rounds; `limit` rows compare
 with what this machine can do at most: reading memory, multiplying matrices. Rows that train or
-encode real text read `$GPTVAE_TEST_DATA/tatoeba_eng_train.txt`.
+encode real text read `$GPTVAE_TEST_DATA/tatoeba_eng_train.txt`, or `wikisplit_train.txt`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -287,6 +288,26 @@ def memory(rounds: int) -> str:
     return compare("train, memory kept", "steps/s", {"ours": process(True), "as it comes": process(False)}, rounds)
 
 
+def shapes(rounds: int) -> str:
+    """The second pass over a megabyte of long sentences, where what oneDNN compiled for every shape of batch is kept
+    (`tune_cpu`), against its default; without products of bfloat16 there is nothing to keep."""
+
+    def process(**environment: str) -> Side:
+        program = "from tests.benchmarks.speed.compare import rate_of_second_pass; print(rate_of_second_pass())"
+
+        def rate() -> float:
+            variables = {**os.environ, **environment}
+            ran = subprocess.run(
+                [sys.executable, "-c", program], check=True, capture_output=True, text=True, env=variables
+            )
+            return float(ran.stdout)
+
+        return counted(rate)
+
+    sides = {"ours": process(), "oneDNN's default": process(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024")}
+    return compare("train, shapes kept", "steps/s", sides, rounds)
+
+
 def compiled(rounds: int) -> str:
     """Training steps as they are, against steps whose layers went through `torch.compile`; its time is not counted."""
     tokenizer, rows = sentences(4096)
@@ -411,6 +432,19 @@ def seconds_of_steps(tuned: bool, steps: int = 20) -> float:
     return train_ours(ours, batches) * steps / len(batches)
 
 
+def rate_of_second_pass() -> float:
+    """Steps a second in the second pass over WikiSplit's sentences, in shuffled batches."""
+    tune_cpu(None)
+    lines = corpus(8192, "wikisplit")
+    tokenizer = Tokenizer.train_bpe(lines, 2500)
+    rows = [[tokenizer.bos_id, *row[:126], tokenizer.eos_id] for row in tokenizer.encode_batch(lines)]
+    ours, _ = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=1, heads=2, longest=128)
+    batches = batches_of(rows, None, tokenizer.pad_id, 2048)
+    random.Random(0).shuffle(batches)
+    train_ours(ours, batches)
+    return len(batches) / train_ours(ours, batches)
+
+
 def seconds_of_tokens(tokens: int) -> float:
     """Seconds of writing one text of so many tokens, 29 million parameters in float32."""
     tune_cpu(None)
@@ -478,8 +512,8 @@ def counted(rate: Callable[[], float]) -> Side:
     return work
 
 
-def corpus(count: int) -> list[str]:
-    path = Path(os.environ["GPTVAE_TEST_DATA"]) / "tatoeba_eng_train.txt"
+def corpus(count: int, name: str = "tatoeba_eng") -> list[str]:
+    path = Path(os.environ["GPTVAE_TEST_DATA"]) / f"{name}_train.txt"
     return list(islice((line for line in read_texts([str(path)], unit="line") if line), count))
 
 
@@ -506,6 +540,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "attention": attention,
     "loss": loss,
     "memory": memory,
+    "shapes": shapes,
     "compile": compiled,
     "neighbour": neighbour,
     "limit-decode": limit_decode,
