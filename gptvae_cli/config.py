@@ -250,7 +250,8 @@ class TrainConfig:
         vae_kl_div_floor: free bits, nats per latent dimension (arXiv 1606.04934, eq. 15).
         target_rate: free bits, nats per text, all dimensions together: the KL costs nothing below it, and the
             objective seldom pays for more.
-        latents_dropout_prob: share of the rows whose latent is dropped; 1 trains a language model without one.
+        latents_dropout_prob: share of the rows whose latent is dropped, from half of the run on; before, of objective
+            `elbo`, falling from five times as many, up to a half. 1 trains a language model without a latent.
         bag_of_words: weight of the auxiliary loss that predicts a text's tokens, unordered, from z.
         word_dropout: share of the decoder's input tokens that are hidden at the start of training, falling
             linearly to 0 at half of the run.

@@ -114,6 +114,16 @@ class Recipe:
         )
 
     @property
+    def latents_dropout(self) -> float:
+        """Share of the rows to train without their latent: at first five times that of the configuration, up to a half.
+        While KL costs little, a decoder leaves to the latent what it has to know later (`tests/benchmarks/latent/`)."""
+        last = self.config.latents_dropout_prob
+        if self.config.objective == "stock":
+            return last
+        first = max(last, min(0.5, 5 * last))
+        return first + (last - first) * ramp(self.progress, 0.5)
+
+    @property
     def word_dropout(self) -> float:
         """Share of the decoder's input tokens to hide."""
         return self.config.word_dropout * (1 - ramp(self.progress, 0.5))

@@ -272,8 +272,8 @@ def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: Mo
     random = stream(config.seed, Purpose.TRAINING, step, part)
     latent_BZ = torch.from_numpy(random.standard_normal((rows, model.dim_latent), dtype="float32"))
     keep_B = hide_BT = None
-    if config.latents_dropout_prob > 0:
-        keep_B = torch.from_numpy(random.random(rows) >= config.latents_dropout_prob)
+    if recipe.latents_dropout > 0:
+        keep_B = torch.from_numpy(random.random(rows) >= recipe.latents_dropout)
     if recipe.word_dropout > 0:
         hide_BT = torch.from_numpy(random.random((rows, length)) < recipe.word_dropout)
     drop_LBD = None

@@ -147,6 +147,21 @@ def test_an_untreated_run_has_the_schedules_of_its_configuration(progress: float
     assert now.weights.rate == 8
     assert now.weights.bag_of_words == pytest.approx(max(0.1, 1 - 1.5 * progress))
     assert now.word_dropout == pytest.approx(max(0, 0.3 * (1 - 2 * progress)))
+    assert now.latents_dropout == pytest.approx(max(0.1, 0.5 - 0.8 * progress))
+
+
+@pytest.mark.parametrize(
+    ("share", "first"), [(0.0, 0.0), (0.02, 0.1), (0.1, 0.5), (0.3, 0.5), (0.5, 0.5), (0.8, 0.8), (1.0, 1.0)]
+)
+def test_more_latents_are_dropped_at_first_up_to_a_half(share: float, first: float) -> None:
+    plan = TrainConfig(latents_dropout_prob=share)
+    shares = [recipe(plan, progress).latents_dropout for progress in (0.0, 0.25, 0.5, 1.0)]
+    assert shares == pytest.approx([first, (first + share) / 2, share, share])
+
+
+def test_the_stock_recipe_drops_as_many_throughout() -> None:
+    plan = TrainConfig(**STOCK_RECIPE | {"objective": "stock", "latents_dropout_prob": 0.1})
+    assert {recipe(plan, progress).latents_dropout for progress in (0.0, 0.4, 1.0)} == {0.1}
 
 
 # In a run -------------------------------------------------------------------------------------------------------------

@@ -609,7 +609,7 @@ def test_noise_has_the_shares_that_were_asked_for() -> None:
     assert noise.hide_BT is not None
     assert noise.latent_BZ.mean().item() == pytest.approx(0, abs=0.03)
     assert noise.latent_BZ.std().item() == pytest.approx(1, abs=0.03)
-    assert noise.keep_B.double().mean().item() == pytest.approx(0.7, abs=0.03)
+    assert noise.keep_B.double().mean().item() == pytest.approx(0.5, abs=0.03)
     assert noise.hide_BT.double().mean().item() == pytest.approx(0.4, abs=0.01)
     shares = [0.15, 0.25, 0.25, 0.15]
     assert noise.drop_LBD is not None
@@ -626,6 +626,13 @@ def test_word_dropout_falls_to_nothing_at_half_of_the_run(progress: float, share
     assert noise.hide_BT is not None
     assert noise.hide_BT.double().mean().item() == pytest.approx(share, abs=0.01)
     assert training_noise(recipe(TRAINED, 0.5), 0, 0, some_batch(), shape(), SOME).hide_BT is None
+
+
+@pytest.mark.parametrize(("progress", "kept"), [(0.25, 0.6), (0.5, 0.7), (1.0, 0.7)])
+def test_fewer_latents_are_dropped_until_half_of_the_run(progress: float, kept: float) -> None:
+    noise = training_noise(recipe(TRAINED, progress), 0, 0, some_batch(4000, 2), shape(), SOME)
+    assert noise.keep_B is not None
+    assert noise.keep_B.double().mean().item() == pytest.approx(kept, abs=0.03)
 
 
 def test_without_dropout_nothing_is_dropped() -> None:
