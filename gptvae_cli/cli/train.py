@@ -148,7 +148,8 @@ def train(
         float | None, _option("vae_kl_div_floor", "Free bits: nats a dimension.", _LEARNING)
     ] = None,
     latents_dropout_prob: Annotated[
-        float | None, _option("latents_dropout_prob", "Share of the rows that train without z.", _LEARNING)
+        float | None,
+        _option("latents_dropout_prob", "Share of the rows that train without z; more at first.", _LEARNING),
     ] = None,
     bag_of_words: Annotated[
         float | None, _option("bag_of_words", "Weight of the loss that predicts the words from z alone.", _LEARNING)
