@@ -95,7 +95,8 @@ def tune_cpu(threads: int | None) -> int:
     zero, since a CPU is slow at them; freed memory stays with the process, since giving back and getting again the
     pages of every large tensor costs a training step a sixth of its time; and what oneDNN, which multiplies bfloat16,
     compiles for every shape of matrices is kept for more of them than its 1,024, which batches of texts of many
-    lengths exceed soon. The last is read at its first product: call this before there was one.
+    lengths exceed soon; not without limit, as two hundred shapes fill 3 GB. The last is read at its first product: call
+    this before there was one.
 
     Args:
         threads: torch's own choice for None.
@@ -107,7 +108,7 @@ def tune_cpu(threads: int | None) -> int:
         if threads < 1:
             raise FieldError("threads", threads, "at least 1")
         torch.set_num_threads(threads)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32768")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
     torch.set_flush_denormal(True)
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # of glibc; other C libraries have other habits
         libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
