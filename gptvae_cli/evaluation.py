@@ -91,7 +91,12 @@ class TextFigures:
 
 
 def measure(
-    model: GPTVAE, batches: Sequence[Batch], *, seed: int = 0, precision: torch.dtype = torch.float32
+    model: GPTVAE,
+    batches: Sequence[Batch],
+    *,
+    seed: int = 0,
+    precision: torch.dtype = torch.float32,
+    without_latent: bool = False,
 ) -> Figures:
     """Figures over these batches; two calls agree.
 
@@ -100,12 +105,29 @@ def measure(
         batches: of whole texts, on any device.
         seed: of the latents' noise.
         precision: bfloat16 computes under autocast.
+        without_latent: the model has not learnt what a latent is: its decoder alone is measured, and what the latent
+            carries, and costs, is 0.
     """
+    tokens = sum(batch.target_tokens for batch in batches)
+    if without_latent:
+        nats_N = measure_without_latent(model, batches, precision=precision)
+        mean = float(nats_N.mean())
+        return Figures(
+            texts=len(nats_N),
+            tokens=tokens,
+            cross_entropy=mean,
+            cross_entropy_shuffled=mean,
+            cross_entropy_without=mean,
+            kl=0.0,
+            mutual_information=0.0,
+            active_001=0,
+            active_02=0,
+        )
     found = measure_texts(model, batches, seed=seed, precision=precision)
     mean_NZ = found.posterior.mean_BZ
     return Figures(
         texts=len(mean_NZ),
-        tokens=sum(batch.target_tokens for batch in batches),
+        tokens=tokens,
         cross_entropy=float(found.cross_entropy_N.mean()),
         cross_entropy_shuffled=float(found.cross_entropy_shuffled_N.mean()),
         cross_entropy_without=float(found.cross_entropy_without_N.mean()),

@@ -137,7 +137,7 @@ def train(
     def validate() -> tuple[Figures, bool]:
         nonlocal last_validation
         start = time.monotonic()
-        figures = measure(model, held_out, seed=config.seed, precision=precision)
+        figures = measure(model, held_out, seed=config.seed, precision=precision, without_latent=config.without_latent)
         if not all(map(math.isfinite, asdict(figures).values())):
             raise diverged("validation is not finite", counters.step)
         # Before beta has reached its final value a model is not comparable with later ones; without a latent it weighs

@@ -328,6 +328,12 @@ def test_a_model_without_a_latent_is_measured_as_the_language_model_that_it_is(t
     torch.testing.assert_close(
         found_N, torch.tensor([nats(stock, row, None) for row in rows]).double(), rtol=1e-4, atol=0
     )
+    figures, alone = measure(model, batches_of(rows, 5)), measure(model, batches_of(rows, 5), without_latent=True)
+    assert (alone.texts, alone.tokens) == (figures.texts, figures.tokens)
+    assert alone.nll_bound == alone.cross_entropy_without == float(found_N.mean())
+    assert alone.cross_entropy_without == pytest.approx(figures.cross_entropy_without, rel=1e-5)
+    assert figures.kl > 0, "that of an encoder which has learnt nothing"
+    assert (alone.kl, alone.mutual_information, alone.active_001, alone.active_02) == (0, 0, 0, 0)
 
 
 def test_a_reconstruction_is_counted_place_by_place() -> None:

@@ -496,6 +496,15 @@ def test_a_language_model_may_be_best_before_beta_is_final(
     assert [report.step for report in reports if report.improved] == [4, 8, 16], "none before a tenth"
 
 
+def test_a_language_model_is_validated_as_one(make_rows: MakeRows) -> None:
+    """Its encoder has learnt nothing, and what that makes of a text says nothing."""
+    learner = learner_of(config(steps=10, latents_dropout_prob=1.0))
+    found = [report.figures for report in run(learner, make_rows()) if report.figures is not None]
+    assert found[-1].cross_entropy < found[0].cross_entropy, "it learns"
+    assert all(figures.nll_bound == figures.cross_entropy_without for figures in found)
+    assert all(figures.mutual_information == 0 for figures in found)
+
+
 def test_a_collapsed_model_never_replaces_one_that_is_not(
     make_rows: MakeRows, measured: Callable[[list[Figures]], None]
 ) -> None:
