@@ -432,7 +432,10 @@ def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tu
         kind, reason = choice.kind, choice.reason
     if kind == "bytes":
         return Tokenizer.bytes(), reason
-    return Tokenizer.train_bpe(texts, config.vocab_size or choice.vocab_size), reason
+    wanted = config.vocab_size or choice.vocab_size
+    tokenizer = Tokenizer.train_bpe(texts, wanted)
+    found = tokenizer.pad_id
+    return tokenizer, reason if found == wanted else f"{reason}; of {wanted} its words have {found}"
 
 
 def _hash_share(text: bytes) -> float:

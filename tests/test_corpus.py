@@ -81,6 +81,9 @@ def test_a_size_of_the_vocabulary_asks_for_a_bpe(tmp_path: Path) -> None:
     assert small.tokenizer.kind == "bytes"
     sized = build(tmp_path, "\n".join(LINES), tokenizer="auto", vocab_size=300)
     assert (sized.tokenizer.kind, sized.facts.tokenizer_reason) == ("bpe", "a size of the vocabulary was asked for")
+    few = build(tmp_path, "\n".join(["ab"] * 50), tokenizer="auto", vocab_size=300)
+    assert few.tokenizer.num_tokens == 257 + 3, "a, b and ab, and there is no more to learn"
+    assert few.facts.tokenizer_reason == "a size of the vocabulary was asked for; of 300 its words have 257"
 
 
 def test_more_than_65536_tokens_are_stored_without_wrapping_round(tmp_path: Path) -> None:
