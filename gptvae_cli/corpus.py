@@ -26,7 +26,7 @@ from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, to_dict
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.sources import STDIN, expand
 from gptvae_cli.text import Repairs, read_texts
-from gptvae_cli.tokenizer import NOTATION_CHARS, Tokenizer, automatic_tokenizer, pieces, thinned
+from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
 from gptvae_cli.tokens import BulkTokenizer, Ints, TokenizerPool, Tokens, TokenStore, TokenWriter
 
 Bools = npt.NDArray[np.bool_]
@@ -433,9 +433,7 @@ def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tu
     if kind == "bytes":
         return Tokenizer.bytes(), reason
     wanted = config.vocab_size or choice.vocab_size
-    if not choice.words:
-        texts = thinned(texts, NOTATION_CHARS)
-    tokenizer = Tokenizer.train_bpe(texts, wanted, words=choice.words)
+    tokenizer = Tokenizer.train_bpe(texts, wanted)
     if (found := tokenizer.pad_id) < wanted:
         reason += f"; of {wanted} it has only {found}"
     return tokenizer, reason

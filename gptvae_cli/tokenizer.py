@@ -28,15 +28,6 @@ _LONGEST_WORD = 1000
 """Characters of a word, in training. The time a BPE takes to learn grows with the square of a word's length (a
 word ends at a space, or between letters, digits and signs): 2 MB of DNA on one line take 3 s cut to this length,
 and more than 13 minutes uncut."""
-_SHORTEST_WORDS = 2.0
-"""Characters on average, below which what is between spaces, and between letters, digits and signs, is not words: 1.5
-of molecules as SMILES, 1.3 to 1.7 of sums, dates and moves of chess, 2.7 to 2.9 of paths and shell commands, 3.0 of
-Chinese verse, 4.1 of English."""
-_LOOKED_AT_CHARS = 2**17
-"""Of a sample, to find that out."""
-NOTATION_CHARS = 2**21
-"""What a BPE learns from where there are no words: as no two texts have the same parts, a megabyte takes it two
-seconds."""
 PIECE_CHARS = 2**16
 """Characters that are tokenised at once."""
 
@@ -73,20 +64,11 @@ class Tokenizer:
         return cls(_byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False), "bytes")
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int, *, words: bool = True) -> Tokenizer:
-        """A BPE over bytes (arXiv 1508.07909) of at most `vocab_size` tokens, the 256 bytes among them.
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A BPE over bytes (arXiv 1508.07909) of at most `vocab_size` tokens, the 256 bytes among them."""
+        from tokenizers import models, pre_tokenizers, trainers
 
-        Args:
-            texts: to learn from.
-            vocab_size: at least 256.
-            words: a token ends where letters, digits and signs meet, and not at a space alone.
-        """
-        from tokenizers import Regex, models, pre_tokenizers, trainers
-
-        tokenizer = _byte_level(models.BPE(), use_regex=words)
-        if not words:
-            at_spaces = pre_tokenizers.Split(Regex(r" ?\S+|\s+"), "isolated")
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([at_spaces, tokenizer.pre_tokenizer])
+        tokenizer = _byte_level(models.BPE(), use_regex=True)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
@@ -274,45 +256,20 @@ def pieces(text: str) -> Iterator[str]:
 
 
 class TokenizerChoice(NamedTuple):
-    """A kind of tokenizer, and why; and, should it be a BPE, the size of its vocabulary without special tokens, and
-    whether it splits texts into words before it learns."""
+    """A kind of tokenizer, and why; and the size of its vocabulary without special tokens, should it be a BPE."""
 
     kind: Literal["bytes", "bpe"]
     reason: str
     vocab_size: int
-    words: bool
-
-
-def thinned(sample: Sequence[str], characters: int) -> list[str]:
-    """Every so manyth text of a sample, to hold no more than about this many characters."""
-    step = 1 + sum(map(len, sample)) // characters
-    return [text[:characters] for text in sample[::step]]
-
-
-def has_words(sample: Sequence[str]) -> bool:
-    """Whether texts are of words, and not of a notation in which letters, digits and signs belong together, such as
-    SMILES, whose `c1ccccc1` and `NC(=O)` are worth tokens of their own: in five minutes molecules come to 24.5 nats a
-    text with these and to 25.3 without (`tests/benchmarks/latent/defaults.txt`).
-
-    Args:
-        sample: texts of the corpus.
-    """
-    from tokenizers import pre_tokenizers
-
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    some = thinned(sample, _LOOKED_AT_CHARS)
-    pieces = sum(len(split.pre_tokenize_str(text)) for text in some)
-    return sum(map(len, some)) >= _SHORTEST_WORDS * pieces
 
 
 def automatic_tokenizer(sample: Sequence[str], total_bytes: int | None) -> TokenizerChoice:
-    """Chooses a tokenizer by how much text there is, how long a text is, and whether it is of words.
+    """Chooses a tokenizer by how much text there is and how long a text is.
 
     The vocabulary is 2000 tokens for 0.5 MB, 2500 for 1 MB, 4000 for 3.4 MB and 7500 for 20 MB, at most 10,000. In five
     minutes 15,000 requests, 0.6 MB, come to 35.4 nats a text with 2000 tokens and to 36.0 with 1000; a megabyte of
     Wikipedia to 142.9 with 2500, 143.0 with 4000 and 143.5 with 1250; 3.4 MB of Tatoeba to 30.6 with 4000, 30.5 with
-    8000 and 31.2 with 2000. Of a notation it is a quarter of that: 4 MB of molecules come to 24.6 with 500, 24.5 with
-    1000, 24.6 with 2000 and 25.1 with 4250 (`tests/benchmarks/latent/defaults.txt`).
+    8000 and 31.2 with 2000 (`tests/benchmarks/latent/defaults.txt`).
 
     Args:
         sample: texts of the corpus.
@@ -321,16 +278,12 @@ def automatic_tokenizer(sample: Sequence[str], total_bytes: int | None) -> Token
     sample_bytes = sum(len(text.encode("utf-8")) for text in sample)
     size = sample_bytes if total_bytes is None else total_bytes
     mean = sample_bytes / max(1, len(sample))
-    words = has_words(sample)
-    vocab_size = 250 * round((2000 if words else 500) * (size / 500_000) ** 0.36 / 250)
-    vocab_size = min(10_000, max(500, vocab_size))
+    vocab_size = min(10_000, max(500, 250 * round(2000 * (size / 500_000) ** 0.36 / 250)))
     amount = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
     if size < 200_000:
-        reason = f"{amount} of text is too little to learn longer tokens from"
-        return TokenizerChoice("bytes", reason, vocab_size, words)
+        return TokenizerChoice("bytes", f"{amount} of text is too little to learn longer tokens from", vocab_size)
     if mean < 16:
         reason = f"the texts are short, {mean:.0f} bytes on average, so longer tokens would save little"
-        return TokenizerChoice("bytes", reason, vocab_size, words)
-    texts = "texts" if words else "texts of a notation, not of words,"
-    reason = f"{amount} in {texts} of {mean:.0f} bytes on average is enough to learn {vocab_size} tokens from"
-    return TokenizerChoice("bpe", reason, vocab_size, words)
+        return TokenizerChoice("bytes", reason, vocab_size)
+    reason = f"{amount} in texts of {mean:.0f} bytes on average is enough to learn {vocab_size} tokens from"
+    return TokenizerChoice("bpe", reason, vocab_size)

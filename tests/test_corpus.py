@@ -86,14 +86,6 @@ def test_a_size_of_the_vocabulary_asks_for_a_bpe(tmp_path: Path) -> None:
     assert few.facts.tokenizer_reason == "a size of the vocabulary was asked for; of 300 it has only 257"
 
 
-def test_a_notation_gets_tokens_of_letters_digits_and_signs(tmp_path: Path) -> None:
-    molecules = ["CCOc1ccccc1", "NC(=O)c1ccccc1", "CC(=O)Nc1ccccc1", "Oc1ccccc1C(=O)O"] * 20
-    built = build(tmp_path, "\n".join(molecules), tokenizer="auto", vocab_size=270)
-    assert "c1ccccc1" in [built.tokenizer.decode([i]) for i in range(256, 270)]
-    text = "CCOc1ccccc1 2.5\n é"
-    assert built.tokenizer.decode(built.tokenizer.encode_batch([text])[0]) == text
-
-
 def test_a_bpe_that_is_asked_for_learns_tokens_of_a_small_corpus_too(tmp_path: Path) -> None:
     built = build(tmp_path, "\n".join(LINES), tokenizer="bpe")
     assert built.tokenizer.kind == "bpe"

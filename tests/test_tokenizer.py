@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers
 
 from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.text import read_texts
-from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, has_words, pieces, thinned
+from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
 
 HARD_TEXTS = [
     "",
@@ -284,61 +284,13 @@ def test_the_automatic_tokenizer_by_size_and_length_of_texts(length: int, total:
     """The size is that of a BPE, be it only the one that a user asks for."""
     choice = automatic_tokenizer(["x" * length] * 10, total)
     assert (choice.kind, choice.vocab_size) == (kind, size)
-    assert choice.words
     assert choice.reason
-
-
-@pytest.mark.parametrize(("total", "size"), [(100_000, 500), (500_000, 500), (4_000_000, 1000), (10**12, 10000)])
-def test_a_notation_gets_a_quarter_of_the_tokens(total: int, size: int) -> None:
-    choice = automatic_tokenizer(["CC(C)Oc1ccc(C(=O)N)cc1"] * 10, total)
-    assert (choice.vocab_size, choice.words) == (size, False)
-    assert ("notation" in choice.reason) == (choice.kind == "bpe")
 
 
 def test_a_corpus_of_unknown_size_counts_as_its_sample() -> None:
     sample = ["é" * 50] * 10_000
     assert automatic_tokenizer(sample, None) == automatic_tokenizer(sample, 1_000_000)
     assert automatic_tokenizer([], None).kind == "bytes"
-
-
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
-        (["CC(C)Oc1ccc(C(=O)NC(C)c2ccc(Cl)cc2)cc1"], False),
-        (["1. e4 e5 2. Nf3 Nc6 3. Bb5 a6 4. Ba4 Nf6 5. O-O Be7"], False),
-        (["2024-01-31T12:30:59", "1999-12-31T23:59:59"], False),
-        (["3*(x+1)-4/y=7"], False),
-        (["Tom isn't here.", "I'm 30."], True),
-        (["find . -name '*.txt' -mtime +30 | xargs rm -f"], True),
-        (["秦川雄帝宅，函谷壮皇居。绮殿千寻起，离宫百雉余。"], True),
-        (["MKTAYIAKQRQISFVKSHFSRQ"], True),
-        (["Kowalski"], True),
-        ([], True),
-    ],
-)
-def test_a_notation_is_told_from_words(texts: list[str], expected: bool) -> None:
-    """Of a protein, all letters, nothing is split in the first place."""
-    assert has_words(texts) is expected
-
-
-def test_a_bpe_of_a_notation_splits_at_spaces_alone() -> None:
-    texts = ["c1ccccc1 (c1ccccc1)\nc1ccccc1"] * 10
-    words, notation = (Tokenizer.train_bpe(texts, 270, words=words) for words in (True, False))
-    for tokenizer in (words, notation, Tokenizer.from_json(notation.to_json())):
-        assert tokenizer.decode(tokenizer.encode_batch([texts[0] + "  é\n\n"])[0]) == texts[0] + "  é\n\n"
-    learnt = [[tokenizer.decode([i]) for i in range(256, tokenizer.pad_id)] for tokenizer in (words, notation)]
-    assert "c1ccccc1" not in learnt[0]
-    assert "c1ccccc1" in learnt[1]
-    assert not any(" " in token[1:] or "\n" in token for token in learnt[1])
-
-
-def test_a_thinned_sample_is_spread_over_the_whole() -> None:
-    texts = [f"{i:010}" for i in range(1000)]
-    some = thinned(texts, 1000)
-    assert 900 <= sum(map(len, some)) <= 1000
-    assert min(some) < "0000000020" and max(some) > "0000000980"
-    assert thinned(texts, 10_000_000) == texts
-    assert thinned(["x" * 1000], 100) == ["x" * 100]
 
 
 # Long texts -----------------------------------------------------------------------------------------------------------
