@@ -143,12 +143,10 @@ it got a BPE.
 with 0.5: `z drop 0.8 at first` began with more, `falling until 0.9` went on until 0.9 of the run. `(shapes lost)`, and
 all rows of AMX with `bos` but those of five and twenty minutes without it in `default`, `none`, `small`, `z drop` and
 `ramp 0.15`, had oneDNN's own cache of products, with which a step on `wikisplit` took 1.4 times as long.
-`as words` split molecules between letters, digits and signs before the BPE learnt, of which it then found 659 tokens,
-whatever its vocabulary might have; `as a notation` split shell commands at spaces alone; molecules of `vocabulary N`
-without either learnt from all of the corpus and not from 2 MB of it. `4 bags` asked the latent for the words of each
-quarter of a text; `kept encoded` did not even encode the rows that trained without their latent, half of them
-throughout, or a tenth from half of the run on. Baselines of `default`, `none` and `none, small` validated as the decoder
-that they are on `zinc_smiles` without `as words`, and before in three times the time, 7 % of five minutes.
+`as a notation` split texts at spaces alone before the BPE learnt, 1000 tokens of molecules where it does not say, and
+not between letters, digits and signs. `4 bags` asked the latent for the words of each quarter of a text; `kept encoded`
+did not even encode the rows that trained without their latent, half of them throughout, or a tenth from half of the run
+on.
 `emb lr` gives the learning rate of embeddings over that of the rest, `emb decay` their weight decay.
 """
 
