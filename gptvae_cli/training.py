@@ -116,7 +116,7 @@ def train(
     began = time.monotonic()
     session = seconds or (lambda: time.monotonic() - began)
     earlier = counters.seconds
-    held_out = fixed_batches(valid, tokens_together(model.device), VALIDATION_TEXTS)
+    held_out = fixed_batches(valid, tokens_together(model.device, precision), VALIDATION_TEXTS)
     micro_tokens = max(1, config.batch_tokens // config.accumulate)
     last_validation = furthest = 0.0
 
