@@ -31,7 +31,8 @@ from x_transformers import gpt_vae as stock_module
 
 from gptvae_cli.config import DType, ModelConfig, TrainConfig
 from gptvae_cli.data import batches_of
-from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
+from gptvae_cli.evaluation import measure
 from gptvae_cli.fused import attend
 from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
@@ -308,6 +309,32 @@ def shapes(rounds: int) -> str:
     return compare("train, shapes kept", "steps/s", sides, rounds)
 
 
+def validate(rounds: int) -> str:
+    """Validation of 1,000 sentences in bfloat16: of the decoder alone against all passes, and, of all passes, in the
+    batches of inference in bfloat16 against those of float32."""
+    tokenizer, rows = sentences(1000)
+    model, _ = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=1, heads=2, longest=64)
+
+    def side(dtype: torch.dtype, **keywords: bool) -> Side:
+        batches = batches_of(rows, None, tokenizer.pad_id, tokens_together(torch.device("cpu"), dtype))
+
+        def work() -> float:
+            measure(model, batches, precision=torch.bfloat16, **keywords)
+            return len(rows)
+
+        return work
+
+    whole = side(torch.bfloat16)
+    alone = {"ours": side(torch.bfloat16, without_latent=True), "all passes": whole}
+    larger = {"ours": whole, "batches of float32": side(torch.float32)}
+    return "\n".join(
+        [
+            compare("validate, baseline", "texts/s", alone, rounds),
+            compare("validate, batches", "texts/s", larger, rounds),
+        ]
+    )
+
+
 def compiled(rounds: int) -> str:
     """Training steps as they are, against steps whose layers went through `torch.compile`; its time is not counted."""
     tokenizer, rows = sentences(4096)
@@ -541,6 +568,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "loss": loss,
     "memory": memory,
     "shapes": shapes,
+    "validate": validate,
     "compile": compiled,
     "neighbour": neighbour,
     "limit-decode": limit_decode,
