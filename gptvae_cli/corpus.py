@@ -423,19 +423,16 @@ def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tu
     texts = [text[:_SAMPLE_CHARS] for pair in sample for text in pair if text]
     if config.tokenizer not in ("auto", "bytes", "bpe"):
         return Tokenizer.from_file(Path(config.tokenizer)), f"read from {config.tokenizer}"
-    choice = automatic_tokenizer(texts, None)
-    if config.tokenizer != "auto":
-        kind, reason = config.tokenizer, "asked for"
-    elif config.vocab_size is not None:
+    kind, reason = config.tokenizer, "asked for"
+    if kind == "auto" and config.vocab_size is not None:
         kind, reason = "bpe", "a size of the vocabulary was asked for"
-    else:
-        kind, reason = choice.kind, choice.reason
+    elif kind == "auto":
+        kind, reason = automatic_tokenizer(texts)
     if kind == "bytes":
         return Tokenizer.bytes(), reason
-    wanted = config.vocab_size or choice.vocab_size
-    tokenizer = Tokenizer.train_bpe(texts, wanted)
-    if (found := tokenizer.pad_id) < wanted:
-        reason += f"; of {wanted} it has only {found}"
+    tokenizer = Tokenizer.train_bpe(texts, config.vocab_size)
+    if config.vocab_size is not None and (found := tokenizer.pad_id) < config.vocab_size:
+        reason += f"; of {config.vocab_size} it has only {found}"
     return tokenizer, reason
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 
@@ -28,6 +28,12 @@ _LONGEST_WORD = 1000
 """Characters of a word, in training. The time a BPE takes to learn grows with the square of a word's length (a
 word ends at a space, or between letters, digits and signs): 2 MB of DNA on one line take 3 s cut to this length,
 and more than 13 minutes uncut."""
+OFTEN = 16
+"""How often a pair of tokens occurs in a corpus for a BPE to make one of it, where no size is asked for: what is rarer
+is learnt too seldom. So English gets 2,000 tokens for 0.6 MB and 5,000 for 3.4 MB, and five languages 8,000
+(`tests/benchmarks/latent/defaults.txt`)."""
+MOST = 8_000
+"""Tokens of such a BPE: each costs time in every step, and no larger one was measured."""
 PIECE_CHARS = 2**16
 """Characters that are tokenised at once."""
 
@@ -64,14 +70,20 @@ class Tokenizer:
         return cls(_byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False), "bytes")
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """A BPE over bytes (arXiv 1508.07909) of at most `vocab_size` tokens, the 256 bytes among them."""
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
+        """A BPE over bytes (arXiv 1508.07909).
+
+        Args:
+            texts: to learn from.
+            vocab_size: tokens that it may have at most, the 256 bytes among them; None is as many as occur `OFTEN`, and
+                no more than `MOST`.
+        """
         from tokenizers import models, pre_tokenizers, trainers
 
         tokenizer = _byte_level(models.BPE(), use_regex=True)
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
+            vocab_size=MOST if vocab_size is None else vocab_size,
+            min_frequency=OFTEN if vocab_size is None else 2,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=[],
             show_progress=False,
@@ -255,35 +267,17 @@ def pieces(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-class TokenizerChoice(NamedTuple):
-    """A kind of tokenizer, and why; and the size of its vocabulary without special tokens, should it be a BPE."""
-
-    kind: Literal["bytes", "bpe"]
-    reason: str
-    vocab_size: int
-
-
-def automatic_tokenizer(sample: Sequence[str], total_bytes: int | None) -> TokenizerChoice:
-    """Chooses a tokenizer by how much text there is and how long a text is.
-
-    The vocabulary is 2000 tokens for 0.5 MB, 2500 for 1 MB, 4000 for 3.4 MB and 7500 for 20 MB, at most 10,000. In five
-    minutes 15,000 requests, 0.6 MB, come to 35.4 nats a text with 2000 tokens and to 36.0 with 1000; a megabyte of
-    Wikipedia to 142.9 with 2500, 143.0 with 4000 and 143.5 with 1250; 3.4 MB of Tatoeba to 30.6 with 4000, 30.5 with
-    8000 and 31.2 with 2000 (`tests/benchmarks/latent/defaults.txt`).
+def automatic_tokenizer(sample: Sequence[str]) -> tuple[Literal["bytes", "bpe"], str]:
+    """Chooses a tokenizer by how much text there is and how long a text is, and says why.
 
     Args:
-        sample: texts of the corpus.
-        total_bytes: size of the whole corpus; None where it is not known: the sample counts as all of it.
+        sample: texts of the corpus, all of it if they are not many.
     """
-    sample_bytes = sum(len(text.encode("utf-8")) for text in sample)
-    size = sample_bytes if total_bytes is None else total_bytes
-    mean = sample_bytes / max(1, len(sample))
-    vocab_size = min(10_000, max(500, 250 * round(2000 * (size / 500_000) ** 0.36 / 250)))
+    size = sum(len(text.encode("utf-8")) for text in sample)
+    mean = size / max(1, len(sample))
     amount = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
     if size < 200_000:
-        return TokenizerChoice("bytes", f"{amount} of text is too little to learn longer tokens from", vocab_size)
+        return "bytes", f"{amount} of text is too little to learn longer tokens from"
     if mean < 16:
-        reason = f"the texts are short, {mean:.0f} bytes on average, so longer tokens would save little"
-        return TokenizerChoice("bytes", reason, vocab_size)
-    reason = f"{amount} in texts of {mean:.0f} bytes on average is enough to learn {vocab_size} tokens from"
-    return TokenizerChoice("bpe", reason, vocab_size)
+        return "bytes", f"the texts are short, {mean:.0f} bytes on average, so longer tokens would save little"
+    return "bpe", f"what occurs {OFTEN} times or more in {amount} of text"

@@ -268,29 +268,36 @@ def test_a_tokenizer_file_that_is_missing_or_binary_is_bad_input(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("length", "total", "kind", "size"),
+    ("length", "texts", "kind", "why"),
     [
-        (100, 0, "bytes", 500),
-        (100, 199_000, "bytes", 1500),
-        (100, 200_000, "bpe", 1500),
-        (7, 5_000_000, "bytes", 4500),
-        (100, 500_000, "bpe", 2000),
-        (100, 3_400_000, "bpe", 4000),
-        (100, 20_000_000, "bpe", 7500),
-        (100, 10**12, "bpe", 10000),
+        (100, 0, "bytes", "0 kB of text is too little"),
+        (100, 1_999, "bytes", "200 kB of text is too little"),
+        (100, 2_000, "bpe", "16 times or more in 200 kB of text"),
+        (15, 40_000, "bytes", "the texts are short, 15 bytes on average"),
+        (16, 40_000, "bpe", "16 times or more in 640 kB of text"),
+        (1_000, 3_400, "bpe", "16 times or more in 3.4 MB of text"),
     ],
 )
-def test_the_automatic_tokenizer_by_size_and_length_of_texts(length: int, total: int, kind: str, size: int) -> None:
-    """The size is that of a BPE, be it only the one that a user asks for."""
-    choice = automatic_tokenizer(["x" * length] * 10, total)
-    assert (choice.kind, choice.vocab_size) == (kind, size)
-    assert choice.reason
+def test_the_automatic_tokenizer_by_size_and_length_of_texts(length: int, texts: int, kind: str, why: str) -> None:
+    chosen, reason = automatic_tokenizer(["é" * (length // 2) + "x" * (length % 2)] * texts)
+    assert chosen == kind
+    assert why in reason
 
 
-def test_a_corpus_of_unknown_size_counts_as_its_sample() -> None:
-    sample = ["é" * 50] * 10_000
-    assert automatic_tokenizer(sample, None) == automatic_tokenizer(sample, 1_000_000)
-    assert automatic_tokenizer([], None).kind == "bytes"
+def test_a_bpe_without_a_size_has_the_tokens_that_occur_often() -> None:
+    """Against counts of words of one token each, which nothing is left over from."""
+    words = {chr(ord("a") + i) + chr(ord("A") + j): 20 - 4 * i for i in range(6) for j in range(20)}
+    texts = [word for word, count in words.items() for _ in range(count)]
+    vocab = {word for word, count in words.items() if count >= 16}
+    tokenizer = Tokenizer.train_bpe(texts)
+    assert {word for word in words if len(tokenizer.encode_batch([word])[0]) == 1} == vocab
+    assert tokenizer.num_tokens == 256 + len(vocab) + 3
+
+
+def test_a_bpe_without_a_size_has_8000_tokens_at_most() -> None:
+    letters = [chr(0x4E00 + i) for i in range(5_000)]  # three bytes each, so two merges
+    texts = [letters[i] + letters[j] for i in range(5_000) for j in (i - 1, i - 2)] * 16
+    assert Tokenizer.train_bpe(texts).num_tokens == 8_000 + 3
 
 
 # Long texts -----------------------------------------------------------------------------------------------------------
