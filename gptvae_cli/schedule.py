@@ -30,7 +30,7 @@ class Dropout(NamedTuple):
     ends: float
 
 
-def dropout_shares(dropout: float, epochs: float, tokens: int) -> Dropout:
+def dropout_shares(dropout: float, epochs: float, tokens_per_weight: float) -> Dropout:
     """What to drop after some passes over a corpus: nothing in the first two, as a text that is new cannot be learnt by
     heart, and dropout then only slows learning; the more often it was seen, the more it helps.
 
@@ -39,9 +39,8 @@ def dropout_shares(dropout: float, epochs: float, tokens: int) -> Dropout:
     on a megabyte of Wikipedia, in 36, 0.3 gains 5.5 more than 0.1 does.
 
     Of the ends, through which goes what is learnt by heart, past the layers, six times `dropout` after twenty-four
-    passes, up to 0.6; of more than 384,000 tokens after as many more passes, as a larger corpus is learnt by heart
-    later: in twelve passes, reaching this after 16 and not 32 gains 0.8 nats on a megabyte of Wikipedia, and costs 0.6
-    on 1.7 MB of Tatoeba.
+    passes, up to 0.6; later where the table of embeddings is small for the corpus, as of bytes, which then cannot hold
+    it.
 
     The encoder is left whole: dropping some of it as well wrote fewer tokens back, at the same likelihood or a worse
     one. All figures are in `tests/benchmarks/latent/`.
@@ -49,8 +48,8 @@ def dropout_shares(dropout: float, epochs: float, tokens: int) -> Dropout:
     Args:
         dropout: the share of a block after eight passes.
         epochs: passes over the corpus so far.
-        tokens: of the corpus.
+        tokens_per_weight: tokens of the corpus for every weight of the table of the decoder's embeddings.
     """
     blocks = dropout * (ramp(epochs - 2.0, 6.0) + 2.0 * ramp(epochs - 8.0, 24.0))
-    ends = 6.0 * dropout * ramp(epochs - 2.0, max(24.0, tokens / 16_000) - 2.0)
+    ends = 6.0 * dropout * ramp(epochs - 2.0, max(24.0, 12.0 * tokens_per_weight) - 2.0)
     return Dropout(min(blocks, max(dropout, 0.5)), min(ends, 0.6))

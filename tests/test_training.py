@@ -655,8 +655,9 @@ def test_a_long_run_drops_out_and_a_short_one_does_not(make_rows: MakeRows, monk
     seen: list[float] = []
     rows = make_rows()
 
-    def dropout_shares(dropout: float, epochs: float, tokens: int) -> Dropout:
-        assert (dropout, tokens) == (0.1, rows.store.count)
+    def dropout_shares(dropout: float, epochs: float, tokens_per_weight: float) -> Dropout:
+        assert dropout == 0.1
+        assert tokens_per_weight == rows.store.count / (shape().num_tokens * shape().dim)
         seen.append(epochs)
         return Dropout(0.0, 0.0)
 
