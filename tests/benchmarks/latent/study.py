@@ -142,8 +142,8 @@ So it does in rows of names, of 112 languages and of `ends later`, of Tatoeba in
 and `autoencoder` of five minutes, and of Tatoeba, its languages and WikiSplit in `small` of twenty, all of AMX. In
 others it went by the size of the corpus: 4000 for Tatoeba, 4250 for its languages, 2500 for WikiSplit, 2250 for
 CLINC150, 2000 for shell commands; about half of that in those of other processors and of a token. The same rows have
-`ends later`, if they are of more than 384,000 tokens and say no other. `bytes` is what the third of CLINC150 was read
-in before it got a BPE.
+`ends later`, if they are of more than 384,000 tokens and say no other, but for `none, small, vocabulary 4250`. `bytes`
+is what the third of CLINC150 was read in before it got a BPE.
 `z drop 0.1 throughout` dropped as many latents at first as in the end, and so did all rows from before `default` began
 with 0.5: `z drop 0.8 at first` began with more, `falling until 0.9` went on until 0.9 of the run. `(shapes lost)`, and
 all rows of AMX with `bos` but those of five and twenty minutes without it in `default`, `none`, `small`, `z drop` and
