@@ -64,7 +64,7 @@ def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str,
     """
     sizes = asdict(sizing.preset(preset)) | {"dim_latent": sizing.LATENT_WIDTH, "conditioning": sizing.CONDITIONING}
     stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
-    long_length = max(_quantile(store.lengths(), 0.999) for store in stores) + 2
+    long_length = max(_long_length(store.lengths()) for store in stores) + 2
     tokenizer = corpus.tokenizer
     return ModelConfig(
         num_tokens=tokenizer.num_tokens,
@@ -75,10 +75,16 @@ def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str,
     )
 
 
-def _quantile(pieces: Iterable[npt.NDArray[np.int64]], share: float) -> int:
-    """The least of these lengths that at most the rest of the share exceeds; what no model reads counts as one."""
+def _long_length(pieces: Iterable[npt.NDArray[np.int64]]) -> int:
+    """Tokens of the longest text, or twice those that all but a thousandth of the texts stay under: a corpus may have
+    a giant among its sentences. What no model reads counts as one.
+
+    Args:
+        pieces: lengths in tokens.
+    """
     counts = np.zeros(LONGEST_SEQUENCE + 1, dtype=np.int64)
     for lengths_N in pieces:
         counts += np.bincount(np.minimum(lengths_N, LONGEST_SEQUENCE), minlength=len(counts))
-    rank = np.ceil(share * (counts.sum() - 1))
-    return int(np.searchsorted(np.cumsum(counts), rank, side="right"))
+    longest = int(np.flatnonzero(counts)[-1])
+    rank = np.ceil(0.999 * (counts.sum() - 1))
+    return min(longest, 2 * int(np.searchsorted(np.cumsum(counts), rank, side="right")))

@@ -82,7 +82,7 @@ def choose_max_seq_len(long_length: int, unit: Unit) -> int:
     """Longest sequence of the model, in tokens.
 
     Args:
-        long_length: tokens that all but a thousandth of the texts stay under, BOS and EOS counted.
+        long_length: tokens of the longest text that it should read whole, BOS and EOS counted.
         unit: windows are as long as the model, so their length is a choice and not a finding.
     """
     if unit == "window":

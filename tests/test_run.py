@@ -388,6 +388,15 @@ def test_sizes_come_from_the_preset_unless_given(folder: Path, corpus: str) -> N
     assert any("model: micro (small would learn from less" in note for note in auto.notes)
 
 
+@pytest.mark.parametrize(("odd", "length", "cut"), [(35, 40, 0), (40, 48, 0), (41, 48, 0), (300, 48, 1)])
+def test_the_longest_text_fits_unless_it_is_a_giant(folder: Path, corpus: str, odd: int, length: int, cut: int) -> None:
+    """It may be twice as long as all but a thousandth of the texts are."""
+    Path(corpus).write_text("\n".join([*[f"{number:020}" for number in range(3000)], "a" * odd]))
+    job = begin(folder, [corpus], shape={}, preset="nano", data={"valid": "0.0004"})
+    assert job.model_config.max_seq_len == length
+    assert job.rows.count_cut() + job.valid.count_cut() == cut
+
+
 def test_the_longer_of_texts_and_sources_sets_the_length(folder: Path, corpus: str, tmp_path: Path) -> None:
     """Commands are shorter than their descriptions, which the encoder must be able to read."""
     sources = tmp_path / "sources.txt"
