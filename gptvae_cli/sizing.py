@@ -21,7 +21,7 @@ class Preset:
 PRESETS = {
     "nano": Preset(dim=64, depth=3, enc_depth=2, heads=2),
     "micro": Preset(dim=128, depth=4, enc_depth=1, heads=2),
-    "small": Preset(dim=192, depth=4, enc_depth=1, heads=3),
+    "small": Preset(dim=192, depth=4, enc_depth=2, heads=3),
     "medium": Preset(dim=256, depth=6, enc_depth=3, heads=4),
     "large": Preset(dim=512, depth=8, enc_depth=4, heads=8),
 }

@@ -99,61 +99,20 @@ ARMS: dict[str, dict[str, Any]] = {
     "nano": {"dim": 64, "depth": 3, "enc_depth": 1, "heads": 2},
     "z 64": {"dim_latent": 64},
     "word drop 0.3": {"word_dropout": 0.3},
-    "small": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
-    "small, token": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3, "conditioning": "token"},
+    "small": {"dim": 192, "depth": 4, "enc_depth": 2, "heads": 3},
+    "small, enc 1": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
+    "small, enc 3": {"dim": 192, "depth": 4, "enc_depth": 3, "heads": 3},
+    "small, enc 1, rate 7": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3, "target_rate": 7.0},
+    "small, ramp 0.15": {"dim": 192, "depth": 4, "enc_depth": 2, "heads": 3, "kl_warmup": 0.15},
+    "small, token": {"dim": 192, "depth": 4, "enc_depth": 2, "heads": 3, "conditioning": "token"},
     "none, nano": {"latents_dropout_prob": 1.0, "dim": 64, "depth": 3, "enc_depth": 1, "heads": 2},
     "drop 0.3": {"dropout": 0.3},
     "none, drop 0.3": {"latents_dropout_prob": 1.0, "dropout": 0.3},
-    "small, drop 0.3": {"dropout": 0.3, "dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
-    "none, small": {"latents_dropout_prob": 1.0, "dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
+    "small, drop 0.3": {"dropout": 0.3, "dim": 192, "depth": 4, "enc_depth": 2, "heads": 3},
+    "none, small": {"latents_dropout_prob": 1.0, "dim": 192, "depth": 4, "enc_depth": 2, "heads": 3},
 }
-"""Fields of `TrainConfig`, `ModelConfig` and `DataConfig` that differ from the defaults.
-
-Some arms in the results won nothing and are no longer in the package: `everywhere` also added a projection of z to
-every token's embedding; `muon` gave the layers' matrices to `torch.optim.Muon`, which learns more in a step and, on a
-CPU, no more in a second; `lm 0.3` and `lm 0.5` trained the decoder alone for that share of the run and then began the
-encoder as a copy of its first layers, which is better without z and worse with it; `drop 0.1 throughout` drops out
-from the first step on. `sqrt ramp` let beta rise as the root of what it does now.
-`tied encoder` shared the decoder's embeddings with the encoder, `tied logits` those with the
-decoder's own logits; `attention pooling` weighed the tokens by a learnt softmax for every channel; `bn` normalised the
-means over a batch to a standard deviation of 0.7 in place of a rate and a bag of words (BN-VAE, arXiv 2004.12585);
-`contrastive 0.3` added 0.3 of the information within a batch, `mmd 30` 30 times the discrepancy of the batch's latents
-from the prior (InfoVAE, arXiv 1706.02262); `cyclic` let beta rise four times in three quarters of the run (arXiv
-1903.10145); `ae start` began with beta at 0 and a new decoder after a tenth (Li et al. 2019, arXiv 1909.00868);
-`enc lr 2` doubled the encoder's learning rate, `emb lr 3` trebled that of all embeddings; `bounded log-variance` kept
-the variance between exp(-4) and 1 by a sigmoid; `schedule-free` took the optimizer of schedulefree 1.4.1 (arXiv
-2405.15682) at the same learning rate, without a decay; `muon, batch 4096` is `muon` with fewer, larger steps.
-`zero outputs` began with the last matrix of every block at 0, `squared relu` took the square of a ReLU for the GELU,
-`logits lr 3` trebled the learning rate of the output matrix, `4 heads of 32` halved the heads' width, `lr 4e-3, emb lr
-5` doubled that of all but the embeddings; `bag by nats` weighed the words of the bag by how badly the decoder
-predicted them, `bag by rarity` by the logarithm of their frequency.
-`blocks only` dropped nothing of embeddings and of the decoder's last states, the ends; so did all rows of more than
-two passes before there was any other dropout, but of blocks of encoder and decoder alike. `former dropout` dropped the
-embeddings of both and the decoder's last states as well, from the ninth pass on, six times `dropout` by the
-thirty-second; `encoder's blocks alone` left the encoder's embeddings whole. `ends from pass 9` did the same in the
-decoder and nothing in the encoder, `ends by pass 32`, `16` and `10` began with the third pass and were whole by that
-one (the default, `schedule.dropout_shares`, by the 24th, and later where embeddings are few for the corpus); `ends
-later` by as many more passes than 24 as the corpus is larger than 384,000 tokens, 59 of Tatoeba. `ends 2` dropped those
-of encoder and decoder from the third pass on, at twice the share of the blocks (`ends 1`, `ends 3`: once, three times),
-`and z` the latent's contribution and the encoder's last states as well; `encoder's words` hid a share of its words,
-once or twice that of the blocks, from the encoder. `none, blocks only` kept its best model from 30 % of the run on, not
-from 10 %. `vocabulary N` is named where it is not that of the rule, which today gives a token to what occurs 16 times.
-So it does in rows of names, of 112 languages and of `ends later`, of Tatoeba in `default`, `none`, `rate`, `plain beta`
-and `autoencoder` of five minutes, and of Tatoeba, its languages and WikiSplit in `small` of twenty, all of AMX. In
-others it went by the size of the corpus: 4000 for Tatoeba, 4250 for its languages, 2500 for WikiSplit, 2250 for
-CLINC150, 2000 for shell commands; about half of that in those of other processors and of a token. The same rows have
-`ends later`, if they are of more than 384,000 tokens and say no other, but for `none, small, vocabulary 4250`. `bytes`
-is what the third of CLINC150 was read in before it got a BPE.
-`z drop 0.1 throughout` dropped as many latents at first as in the end, and so did all rows from before `default` began
-with 0.5: `z drop 0.8 at first` began with more, `falling until 0.9` went on until 0.9 of the run. `(shapes lost)`, and
-all rows of AMX with `bos` but those of five and twenty minutes without it in `default`, `none`, `small`, `z drop` and
-`ramp 0.15`, had oneDNN's own cache of products, with which a step on `wikisplit` took 1.4 times as long.
-`as a notation` split texts at spaces alone before the BPE learnt, 1000 tokens of molecules where it does not say, and
-not between letters, digits and signs. `4 bags` asked the latent for the words of each quarter of a text; `kept encoded`
-did not even encode the rows that trained without their latent, half of them throughout, or a tenth from half of the run
-on.
-`emb lr` gives the learning rate of embeddings over that of the rest, `emb decay` their weight decay.
-"""
+"""Fields of `TrainConfig`, `ModelConfig` and `DataConfig` that differ from the defaults. `arms.txt` tells of the arms
+in the results that won nothing and are no longer in the package, and of those that were defaults."""
 
 SHAPE = ("dim", "depth", "enc_depth", "heads", "dim_latent", "conditioning")
 DATA = ("vocab_size",)
