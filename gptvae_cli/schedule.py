@@ -30,7 +30,7 @@ class Dropout(NamedTuple):
     ends: float
 
 
-def dropout_shares(dropout: float, epochs: float, tokens_per_weight: float) -> Dropout:
+def dropout_shares(dropout: float, epochs: float, weights_per_token: float) -> Dropout:
     """What to drop after some passes over a corpus: nothing in the first two, as a text that is new cannot be learnt by
     heart, and dropout then only slows learning; the more often it was seen, the more it helps.
 
@@ -39,8 +39,9 @@ def dropout_shares(dropout: float, epochs: float, tokens_per_weight: float) -> D
     on a megabyte of Wikipedia, in 36, 0.3 gains 5.5 more than 0.1 does.
 
     Of the ends, through which goes what is learnt by heart, past the layers, six times `dropout` after twenty-four
-    passes, up to 0.6; later where the table of embeddings is small for the corpus, as of bytes, which then cannot hold
-    it.
+    passes, up to 0.6; but no more than three times as much where the table of embeddings has a weight for every token
+    of the corpus, and still less of one that holds less, as of bytes: there is little by heart then, and dropping more
+    makes a run of forty minutes worse than one of twenty.
 
     The encoder is left whole: dropping some of it as well wrote fewer tokens back, at the same likelihood or a worse
     one. All figures are in `tests/benchmarks/latent/`.
@@ -48,8 +49,8 @@ def dropout_shares(dropout: float, epochs: float, tokens_per_weight: float) -> D
     Args:
         dropout: the share of a block after eight passes.
         epochs: passes over the corpus so far.
-        tokens_per_weight: tokens of the corpus for every weight of the table of the decoder's embeddings.
+        weights_per_token: weights of the table of the decoder's embeddings for every token of the corpus.
     """
     blocks = dropout * (ramp(epochs - 2.0, 6.0) + 2.0 * ramp(epochs - 8.0, 24.0))
-    ends = 6.0 * dropout * ramp(epochs - 2.0, max(24.0, 12.0 * tokens_per_weight) - 2.0)
+    ends = dropout * min(6.0 * ramp(epochs - 2.0, 22.0), 3.0 * weights_per_token)
     return Dropout(min(blocks, max(dropout, 0.5)), min(ends, 0.6))

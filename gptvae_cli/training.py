@@ -118,7 +118,7 @@ def train(
     earlier = counters.seconds
     held_out = fixed_batches(valid, tokens_together(model.device, precision), VALIDATION_TEXTS)
     micro_tokens = max(1, config.batch_tokens // config.accumulate)
-    tokens_per_weight = rows.store.count / model.decoder.get_parameter("token_emb.emb.weight").numel()
+    weights_per_token = model.decoder.get_parameter("token_emb.emb.weight").numel() / rows.store.count
     last_validation = furthest = 0.0
 
     def progress() -> float:
@@ -161,7 +161,7 @@ def train(
         # The last step of an epoch may have fewer parts than the others.
         while micro_batches := list(islice(batches, config.accumulate)):
             now = progress()
-            dropout = dropout_shares(config.dropout, counters.texts / len(rows), tokens_per_weight)
+            dropout = dropout_shares(config.dropout, counters.texts / len(rows), weights_per_token)
             beta, learning_rate, norm = _step(learner, micro_batches, now, dropout, precision, sums)
             counters.tokens += sum(b.target_tokens for b in micro_batches)
             counters.texts += sum(len(b.tokens_BT) for b in micro_batches)

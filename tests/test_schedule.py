@@ -58,15 +58,25 @@ def test_dropout_begins_with_the_third_pass_is_whole_with_the_ninth_and_grows_to
     assert shares == pytest.approx([0, 0, 0.025, 0.05, 0.1, 0.2, 0.3, 0.3])
 
 
-@pytest.mark.parametrize(("tokens_per_weight", "last"), [(0.0, 24.0), (2.0, 24.0), (4.0, 48.0), (20.0, 240.0)])
-def test_dropout_of_the_ends_grows_to_six_times_and_more_slowly_where_embeddings_hold_little(
-    tokens_per_weight: float, last: float
+@pytest.mark.parametrize(
+    ("weights_per_token", "shares"),
+    [
+        (9.0, [0, 0, 0.15, 0.3, 0.6, 0.6]),
+        (2.0, [0, 0, 0.15, 0.3, 0.6, 0.6]),
+        (1.0, [0, 0, 0.15, 0.3, 0.3, 0.3]),
+        (0.25, [0, 0, 0.075, 0.075, 0.075, 0.075]),
+    ],
+)
+def test_dropout_of_the_ends_grows_to_six_times_but_to_less_where_embeddings_hold_little(
+    weights_per_token: float, shares: list[float]
 ) -> None:
-    passes = (0.0, 2.0, 1 + last / 2, last, 10 * last)
-    shares = [dropout_shares(0.1, epochs, tokens_per_weight).ends for epochs in passes]
-    assert shares == pytest.approx([0, 0, 0.3, 0.6, 0.6])
-    most = [dropout_shares(dropout, 1000.0, tokens_per_weight).ends for dropout in (0.0, 0.05, 0.9)]
-    assert most == pytest.approx([0, 0.3, 0.6])
+    found = [dropout_shares(0.1, epochs, weights_per_token).ends for epochs in (0.0, 2.0, 7.5, 13.0, 24.0, 1000.0)]
+    assert found == pytest.approx(shares)
+
+
+def test_no_more_than_six_tenths_is_dropped_of_the_ends() -> None:
+    most = [dropout_shares(dropout, 1000.0, 5.0).ends for dropout in (0.0, 0.05, 0.1, 0.9)]
+    assert most == pytest.approx([0, 0.3, 0.6, 0.6])
 
 
 @pytest.mark.parametrize(("dropout", "most"), [(0.0, 0.0), (0.1, 0.3), (0.2, 0.5), (0.5, 0.5), (0.8, 0.8)])

@@ -655,9 +655,9 @@ def test_a_long_run_drops_out_and_a_short_one_does_not(make_rows: MakeRows, monk
     seen: list[float] = []
     rows = make_rows()
 
-    def dropout_shares(dropout: float, epochs: float, tokens_per_weight: float) -> Dropout:
+    def dropout_shares(dropout: float, epochs: float, weights_per_token: float) -> Dropout:
         assert dropout == 0.1
-        assert tokens_per_weight == rows.store.count / (shape().num_tokens * shape().dim)
+        assert weights_per_token == shape().num_tokens * shape().dim / rows.store.count
         seen.append(epochs)
         return Dropout(0.0, 0.0)
 
