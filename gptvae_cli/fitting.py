@@ -76,8 +76,8 @@ def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str,
 
 
 def _long_length(pieces: Iterable[npt.NDArray[np.int64]]) -> int:
-    """Tokens of the longest text, or twice those that all but a thousandth of the texts stay under: a corpus may have
-    a giant among its sentences. What no model reads counts as one.
+    """Tokens of the longest text, but no more than twice those that all but a thousandth of the texts stay under: a
+    corpus may have a giant among its sentences. Lengths that no model reads count as one.
 
     Args:
         pieces: lengths in tokens.
