@@ -4,7 +4,8 @@ A decoder that writes well without a latent gives its encoder nothing to learn f
 little the latent held: this does not mend itself. So the schedules start over on what is left of the run, with beta
 at 0, under a recipe that makes the latent worth listening to (`treated`). Everything here is a pure function of the
 configuration, the progress and the moment of the treatment: a resumed run goes on with it. At the end of a run it says
-in a sentence what came of it (`verdict`), and what to do where that is little (`advice`).
+in a sentence what came of it (`verdict`), whether it had been better before (`decline`), and what to do where the
+latent came to little (`advice`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ LATEST = 0.7
 """Share of a run after which a treatment has no time left to work."""
 UNUSED_NATS = 1.0
 """A decoder that loses less than this by getting another text's latent does not use it."""
+DECLINE = 0.01
+"""Share of the likelihood that a run has to lose again to be told of it."""
 YOUNG_STEPS = 1000
 """Steps that a recipe with remedies gets to make use of its latent. In runs of 60 to 300 steps a treatment cost 1 to 15
 nats of likelihood a text, and no decoder came to listen that did not without (`tests/benchmarks/latent/`)."""
@@ -164,6 +167,23 @@ def verdict(figures: Figures, config: TrainConfig) -> str:
         f"the latent carries {figures.mutual_information:.1f} nats of a text"
         f" (of at most {math.log(figures.texts):.1f} that {figures.texts:,} texts can show)"
         f" and saves the decoder {saved:.1f} of {figures.cross_entropy_without:.1f}"
+    )
+
+
+def decline(kept: Figures, last: Figures, config: TrainConfig) -> str | None:
+    """That a run made its model worse before its end, and what may keep it from that; None where it did not.
+
+    Args:
+        kept: of the best model.
+        last: of the one at the end of the run, on the same texts.
+        config: of the run.
+    """
+    best, end = (f.cross_entropy_without if config.without_latent else f.nll_bound for f in (kept, last))
+    if end - best <= DECLINE * best:
+        return None
+    return (
+        f"the model that is kept is not the last one: held-out texts were at {best:.2f} nats/text then, at {end:.2f} at"
+        f" the end; more texts, a shorter run, or another --dropout than {config.dropout:g} may do better"
     )
 
 

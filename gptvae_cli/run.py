@@ -60,6 +60,8 @@ class Job:
     notes: list[str]
     figures: Figures | None = None
     """Of the held-out texts, and of the model that `model.safetensors` holds."""
+    last_figures: Figures | None = None
+    """Of the same texts, and of the weights when they were last validated."""
 
     def __post_init__(self) -> None:
         if self.learner.config.log is not None:
@@ -102,6 +104,7 @@ class Job:
         report = None
         with event_log(self.folder, self.learner.config.log, step=self.learner.counters.step) as write_events:
             for report in steps:
+                self.last_figures = report.figures or self.last_figures
                 # A model of any kind is better than none; once there is a best one, only better ones take its place.
                 if report.figures is not None and (report.improved or self.learner.counters.best == float("inf")):
                     self.figures = report.figures

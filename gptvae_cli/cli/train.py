@@ -338,13 +338,15 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
 
 
 def _finish(job: Job, *, quiet: bool) -> None:
-    from gptvae_cli.doctor import advice, verdict
+    from gptvae_cli.doctor import advice, decline, verdict
 
     job.load_best()
     if quiet or job.figures is None:
         return
     console.heading("Verdict")
     console.note(verdict(job.figures, job.learner.config))
+    if job.last_figures is not None:
+        console.note(decline(job.figures, job.last_figures, job.learner.config))
     console.note(advice(job.figures, job.learner.config))
     if job.learner.config.without_latent:
         console.heading("Next")

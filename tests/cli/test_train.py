@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -682,6 +683,20 @@ def test_a_collapse_is_a_verdict_and_under_strict_a_failure(train: Train, names:
     assert strict.exit_code == 5
     assert "--strict asks for 1 at least" in strict.stderr
     assert strict.stdout == f"{out}/model.safetensors\n", "the model is there all the same"
+
+
+def test_a_run_that_learns_by_heart_says_that_it_had_been_better(train: Train, out: Path, tmp_path: Path) -> None:
+    """Random letters: there is nothing to learn but their frequencies, and a model keeps its best of them."""
+    letters = Random(0).choices("abcdefghijklmnop", k=480)
+    path = tmp_path / "random.txt"
+    path.write_text("\n".join("".join(letters[i : i + 12]) for i in range(0, 480, 12)) + "\n")
+    baseline = ("--latents-dropout-prob", "1", "--dropout", "0", "--valid", "0.3")
+    long = train(path, *baseline, steps=150)
+    assert long.exit_code == 0, long.stderr
+    assert read_header(out / "model.safetensors").training["steps"] < 150
+    assert "the model that is kept is not the last one: held-out texts were at" in long.stderr
+    short = train(path, *baseline, "--force", steps=10)
+    assert "is not the last one" not in short.stderr
 
 
 def test_a_divergence_has_an_exit_code_of_its_own(train: Train, names: Path) -> None:
