@@ -4,8 +4,10 @@ x-transformers' `AttentionLayers` can be almost anything, and pays for it with h
 This module computes one kind of layer, the one that the tool trains: pre-norm attention with rotary positions, then
 a feed-forward. Training, encoding and cached decoding share it; tests hold it equal to x-transformers.
 
+Neighbouring dimensions of a head are a complex number here, and rotating it is one product.
+
 Shapes: B batch, T tokens, N rows or all their tokens, D model width, E all heads side by side, H heads, K head width,
-C pairs of a head, R those that are rotated, S positions, X queries, keys and values.
+C pairs of a head, S positions, X queries, keys and values.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ROOT_HALF = 0.5**0.5
+_SHORT_ROW = 32
+"""Numbers in bfloat16 that a vector register of 512 bits holds."""
 
 
 def supports(options: Mapping[str, Any]) -> bool:
@@ -44,11 +48,8 @@ class Stack:
     """An `AttentionLayers` module seen as fused layers. Weights are read at every call, so it can be trained, except
     within `frozen`.
 
-    x-transformers rotates neighbouring dimensions of a head by pairs. Here the first of every pair stand together,
-    and so do the second, because slices are much faster than strides; a product of queries and keys does not notice.
-
     Args:
-        layers: x-transformers' module, see `supports`.
+        layers: x-transformers' module, see `supports`, with heads of an even width.
         causal: whether a position sees only those before it.
     """
 
@@ -59,17 +60,9 @@ class Stack:
         self._blocks = list(zip(blocks[::2], blocks[1::2], strict=True))
         self._final_norm = layers.final_norm
         self._rotary = layers.rotary_pos_emb
-        self.pairs = len(self._rotary.inv_freq)
-        self.rotary_widths = [self.pairs, self.pairs, self.head_width - 2 * self.pairs]
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._turns: Tensor | None = None
         self._keeps_frozen = False
         self._kept: Frozen | None = None
-        head_K = torch.arange(self.head_width)
-        rotated = 2 * self.pairs
-        apart_K = torch.cat([head_K[0:rotated:2], head_K[1:rotated:2], head_K[rotated:]])
-        starts_H1 = self.head_width * torch.arange(self.heads)[:, None]
-        apart_E, width = (starts_H1 + apart_K).flatten(), self.heads * self.head_width
-        self._order_E = torch.cat([apart_E, width + apart_E, 2 * width + torch.arange(width)])
 
     @property
     def device(self) -> torch.device:
@@ -90,25 +83,22 @@ class Stack:
         finally:
             self._keeps_frozen, self._kept = False, None
 
-    def layers(self) -> list[Layer]:
-        """The weights, fused; gradients flow through to the module's parameters."""
-        return [
-            replace(layer, qkv_ED=layer.qkv_ED.index_select(0, self._order_E.to(layer.qkv_ED.device)))
-            for layer in self.read()
-        ]
-
     def read(self) -> list[Layer]:
-        """The same with the dimensions of a head in x-transformers' order."""
+        """The weights, fused; gradients flow through to the module's parameters."""
         return [self._read(attention, feedforward) for attention, feedforward in self._blocks]
 
-    def tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every pair's angle, for positions 0 to `length` - 1 at least [S R]."""
-        if self._tables is None or len(self._tables[0]) < length or self._tables[0].device != device:
-            frequencies_R = self._rotary.inv_freq.detach().to(device, torch.float32)
-            positions_S = torch.arange(max(length, 64), device=device, dtype=torch.float32)
-            angles_SR = positions_S[:, None] * frequencies_R
-            self._tables = angles_SR.cos(), angles_SR.sin()
-        return self._tables
+    def turns(self, length: int, device: torch.device) -> Tensor:
+        """What the complex numbers of queries and keys are multiplied by, for positions 0 to `length` - 1: 1 where a
+        head is not rotated. In float32 [S C]."""
+        if self._turns is None or len(self._turns) < length or self._turns.device != device:
+            # They are kept for training too, which cannot use what was made in inference mode.
+            with torch.inference_mode(False):
+                frequencies = self._rotary.inv_freq.detach().to(device, torch.float32)
+                frequencies_C = F.pad(frequencies, (0, self.head_width // 2 - len(frequencies)))
+                positions_S = torch.arange(max(length, 64), device=device, dtype=torch.float32)
+                angles_SC = positions_S[:, None] * frequencies_C
+                self._turns = torch.complex(angles_SC.cos(), angles_SC.sin())
+        return self._turns[:length]
 
     def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None, drop_LBD: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm [B T D].
@@ -124,28 +114,21 @@ class Stack:
             frozen = self._kept or Frozen(self)
             self._kept = frozen if self._keeps_frozen else None
             return frozen(x_BTD, mask_BT)
-        length = x_BTD.shape[1]
-        cos_SR, sin_SR = self.tables(length, x_BTD.device)
+        turns_TC = self.turns(x_BTD.shape[1], x_BTD.device)
         bias = None if mask_BT is None else _as_bias(mask_BT, torch.float32)
         drop_LB1D = [None] * 2 * len(self._blocks) if drop_LBD is None else drop_LBD[:, :, None].unbind()
-        for layer, drop_attn, drop_ff in zip(self.layers(), drop_LB1D[::2], drop_LB1D[1::2], strict=True):
-            q_BHTK, k_BHTK, v_BHTK = self.project(layer, x_BTD, cos_SR[:length], sin_SR[:length])
+        for layer, drop_attn, drop_ff in zip(self.read(), drop_LB1D[::2], drop_LB1D[1::2], strict=True):
+            q_BHTK, k_BHTK, v_BHTK = self.project(layer, x_BTD, turns_TC)
             attended_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, bias, causal=self.causal)
             x_BTD = self.finish(layer, x_BTD, attended_BHTK, drop_attn, drop_ff)
         return self.final_norm(x_BTD)
 
-    def project(self, layer: Layer, x_BTD: Tensor, cos_R: Tensor, sin_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated and scaled queries, rotated keys, and values [B H T K]; the tables broadcast to [B H T R]."""
+    def project(self, layer: Layer, x_BTD: Tensor, turns_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated and scaled queries, rotated keys, and values [B H T K]."""
         normed_BTD = F.layer_norm(x_BTD, x_BTD.shape[-1:], weight=layer.attn_gamma_D)
         qkv_BTXHK = F.linear(normed_BTD, layer.qkv_ED).view(*x_BTD.shape[:2], 3, self.heads, self.head_width)
-        # One copy here saves the products several.
-        qkv_XBHTK = qkv_BTXHK.permute(2, 0, 3, 1, 4).contiguous()
-        qk_XBHTK, v_XBHTK = qkv_XBHTK.split_with_sizes([2, 1])
-        first, second, still = qk_XBHTK.split_with_sizes(self.rotary_widths, dim=-1)
-        cos_R, sin_R = cos_R.to(first.dtype), sin_R.to(first.dtype)
-        rotated = torch.cat([first * cos_R - second * sin_R, second * cos_R + first * sin_R, still], dim=-1)
-        q_BHTK, k_BHTK = rotated.unbind()
-        return q_BHTK, k_BHTK, v_XBHTK[0]
+        rotated: tuple[Tensor, Tensor, Tensor] = _Rotation.apply(qkv_BTXHK, turns_TC)  # type: ignore[no-untyped-call]
+        return rotated
 
     def finish(
         self,
@@ -199,7 +182,6 @@ class Heads:
     ) -> None:
         self.qkv_NE = torch.empty(math.prod(shape), 3 * heads * width, dtype=dtype, device=device)
         self.qkv_XHK = self.qkv_NE.view(*shape, 3, heads, width)
-        # Neighbouring dimensions of a head are a complex number, and rotating them is one product.
         self.pairs_XHC = torch.view_as_complex(self.qkv_XHK[..., :2, :, :].view(*shape, 2, heads, width // 2, 2))
 
 
@@ -256,14 +238,8 @@ class Frozen:
         return weight.contiguous() if self._many else weight
 
     def turns(self, length: int, device: torch.device) -> Tensor:
-        """What the complex numbers of queries and keys are multiplied by, for positions 0 to `length` - 1: 1 where a
-        head is not rotated. To be broadcast over queries and keys and over the heads [S 1 1 C]."""
-        # The stack keeps its tables for training too, which cannot use what was made in inference mode.
-        with torch.inference_mode(False):
-            cos_SR, sin_SR = self._stack.tables(length, device)
-        still = (0, self.head_width // 2 - cos_SR.shape[1])
-        turns_SC = torch.complex(F.pad(cos_SR[:length], still, value=1.0), F.pad(sin_SR[:length], still))
-        return turns_SC[:, None, None].to(self.rotated_dtype.to_complex())
+        """As `Stack.turns`, to be broadcast over queries and keys and over the heads [S 1 1 C]."""
+        return self._stack.turns(length, device)[:, None, None].to(self.rotated_dtype.to_complex())
 
     def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """As `Stack.__call__`, from which nothing flows back."""
@@ -323,6 +299,39 @@ class Frozen:
         return F.layer_norm(x_D, x_D.shape[-1:], weight=self._final_gamma_D)
 
 
+class _Rotation(torch.autograd.Function):
+    """Queries and keys, rotated in float32 at least, and values, head by head and contiguous [B H T K], of what one
+    product gave [B T X H K]. Written out, since autograd goes over memory more often, which takes twice as long
+    (`tests/benchmarks/speed/`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv_BTXHK: Tensor, turns_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv_XBHTK = qkv_BTXHK.permute(2, 0, 3, 1, 4)
+        ctx.turns_TC = turns_TC
+        q_BHTK, k_BHTK = _rotated(qkv_XBHTK[0], qkv_XBHTK[1], turns_TC).to(qkv_BTXHK.dtype)
+        return q_BHTK, k_BHTK, qkv_XBHTK[2].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads_BHTK: Tensor) -> tuple[Tensor, None]:
+        q_BHTK, k_BHTK, v_BHTK = grads_BHTK
+        rows, heads, length, width = v_BHTK.shape
+        grad_BTXHK = v_BHTK.new_empty(rows, length, 3, heads, width)
+        grad_XBHTK = grad_BTXHK.permute(2, 0, 3, 1, 4)
+        grad_XBHTK[:2] = _rotated(q_BHTK, k_BHTK, ctx.turns_TC.conj())
+        grad_XBHTK[2] = v_BHTK
+        return grad_BTXHK, None
+
+
+def _rotated(q_BHTK: Tensor, k_BHTK: Tensor, turns_TC: Tensor) -> Tensor:
+    """Both, rotated, in float32 at least [2 B H T K]."""
+    exact = torch.promote_types(q_BHTK.dtype, torch.float32)
+    qk_XBHTK = torch.empty(2, *q_BHTK.shape, dtype=exact, device=q_BHTK.device)
+    qk_XBHTK[0], qk_XBHTK[1] = q_BHTK, k_BHTK
+    torch.view_as_complex(qk_XBHTK.view(*qk_XBHTK.shape[:-1], -1, 2)).mul_(turns_TC.to(exact.to_complex()))
+    return qk_XBHTK
+
+
 def _as_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to scores: -inf where a position may not be looked at [B 1 1 T]."""
     return torch.zeros_like(mask_BT, dtype=dtype).masked_fill_(~mask_BT, float("-inf"))[:, None, None]
@@ -353,5 +362,27 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
         scores_BHTS = scores_BHTS + future_TS
     if bias is not None:
         scores_BHTS = scores_BHTS + bias.to(q_BHTK.dtype)
-    attended_BHTK: Tensor = scores_BHTS.softmax(dim=-1) @ v_BHSK
-    return attended_BHTK
+    if scores_BHTS.shape[-1] < _SHORT_ROW:
+        weights_BHTS: Tensor = _ShortSoftmax.apply(scores_BHTS)  # type: ignore[no-untyped-call]
+    else:
+        weights_BHTS = scores_BHTS.softmax(dim=-1)
+    return weights_BHTS @ v_BHSK
+
+
+class _ShortSoftmax(torch.autograd.Function):
+    """Softmax of short rows, in float32. Torch's goes over a CPU's rows one by one, and over their numbers singly where
+    they are fewer than a vector register holds; written out, all rows are gone over together."""
+
+    @staticmethod
+    def forward(ctx: Any, scores_BHTS: Tensor) -> Tensor:
+        weights_BHTS = scores_BHTS.to(torch.float32, copy=True)
+        weights_BHTS = weights_BHTS.sub_(weights_BHTS.amax(dim=-1, keepdim=True)).exp_()
+        weights_BHTS.div_(weights_BHTS.sum(dim=-1, keepdim=True))
+        ctx.save_for_backward(weights_BHTS)
+        return weights_BHTS.to(scores_BHTS.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHTS: Tensor) -> Tensor:
+        weights_BHTS: Tensor = ctx.saved_tensors[0]
+        each_BHTS = weights_BHTS * grad_BHTS
+        return each_BHTS.sub_(weights_BHTS * each_BHTS.sum(dim=-1, keepdim=True)).to(grad_BHTS.dtype)

@@ -610,6 +610,52 @@ def test_the_fused_layers_equal_x_transformers(
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 2, 15, 31, 32, 40])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_in_bfloat16_equals_that_in_float32(length: int, causal: bool) -> None:
+    """Values and gradients, within what three significant bits less than eight leave; the softmax of fewer than 32
+    numbers is our own."""
+    generator = torch.Generator().manual_seed(length)
+    q, k, v, grad = (torch.randn(3, 2, length, 16, generator=generator).bfloat16() for _ in range(4))
+    bias = None if causal else torch.zeros(3, 1, 1, length)
+    if bias is not None:
+        bias[0, ..., (length + 1) // 2 :] = float("-inf")
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in (q / 4, k, v)]
+        attended = fused.attend(inputs[0], inputs[1], inputs[2], bias, causal=causal)
+        found.append([attended, *torch.autograd.grad(attended, inputs, grad.to(dtype))])
+    for ours, exact in zip(*found, strict=True):
+        assert_close(ours.float(), exact, rtol=0.03, atol=0.03)
+
+
+def test_the_softmax_of_short_rows_is_torchs() -> None:
+    """Values and gradients; whatever is added to a row, and where some of it is masked."""
+    scores = 30 * torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    scores[0] += 1000
+    scores[1, ..., 3:] = float("-inf")
+    found = []
+    short: Any = fused._ShortSoftmax.apply
+    for softmax in (short, lambda scores: scores.softmax(dim=-1)):
+        scores.requires_grad_(True)
+        weights = softmax(scores)
+        found.append((weights, *torch.autograd.grad((weights * torch.arange(7)).sum(), scores)))
+    assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_rotations_have_the_gradients_that_differences_find(ours: Ours, width: int) -> None:
+    """Half of the pairs of a head turn."""
+    stack = ours(**ROTARY, attn_dim_head=width).fused_decoder
+    assert stack is not None
+    turns_TC = stack.turns(2, torch.device("cpu"))
+    assert int((turns_TC[1] != 1).sum()) == width // 4
+    random = torch.Generator().manual_seed(0)
+    qkv_BTXHK = torch.randn(1, 2, 3, 1, width, generator=random, dtype=torch.float64, requires_grad=True)
+    rotate: Any = fused._Rotation.apply
+    assert torch.autograd.gradcheck(lambda qkv: rotate(qkv, turns_TC), (qkv_BTXHK,))
+
+
 def scale(wrapper: Any, factors_LBD: torch.Tensor) -> None:
     """Multiplies the embeddings of x-transformers' model, and what every block adds to the residual stream."""
     wrapper.token_emb.register_forward_hook(lambda module, inputs, output: output * factors_LBD[0][:, None])
