@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ROOT_HALF = 0.5**0.5
-_SHORT_ROW = 32
-"""Numbers in bfloat16 that a vector register of 512 bits holds."""
+_FLASH_TOKENS = 128
+"""Keys from which on torch's fused kernel attends faster on a CPU than products do, in float32."""
+_VECTOR_BYTES = 64
+"""Of a vector register of 512 bits."""
 
 
 def supports(options: Mapping[str, Any]) -> bool:
@@ -301,8 +303,8 @@ class Frozen:
 
 class _Rotation(torch.autograd.Function):
     """Queries and keys, rotated in float32 at least, and values, head by head and contiguous [B H T K], of what one
-    product gave [B T X H K]. Written out, since autograd goes over memory more often, which takes twice as long
-    (`tests/benchmarks/speed/`).
+    product gave [B T X H K]. Written out, since autograd goes over memory more often, which takes half as long
+    again (`tests/benchmarks/speed/`).
     """
 
     @staticmethod
@@ -344,14 +346,15 @@ def _add(x_BTD: Tensor, block_BTD: Tensor, drop_B1D: Tensor | None) -> Tensor:
 def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
     """Softmax attention with scaled queries [B H T K].
 
-    In bfloat16 on a CPU, plain products are 3 to 7 times faster than torch's fused kernel on rows of up to 128 tokens,
-    forward and backward (`tests/benchmarks/speed/`); everything else takes the fused kernel.
+    On a CPU, plain products are faster than torch's fused kernel, forward and backward: in bfloat16 3 to 8 times on
+    rows of up to 128 tokens, in float32 1.3 times on shorter ones (`tests/benchmarks/speed/`). A GPU takes the kernel.
 
     Args:
         bias: added to the scores, -inf where a key may not be seen; broadcasts to [B H T S].
         causal: a query sees the keys up to its own position; queries and keys then are the same positions.
     """
-    if q_BHTK.device.type != "cpu" or q_BHTK.dtype != torch.bfloat16:
+    long = q_BHTK.dtype != torch.bfloat16 and k_BHSK.shape[-2] >= _FLASH_TOKENS
+    if q_BHTK.device.type != "cpu" or long:
         if bias is not None:
             bias = bias.to(q_BHTK.dtype)
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal, scale=1.0)
@@ -362,7 +365,7 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
         scores_BHTS = scores_BHTS + future_TS
     if bias is not None:
         scores_BHTS = scores_BHTS + bias.to(q_BHTK.dtype)
-    if scores_BHTS.shape[-1] < _SHORT_ROW:
+    if scores_BHTS.shape[-1] * scores_BHTS.itemsize < _VECTOR_BYTES:
         weights_BHTS: Tensor = _ShortSoftmax.apply(scores_BHTS)  # type: ignore[no-untyped-call]
     else:
         weights_BHTS = scores_BHTS.softmax(dim=-1)
@@ -370,13 +373,14 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
 
 
 class _ShortSoftmax(torch.autograd.Function):
-    """Softmax of short rows, in float32. Torch's goes over a CPU's rows one by one, and over their numbers singly where
-    they are fewer than a vector register holds; written out, all rows are gone over together."""
+    """Softmax of short rows, in float32 at least. Torch's goes over a CPU's rows one by one, and over their numbers
+    singly where they are fewer than a vector register holds; written out, all rows are gone over together."""
 
     @staticmethod
     def forward(ctx: Any, scores_BHTS: Tensor) -> Tensor:
-        weights_BHTS = scores_BHTS.to(torch.float32, copy=True)
-        weights_BHTS = weights_BHTS.sub_(weights_BHTS.amax(dim=-1, keepdim=True)).exp_()
+        exact = torch.promote_types(scores_BHTS.dtype, torch.float32)
+        weights_BHTS = scores_BHTS.to(exact, copy=True)
+        weights_BHTS.sub_(weights_BHTS.amax(dim=-1, keepdim=True)).exp_()
         weights_BHTS.div_(weights_BHTS.sum(dim=-1, keepdim=True))
         ctx.save_for_backward(weights_BHTS)
         return weights_BHTS.to(scores_BHTS.dtype)
