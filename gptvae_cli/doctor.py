@@ -112,7 +112,7 @@ class Recipe:
             beta=config.vae_kl_loss_weight * ramp(self.progress, config.kl_warmup),
             floor=config.vae_kl_div_floor,
             rate=config.target_rate,
-            bag_of_words=config.bag_of_words * (1 - 0.9 * ramp(self.progress, 0.6)),
+            bag_of_words=config.bag_of_words * (1 - ramp(self.progress, 0.6)),
             language_model=config.without_latent,
         )
 

@@ -126,7 +126,7 @@ def test_a_treatment_starts_the_schedules_over_on_what_is_left() -> None:
     begun, ended = recipe(plan, 0.2, 0.2), recipe(plan, 1.0, 0.2)
     assert (begun.weights.beta, begun.word_dropout, begun.beta_is_final) == (0, 0.4, False)
     assert (ended.weights.beta, ended.word_dropout, ended.beta_is_final) == (1, 0, True)
-    assert ended.weights.bag_of_words == pytest.approx(0.1)
+    assert (begun.weights.bag_of_words, ended.weights.bag_of_words) == (1, 0)
 
 
 @pytest.mark.parametrize("plan", [config(), TrainConfig(), config(target_rate=20.0, word_dropout=0.9, kl_warmup=1.0)])
@@ -146,7 +146,7 @@ def test_an_untreated_run_has_the_schedules_of_its_configuration(progress: float
     now = recipe(plan, progress)
     assert now.weights.beta == pytest.approx(0.5 * min(1, progress / 0.3))
     assert now.weights.rate == 8
-    assert now.weights.bag_of_words == pytest.approx(max(0.1, 1 - 1.5 * progress))
+    assert now.weights.bag_of_words == pytest.approx(max(0, 1 - progress / 0.6))
     assert now.word_dropout == pytest.approx(max(0, 0.3 * (1 - 2 * progress)))
     assert now.latents_dropout == pytest.approx(max(0.1, 0.5 - 0.8 * progress))
 
