@@ -304,8 +304,7 @@ class Frozen:
 class _Rotation(torch.autograd.Function):
     """Queries and keys, rotated in float32 at least, and values, head by head and contiguous [B H T K], of what one
     product gave [B T X H K]. Written out, since autograd goes over memory more often, which takes half as long
-    again (`tests/benchmarks/speed/`).
-    """
+    again (`tests/benchmarks/speed/`)."""
 
     @staticmethod
     def forward(ctx: Any, qkv_BTXHK: Tensor, turns_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
