@@ -211,11 +211,11 @@ def test_with_baseline_trains_one_like_the_model_and_keeps_it(run: Path) -> None
 
 def test_a_baseline_of_another_model_is_replaced(run: Path) -> None:
     figures(with_baseline())
-    trained = CliRunner().invoke(app, ["train", "--resume", "--out", "run", "--steps", "6", "--device", "cpu"])
+    trained = CliRunner().invoke(app, ["train", "--resume", "--out", "run", "--steps", "20", "--device", "cpu"])
     assert trained.exit_code == 0, trained.stderr
+    assert read_header(run / "model.safetensors").training["steps"] > 4, "the model is another one"
     figures(with_baseline())
-    header = read_header(run / "baseline/model.safetensors")
-    assert (header.training["steps"], header.training["train"]["steps"]) == (6, 6)
+    assert read_header(run / "baseline/model.safetensors").training["train"]["steps"] == 20
 
 
 def test_a_baseline_needs_a_run_folder_with_its_corpus(run: Path, evaluate: Evaluate) -> None:
