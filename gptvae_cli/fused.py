@@ -352,10 +352,10 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
         bias: added to the scores, -inf where a key may not be seen; broadcasts to [B H T S].
         causal: a query sees the keys up to its own position; queries and keys then are the same positions.
     """
+    if bias is not None:
+        bias = bias.to(q_BHTK.dtype)
     long = q_BHTK.dtype != torch.bfloat16 and k_BHSK.shape[-2] >= _FLASH_TOKENS
     if q_BHTK.device.type != "cpu" or long:
-        if bias is not None:
-            bias = bias.to(q_BHTK.dtype)
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal, scale=1.0)
     scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2)
     if causal:
@@ -363,7 +363,7 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
         future_TS = torch.full(shape, float("-inf"), dtype=q_BHTK.dtype, device=q_BHTK.device).triu(1)
         scores_BHTS = scores_BHTS + future_TS
     if bias is not None:
-        scores_BHTS = scores_BHTS + bias.to(q_BHTK.dtype)
+        scores_BHTS = scores_BHTS + bias
     if scores_BHTS.shape[-1] * scores_BHTS.itemsize < _VECTOR_BYTES:
         weights_BHTS: Tensor = _ShortSoftmax.apply(scores_BHTS)  # type: ignore[no-untyped-call]
     else:
