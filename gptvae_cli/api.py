@@ -50,7 +50,7 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str = "auto", dt
     Args:
         path: a run folder or a `.safetensors` file; for None `$GPTVAE_MODEL`, else `./gptvae-run`.
         device: `auto`, `cpu`, `cuda` or `cuda:n`.
-        dtype: what to compute in, `auto`, `float32` or `bfloat16`; `auto` is float32 on a CPU.
+        dtype: what to compute in, `auto`, `float32` or `bfloat16`; `auto` is float32.
 
     Raises:
         CheckpointError: for a model that is missing, damaged or foreign.

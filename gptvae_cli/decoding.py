@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gptvae_cli import fused, noise
 from gptvae_cli.config import SampleConfig
-from gptvae_cli.fused import attend
+from gptvae_cli.fused import attend, attend_by_kernel
 
 if TYPE_CHECKING:
     from gptvae_cli.model import GPTVAE
@@ -328,8 +328,8 @@ class CachedDecoder:
                 places[i].copy_(new_XBHK)
             else:
                 cache_LXBHSK[i][:, rows_B, :, positions_B] = new_BXHK.to(dtype)
-            attended_BH1K = F.scaled_dot_product_attention(
-                queries_BH1K.to(dtype), slots[2 * i], slots[2 * i + 1], attn_mask=mask_B11S, scale=1.0
+            attended_BH1K = attend_by_kernel(
+                queries_BH1K.to(dtype), slots[2 * i], slots[2 * i + 1], mask_B11S, causal=False
             )
             self.stack.finish(layer, x_BD, attended_BH1K.view(count, -1))
         return self._logits(x_BD)

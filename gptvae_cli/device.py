@@ -51,21 +51,23 @@ def resolve_device(name: str) -> Device:
     if match is None:
         raise FieldError("device", name, "auto, cpu, cuda or cuda:n")
     count, problem = _cuda_gpus()
-    if name == "auto":
-        if problem is not None:
-            return Device(torch.device("cpu"), problem)
-        return Device(torch.device("cuda", 0), f"found {torch.cuda.get_device_name(0)}")
-    if problem is not None:
-        raise DeviceError(f"device {name} was asked for, but {problem}", hint="use --device cpu")
     index = int(match[1] or 0)
-    if index >= count:
+    if problem is None and index >= count:
         last = f"cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0"
         raise DeviceError(f"device {name} was asked for, but this machine has {last}", hint="use --device cuda")
-    return Device(torch.device("cuda", index), f"asked for, it is {torch.cuda.get_device_name(index)}")
+    gpu = torch.device("cuda", index)
+    problem = problem or _failure(gpu)
+    if problem is None:
+        how = "found" if name == "auto" else "asked for, it is"
+        return Device(gpu, f"{how} {torch.cuda.get_device_name(gpu)}")
+    if name == "auto":
+        return Device(torch.device("cpu"), problem)
+    raise DeviceError(f"device {name} was asked for, but {problem}", hint="use --device cpu")
 
 
 def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Precision:
-    """The type to compute in. `auto` takes bfloat16 where the hardware multiplies it fast, but for inference on a CPU.
+    """The type to compute in. `auto` trains in bfloat16 where the hardware multiplies it fast. It infers in float32:
+    figures and texts are then the same on every device, and in whatever batch.
 
     A CPU is not asked for its instructions but timed: there are some for bfloat16 that are slower than float32, and
     without any it is up to 500 times as slow.
@@ -77,10 +79,10 @@ def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Preci
         return Precision(torch.float32, "asked for")
     if name not in ("auto", "bfloat16"):
         raise FieldError("dtype", name, "auto, float32 or bfloat16")
+    if name == "auto" and not training:
+        return Precision(torch.float32, "exact and fast enough")
     if device.type == "cuda":
         return _gpu_dtype(name, device)
-    if name == "auto" and not training:
-        return Precision(torch.float32, "exact and fast enough on a CPU")
     times = _cpu_bfloat16_speed()
     found = f"this CPU multiplies bfloat16 {times:.1f} times as fast as float32"
     if name == "bfloat16":
@@ -134,6 +136,17 @@ def _cuda_gpus() -> tuple[int, str | None]:
     if count > 0:
         return count, None
     return 0, str(caught[0].message).partition("\n")[0] if caught else "torch finds no GPU"
+
+
+def _failure(device: torch.device) -> str | None:
+    """Why a device that is there cannot compute: torch may have no kernels for it, others may hold it or its memory."""
+    try:
+        with warnings.catch_warnings():  # torch warns of the first of these at length
+            warnings.simplefilter("ignore")
+            torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError as problem:
+        return f"{device} fails: " + str(problem).partition("\n")[0]
+    return None
 
 
 def _gpu_dtype(name: DType, gpu: torch.device) -> Precision:

@@ -152,7 +152,8 @@ class Stack:
         scale = self.head_width**-0.5
         # x-transformers gives a single head no output product.
         single = isinstance(attention.to_out, nn.Identity)
-        out_DE = torch.eye(self.head_width).to(ff_in.weight) if single else attention.to_out.weight
+        identity_KK = torch.eye(self.head_width, dtype=ff_in.weight.dtype, device=ff_in.weight.device)
+        out_DE = identity_KK if single else attention.to_out.weight
         return Layer(
             # x-transformers stores the gain as its distance from 1.
             attn_gamma_D=attn_norm.gamma + 1,
@@ -356,7 +357,7 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
         bias = bias.to(q_BHTK.dtype)
     long = q_BHTK.dtype != torch.bfloat16 and k_BHSK.shape[-2] >= _FLASH_TOKENS
     if q_BHTK.device.type != "cpu" or long:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal, scale=1.0)
+        return attend_by_kernel(q_BHTK, k_BHSK, v_BHSK, bias, causal=causal)
     scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2)
     if causal:
         shape = scores_BHTS.shape[-2:]
@@ -369,6 +370,17 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
     else:
         weights_BHTS = scores_BHTS.softmax(dim=-1)
     return weights_BHTS @ v_BHSK
+
+
+def attend_by_kernel(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
+    """As `attend`, by one of torch's fused kernels, but not cuDNN's, which torch prefers on recent GPUs: it prepares
+    itself anew for every shape, which is every batch of another length and every token that is written."""
+    preferred = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal, scale=1.0)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(preferred)
 
 
 class _ShortSoftmax(torch.autograd.Function):

@@ -25,6 +25,11 @@ from gptvae_cli.latent import free_bits
 from gptvae_cli.model import GPTVAE
 
 
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on another device; a GPU copies it while the CPU goes on, for which its pages must not be moved."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows `BOS text EOS`, padded behind, and what the encoder reads where that is another text.
@@ -41,8 +46,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        source_BT = None if self.source_BT is None else self.source_BT.to(device, non_blocking=True)
-        return Batch(self.tokens_BT.to(device, non_blocking=True), source_BT, self.target_tokens)
+        source_BT = None if self.source_BT is None else _moved(self.source_BT, device)
+        return Batch(_moved(self.tokens_BT, device), source_BT, self.target_tokens)
 
     @property
     def encoder_BT(self) -> Tensor:
@@ -69,7 +74,7 @@ class Noise:
     def to(self, device: torch.device) -> Noise:
         """The same noise on another device."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if value is not None}
+        moved = {name: _moved(value, device) for name, value in tensors.items() if value is not None}
         return Noise(**moved)
 
 

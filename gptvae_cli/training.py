@@ -1,7 +1,8 @@
 """The training loop: a generator of reports. Saving, logging and the display are its consumer's business.
 
 Everything random is a pure function of (seed, step, row), and the order of the data of (seed, epoch). A run that was
-interrupted and resumed therefore takes the very steps that an undisturbed one takes.
+interrupted and resumed therefore takes the very steps that an undisturbed one takes; on a GPU, whose kernels add up in
+any order, but for rounding.
 
 Shapes: B batch, T tokens, Z latent width.
 """

@@ -41,6 +41,12 @@ def denormals() -> Iterator[None]:
         sys.modules["torch"].set_flush_denormal(False)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands compute on the CPU, on a machine that has a GPU too; what is tested on one names it."""
+    monkeypatch.setenv("GPTVAE_DEVICE", "cpu")
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny tensors are computed fastest by one thread, most of all where another process is busy."""

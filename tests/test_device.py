@@ -25,7 +25,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Pretends to be a machine: how many GPUs it has, what its torch was built for, what its parts can."""
 
     def pretend(
-        *, gpus: int = 0, built: bool = True, warning: str | None = None, gpu_bf16: bool = True, cpu_bf16: float = 5.0
+        *,
+        gpus: int = 0,
+        built: bool = True,
+        warning: str | None = None,
+        broken: str | None = None,
+        gpu_bf16: bool = True,
+        cpu_bf16: float = 5.0,
     ) -> None:
         def is_available() -> bool:
             if warning is not None:
@@ -41,6 +47,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: gpu_bf16 or including_emulation
         )
         monkeypatch.setattr(torch.cuda, "device", lambda device: warnings.catch_warnings())
+        monkeypatch.setattr(device_module, "_failure", lambda device: broken)
         monkeypatch.setattr(device_module, "_cpu_bfloat16_speed", lambda: cpu_bf16)
 
     return pretend
@@ -79,6 +86,7 @@ def test_gpu_is_taken_by_its_number(machine: Machine) -> None:
         pytest.param({"built": False}, f"this torch ({torch.__version__}) is built without CUDA", id="CPU build"),
         pytest.param({}, "torch finds no GPU", id="no GPU"),
         pytest.param({"warning": "The driver is too old.\nUpdate it."}, "The driver is too old.", id="old driver"),
+        pytest.param({"gpus": 1, "broken": "cuda:0 fails: it is full"}, "cuda:0 fails: it is full", id="full GPU"),
     ],
 )
 def test_absent_gpu_says_why(machine: Machine, parts: dict[str, object], said: str) -> None:
@@ -91,6 +99,12 @@ def test_absent_gpu_says_why(machine: Machine, parts: dict[str, object], said: s
     assert caught.value.exit_code == ExitCode.FAILURE
     assert resolve_device("auto").device == CPU
     assert resolve_device("auto").reason == said
+
+
+def test_a_device_that_cannot_compute_is_found_out() -> None:
+    """By trying: torch counts a GPU that it has no kernels for. Here by a device that holds no numbers."""
+    assert device_module._failure(torch.device("meta")) == "meta fails: Tensor.item() cannot be called on meta tensors"
+    assert device_module._failure(CPU) is None
 
 
 @pytest.mark.parametrize(("gpus", "found"), [(1, "only cuda:0"), (3, "cuda:0 to cuda:2")])
@@ -114,7 +128,7 @@ def test_unknown_device_is_wrong_usage(name: str) -> None:
         pytest.param(CPU, True, {"cpu_bf16": 5.0}, torch.bfloat16, id="able cpu training"),
         pytest.param(CPU, True, {"cpu_bf16": 1.5}, torch.float32, id="hardly able cpu training"),
         pytest.param(CPU, True, {"cpu_bf16": 0.5}, torch.float32, id="cpu training with slow instructions for it"),
-        pytest.param(GPU, False, {"gpu_bf16": True}, torch.bfloat16, id="able gpu inference"),
+        pytest.param(GPU, False, {"gpu_bf16": True}, torch.float32, id="able gpu inference"),
         pytest.param(GPU, True, {"gpu_bf16": True}, torch.bfloat16, id="able gpu training"),
         pytest.param(GPU, True, {"gpu_bf16": False}, torch.float32, id="old gpu training"),
     ],

@@ -633,6 +633,26 @@ def test_attention_equals_torchs_kernel(length: int, causal: bool, dtype: torch.
         assert (ours.double() - exact).norm() <= tolerance * exact.norm()
 
 
+def test_cudnn_does_not_attend_and_is_asked_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It prepares itself for every shape, and torch prefers it on recent GPUs."""
+    q = torch.randn(1, 1, 200, 16)
+    allowed: Callable[[], bool] = torch.backends.cuda.cudnn_sdp_enabled
+    asked: list[bool] = []
+
+    def attention(*args: Any, **options: Any) -> torch.Tensor:
+        asked.append(allowed())
+        if options["is_causal"]:
+            raise RuntimeError("as a kernel may")
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    before = allowed()
+    fused.attend(q, q, q, None, causal=False)
+    with pytest.raises(RuntimeError, match="as a kernel may"):
+        fused.attend(q, q, q, None, causal=True)
+    assert (before, asked, allowed()) == (True, [False, False], True)
+
+
 def test_the_softmax_of_short_rows_is_torchs() -> None:
     """Values and gradients; whatever is added to a row, and where some of it is masked."""
     scores = 30 * torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))

@@ -106,12 +106,18 @@ def _show_error(problem: Exception) -> int:
             _discard_stdout()  # or flushing it at shutdown would fail once more
             where = problem.filename or "input or output"
             console.error(f"{where}: {problem.strerror or problem}", None)
-        case MemoryError():
-            console.error("out of memory", "--debug shows where")
+        case _ if _is_out_of_memory(problem):
+            console.error("out of memory", "train takes less with a smaller --batch-tokens; --debug shows where")
         case _:
             what = f"{type(problem).__name__}: {problem}".partition("\n")[0]
             console.error(f"this should not have happened: {what}", "run it again with --debug and report it")
     return ExitCode.FAILURE
+
+
+def _is_out_of_memory(problem: Exception) -> bool:
+    """Torch has an error of its own for a GPU's memory, and none for a CPU's."""
+    of_gpu, of_cpu = type(problem).__name__ == "OutOfMemoryError", "can't allocate memory" in str(problem)
+    return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and (of_gpu or of_cpu))
 
 
 def _show_usage_error(problem: typer.TyperException, arguments: list[str]) -> int:

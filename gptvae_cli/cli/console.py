@@ -70,7 +70,9 @@ DeviceOption = Annotated[
 DTypeOption = Annotated[
     DType,
     typer.Option(
-        envvar="GPTVAE_DTYPE", help="Numbers to compute with; auto asks the hardware.", rich_help_panel=COMMON
+        envvar="GPTVAE_DTYPE",
+        help="Numbers to compute with; auto is float32, but to train where the hardware is faster at bfloat16.",
+        rich_help_panel=COMMON,
     ),
 ]
 ThreadsOption = Annotated[

@@ -261,15 +261,26 @@ def test_a_traceback_does_not_control_the_terminal(here: Path) -> None:
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", result.stderr)
 
 
+def torch_out_of_memory(device: str) -> Exception:
+    """What torch raises where it wants more memory than a device has."""
+    if device == "cuda":
+        return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1024.00 GiB.")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    return caught.value
+
+
 @pytest.mark.parametrize(
     ("problem", "code", "words"),
     [
         (RuntimeError("of\nmany lines"), 1, ["this should not have happened", "RuntimeError: of", "--debug"]),
-        (MemoryError(), 1, ["out of memory"]),
+        (MemoryError(), 1, ["out of memory", "--batch-tokens"]),
+        (torch_out_of_memory("cpu"), 1, ["out of memory", "--batch-tokens"]),
+        (torch_out_of_memory("cuda"), 1, ["out of memory", "--batch-tokens"]),
         (OSError(28, "No space left on device", "z.npy"), 1, ["z.npy: No space left on device"]),
         (KeyboardInterrupt(), 130, []),
     ],
-    ids=["bug", "memory", "disk", "interrupt"],
+    ids=["bug", "memory", "memory of torch", "memory of a GPU", "disk", "interrupt"],
 )
 def test_what_nobody_foresaw_is_no_traceback_either(
     here: Path, monkeypatch: pytest.MonkeyPatch, problem: BaseException, code: int, words: list[str]
