@@ -18,7 +18,7 @@ from gptvae_cli.config import TrainConfig, from_dict
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, GPTVAEError
-from gptvae_cli.folder import CACHE_NAME, METRICS_NAME, claimed, remove_run
+from gptvae_cli.folder import CACHE_NAME, METRICS_NAME, SHARED_CACHE, claimed, remove_run
 from gptvae_cli.header import MODEL_NAME, STATE_NAME, ModelHeader, read_header
 from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
@@ -87,14 +87,13 @@ class Baseline:
         Raises:
             BusyError, ConfigError, GPTVAEError: as `claimed`.
         """
-        goes_on = self.fits() and (self.folder / STATE_NAME).exists()
-        if not goes_on and (link := self.folder / CACHE_NAME).is_symlink():
-            link.unlink()  # of an earlier baseline; a linked cache that is not of our making is in the way of a run
-        with claimed(self.folder, resume=goes_on, force=True):
-            yield (self._resumed(device, precision) if goes_on else None) or self._begun(device, precision)
+        with claimed(self.folder, resume=False, force=True):
+            yield self._resumed(device, precision) or self._begun(device, precision)
 
     def _resumed(self, device: Device, precision: Precision) -> run.Job | None:
-        """What was interrupted; None where its state cannot be used, for the whole can be made again."""
+        """What was interrupted; None for nothing, or where its state cannot be used: the whole can be made again."""
+        if not self.fits():
+            return None
         try:
             return run.resume(self.folder, {}, sources=[], device=device, precision=precision)
         except CheckpointError:
@@ -103,9 +102,7 @@ class Baseline:
     def _begun(self, device: Device, precision: Precision) -> run.Job:
         # A link, so that `gptvae train --resume --out RUN/baseline` finds the corpus too.
         remove_run(self.folder)
-        cache = self.folder / CACHE_NAME
-        cache.unlink(missing_ok=True)
-        cache.symlink_to(Path("..") / CACHE_NAME)
+        (self.folder / CACHE_NAME).symlink_to(SHARED_CACHE)
         torch.manual_seed(self.config.seed)
         model = GPTVAE.from_config(self.header.model).to(device.device)
         return run.Job(self.folder, self.corpus, self.header.data, Learner(model, self.config), precision, [])

@@ -30,6 +30,8 @@ from gptvae_cli.hub import COMPANION_NAMES, remove_companions
 METRICS_NAME = "metrics.jsonl"
 CACHE_NAME = "cache"
 NEW_CACHE_NAME = "cache.part"
+SHARED_CACHE = Path("..", CACHE_NAME)
+"""What the cache of a baseline, which lies in the folder of its model, is a link to."""
 _FILES = (MODEL_NAME, STATE_NAME, "state.prev.safetensors", METRICS_NAME)
 
 
@@ -74,7 +76,8 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         if not (resume or force) and any((folder / name).exists() for name in _FILES):
             raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
         foreign = next((path for name in _FILES if _is_no_file(path := folder / name)), None)
-        if foreign := foreign or (None if resume else _foreign(folder / CACHE_NAME)):
+        places = [folder / NEW_CACHE_NAME] if resume else [folder / NEW_CACHE_NAME, folder / CACHE_NAME]
+        if foreign := foreign or next(filter(None, map(_foreign, places)), None):
             raise ConfigError(
                 f"{foreign} is in the way and is not of gptvae's making", hint="choose another folder with --out"
             )
@@ -101,7 +104,7 @@ def _foreign(cache: Path) -> Path | None:
     if not os.path.lexists(cache):
         return None
     if cache.is_symlink() or not cache.is_dir():
-        return cache
+        return None if cache.is_symlink() and cache.readlink() == SHARED_CACHE else cache
     return next((path for path in sorted(cache.iterdir()) if not is_cache_file(path.name)), None)
 
 
@@ -114,13 +117,16 @@ def _remove_unfinished(folder: Path) -> None:
 
 def remove_run(folder: Path, *, keep_cache: bool = False) -> None:
     """Removes what a run left in its folder, and nothing else."""
-    # The state first: without its cache it would be of no use, and in the way.
+    # These are known by the model; and the state goes before the cache, without which it would only be in the way.
+    remove_companions(folder)
     remove_state(folder / STATE_NAME)
     remove_file(folder / MODEL_NAME)
     remove_file(folder / METRICS_NAME)
-    if (folder / CACHE_NAME).exists() and not keep_cache:
-        shutil.rmtree(folder / CACHE_NAME)
-    remove_companions(folder)
+    cache = folder / CACHE_NAME
+    if cache.is_symlink() and not keep_cache:
+        cache.unlink()
+    elif cache.exists() and not keep_cache:
+        shutil.rmtree(cache)
     remove_events(folder)
 
 

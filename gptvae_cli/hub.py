@@ -6,7 +6,7 @@ RUN/README.md        the model card
 
 gptvae reads none of them: the header of `model.safetensors` says it all, and it wins where they differ. The folder
 may be a user's own, with files of these names in it, and a card wants to be edited: only what gptvae wrote, and nobody
-has edited since, is replaced or removed.
+has edited since, is replaced or removed. The first two are known by the model beside them, which gives their content.
 
 Source: https://huggingface.co/docs/hub/model-cards
 """
@@ -21,15 +21,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptvae_cli import __version__
-from gptvae_cli.checkpoint import write_atomically
+from gptvae_cli.checkpoint import remove_file, write_atomically
 from gptvae_cli.config import TrainConfig, from_dict, to_dict
+from gptvae_cli.errors import GPTVAEError
 from gptvae_cli.evaluation import Figures
-from gptvae_cli.header import ModelHeader
+from gptvae_cli.header import MODEL_NAME, ModelHeader, read_header
 
 CONFIG_NAME, TOKENIZER_NAME, CARD_NAME = "config.json", "tokenizer.json", "README.md"
 COMPANION_NAMES = (CONFIG_NAME, TOKENIZER_NAME, CARD_NAME)
-_MODEL_TYPE = "gptvae"
 _BOS, _EOS = "<gptvae:bos>", "<gptvae:eos>"
 """What `tokenizers` calls the special tokens. They are no entries of the vocabulary, so no text can spell one."""
 _SIGNATURE = re.compile(r"<!-- gptvae keeps this page up to date until it is edited \((\w+)\) -->\n?\Z")
@@ -73,12 +72,16 @@ def remove_companions(folder: Path) -> None:
     foreign = foreign_companions(folder)
     for name in COMPANION_NAMES:
         if name not in foreign:
-            (folder / name).unlink(missing_ok=True)
+            remove_file(folder / name)
 
 
 def foreign_companions(folder: Path) -> list[str]:
     """The names of these files under which there is something that is not ours, or no longer."""
-    return [name for name in COMPANION_NAMES if (folder / name).exists() and not _is_ours(folder / name)]
+    try:
+        header = read_header(folder / MODEL_NAME)
+    except GPTVAEError:
+        header = None
+    return [name for name in COMPANION_NAMES if (folder / name).exists() and not _is_ours(folder / name, header)]
 
 
 def _write(path: Path, content: str) -> None:
@@ -88,21 +91,17 @@ def _write(path: Path, content: str) -> None:
     write_atomically(path, write)
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Path, header: ModelHeader | None) -> bool:
+    """Whether a file is what gptvae wrote beside the model with this header."""
     try:
         text = path.read_text("utf-8")
-        if path.name == CARD_NAME:
-            signature = _SIGNATURE.search(text)
-            return signature is not None and signature[1] == _digest(text[: signature.start()])
-        values = json.loads(text)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
-    match values:
-        case {"model_type": str(kind)} if path.name == CONFIG_NAME:
-            return kind == _MODEL_TYPE
-        case {"post_processor": {"special_tokens": dict(specials)}}:
-            return set(specials) == {_BOS, _EOS}
-    return False
+    if path.name == CARD_NAME:
+        signature = _SIGNATURE.search(text)
+        return signature is not None and signature[1] == _digest(text[: signature.start()])
+    content = {CONFIG_NAME: config_json, TOKENIZER_NAME: tokenizer_json}[path.name]
+    return header is not None and text == content(header)
 
 
 # The files ------------------------------------------------------------------------------------------------------------
@@ -115,9 +114,9 @@ def config_json(header: ModelHeader) -> str:
     """
     model = header.model
     values = {
-        "model_type": _MODEL_TYPE,
+        "model_type": "gptvae",
         "architectures": ["GPTVAE"],
-        "gptvae_version": __version__,
+        "gptvae_version": header.training["gptvae"],
         "format_version": header.format_version,
         "unit": header.data.unit,
         **to_dict(model),

@@ -118,5 +118,19 @@ def test_it_needs_the_corpus_of_the_model(model: Path, tmp_path: Path) -> None:
 
 
 def test_two_do_not_train_it_at_once(model: Path) -> None:
-    with of(model).training(CPU, FLOAT32), pytest.raises(BusyError), of(model).training(CPU, FLOAT32):
-        pass
+    """And the one that comes too late leaves the other's corpus where it is."""
+    with of(model).training(CPU, FLOAT32):
+        with pytest.raises(BusyError), of(model).training(CPU, FLOAT32):
+            pass
+        assert (model.parent / "baseline/cache/corpus.json").exists()
+
+
+def test_one_whose_states_are_damaged_is_trained_anew(model: Path) -> None:
+    asked = count(1)
+    learn(of(model), lambda: next(asked) == 2)
+    for state in (model.parent / "baseline").glob("state*.safetensors"):
+        state.write_bytes(b"damaged")
+    assert of(model).fits()
+    assert learn(of(model))[-1] == 4
+    assert of(model).finished()
+    assert (model.parent / "cache/corpus.json").exists()

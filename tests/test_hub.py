@@ -13,15 +13,22 @@ import tokenizers
 import torch
 from typer.testing import CliRunner
 
-from gptvae_cli.checkpoint import load
+from gptvae_cli.checkpoint import load, save_model
 from gptvae_cli.cli.app import app
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
 from gptvae_cli.doctor import verdict
 from gptvae_cli.errors import GPTVAEError
 from gptvae_cli.evaluation import Figures
 from gptvae_cli.header import FORMAT_VERSION, ModelHeader, read_header
-from gptvae_cli.hub import config_json, foreign_companions, model_card, remove_companions, tokenizer_json
-from gptvae_cli.hub import write_companions as write
+from gptvae_cli.hub import (
+    config_json,
+    foreign_companions,
+    model_card,
+    remove_companions,
+    tokenizer_json,
+    write_companions,
+)
+from gptvae_cli.model import GPTVAE
 from gptvae_cli.sampling import Encoder
 from gptvae_cli.tokenizer import Tokenizer
 from tests.conftest import LINES
@@ -239,15 +246,30 @@ def test_a_crash_behind_the_model_leaves_a_model(folder: Path, corpus: str, monk
 # Whose they are -------------------------------------------------------------------------------------------------------
 
 
+def write(folder: Path, header: ModelHeader, *, parameters: int = 1) -> None:
+    """A model that nobody trained, and what lies beside it."""
+    save_model(folder / "model.safetensors", GPTVAE.from_config(header.model), header)
+    write_companions(folder, header, parameters=parameters, verdict=None)
+
+
 def test_files_of_ours_are_replaced_and_removed(folder: Path) -> None:
-    write(folder, header(), parameters=1, verdict=None)
-    assert names(folder) == NAMES
+    write(folder, header())
+    assert names(folder) == {"model.safetensors", *NAMES}
     assert foreign_companions(folder) == []
-    write(folder, header(figures=None), parameters=2, verdict=None)
+    write(folder, header(figures=None), parameters=2)
     assert (folder / "README.md").read_text() == model_card(header(figures=None), parameters=2, verdict=None)
     remove_companions(folder)
-    assert names(folder) == set()
+    assert names(folder) == {"model.safetensors"}
     remove_companions(folder)
+
+
+def test_a_link_to_a_file_of_ours_is_kept(folder: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        (folder / name).symlink_to(tmp_path / name)
+    write(folder, header())
+    assert all((folder / name).is_symlink() and (tmp_path / name).is_file() for name in NAMES)
+    remove_companions(folder)
+    assert all((folder / name).is_symlink() and not (tmp_path / name).exists() for name in NAMES)
 
 
 FOREIGN = [
@@ -260,24 +282,26 @@ FOREIGN = [
     ("tokenizer.json", b'{"model_type": "gptvae"}'),
     ("tokenizer.json", b'{"post_processor": {"special_tokens": {"[CLS]": {}}}}'),
     ("tokenizer.json", Tokenizer.bytes().to_json().encode()),
+    ("config.json", config_json(header()).replace("{", '{ "note": "mine",', 1).encode()),
+    ("tokenizer.json", tokenizer_json(header()).replace(" ", "", 1).encode()),
 ]
 
 
 @pytest.mark.parametrize(("name", "content"), FOREIGN, ids=[f"{name}-{i}" for i, (name, _) in enumerate(FOREIGN)])
 def test_files_of_others_stay_as_they_are(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
-    write(folder, header(), parameters=1, verdict=None)
-    assert names(folder) == NAMES, "the others are written all the same"
+    write(folder, header())
+    assert names(folder) == {"model.safetensors", *NAMES}, "the others are written all the same"
     remove_companions(folder)
-    assert names(folder) == {name}
+    assert names(folder) == {"model.safetensors", name}
     assert (folder / name).read_bytes() == content
 
 
 def test_a_folder_of_that_name_stays_too(folder: Path) -> None:
     (folder / "README.md").mkdir()
-    write(folder, header(), parameters=1, verdict=None)
+    write(folder, header())
     remove_companions(folder)
-    assert names(folder) == {"README.md"}
+    assert names(folder) == {"model.safetensors", "README.md"}
 
 
 def test_an_edited_card_belongs_to_who_edited_it(folder: Path, corpus: str) -> None:

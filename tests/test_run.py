@@ -193,15 +193,17 @@ def test_an_existing_run_is_not_touched_unless_told(folder: Path, name: str) -> 
         assert (folder / name).read_bytes() == b"precious", "only a new run replaces it"
 
 
+@pytest.mark.parametrize("name", ["cache", "cache.part"])
 @pytest.mark.parametrize("force", [False, True])
-def test_a_cache_of_the_users_own_is_left_alone(folder: Path, force: bool) -> None:
+def test_a_cache_of_the_users_own_is_left_alone(folder: Path, force: bool, name: str) -> None:
     """`--out .` in a project that keeps something else in a folder of that name."""
-    (folder / "cache").mkdir()
-    (folder / "cache" / "thesis.txt").write_text("years of work")
+    (folder / name).mkdir()
+    (folder / name / "thesis.txt").write_text("years of work")
     with pytest.raises(ConfigError, match=r"thesis\.txt is in the way"), claimed(folder, resume=False, force=force):
         raise AssertionError
-    shutil.rmtree(folder / "cache")
-    (folder / "cache").write_text("a file")
+    assert (folder / name / "thesis.txt").exists()
+    shutil.rmtree(folder / name)
+    (folder / name).write_text("a file")
     with pytest.raises(ConfigError, match="in the way"), claimed(folder, resume=False, force=force):
         raise AssertionError
 
@@ -249,10 +251,24 @@ def test_a_linked_cache_is_refused_and_kept(folder: Path, tmp_path: Path) -> Non
     assert (folder / "cache").is_symlink()
 
 
+def test_a_run_in_the_place_of_a_baseline_has_a_cache_of_its_own(folder: Path, corpus: str) -> None:
+    """That of a baseline is a link to the cache of its model, which stays."""
+    begin(folder, [corpus])
+    place = folder / "baseline"
+    place.mkdir()
+    (place / "cache").symlink_to(Path("..", "cache"))
+    Path(corpus).write_text("another\ncorpus\nof\nwords\n")
+    with claimed(place, resume=False, force=True):
+        begin(place, [corpus])
+    assert not (place / "cache").is_symlink()
+    assert names(folder / "cache") == names(place / "cache")
+    assert (folder / "cache/corpus.json").read_bytes() != (place / "cache/corpus.json").read_bytes()
+
+
 def test_what_a_killed_run_left_unfinished_is_removed(folder: Path) -> None:
     for name in (".model.safetensors.x.tmp", ".state.safetensors.x.tmp", ".metrics.jsonl.x.tmp", "cache.part"):
         (folder / name).mkdir()
-        (folder / name / "half").touch()
+        (folder / name / "train.tokens").touch()
     (folder / "mine.tmp").touch()
     with claimed(folder, resume=False, force=False):
         assert names(folder) == {"mine.tmp"}
