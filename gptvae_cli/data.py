@@ -85,6 +85,11 @@ class Rows:
             return self._crops(index_N, self.crop * index_N)
         return self._texts(self.store, index_N)
 
+    def spread(self, most: int) -> Ints:
+        """The numbers of so many rows, or of all, the same way apart [N]."""
+        count = min(most, len(self))
+        return np.arange(count) * len(self) // max(1, count)
+
     def drawn(self, seed: int, epoch: int, first: int, stop: int) -> Spans:
         """The rows from `first` to `stop` in the order of an epoch; crops stand at random places, anew in each."""
         if self.window:
@@ -190,8 +195,9 @@ class Epoch:
 
 
 def fixed_batches(rows: Rows, batch_tokens: int, most: int) -> list[Batch]:
-    """The first `most` rows, in batches, for evaluation: the same ones every time."""
-    spans = rows.spans(np.arange(min(most, len(rows))))
+    """`most` of the rows, or all, in batches, for evaluation: the same ones every time. They are spread over all rows,
+    since a corpus may be one file after another, or in some order."""
+    spans = rows.spans(rows.spread(most))
     return [rows.batch(spans[index]) for index in plan_batches(spans.widths_N, batch_tokens)]
 
 

@@ -178,7 +178,10 @@ def decline(kept: Figures, last: Figures, config: TrainConfig) -> str | None:
         last: of the one at the end of the run, on the same texts.
         config: of the run.
     """
-    best, end = (f.cross_entropy_without if config.without_latent else f.nll_bound for f in (kept, last))
+    best, end = (
+        f.cross_entropy_without if config.without_latent else f.cross_entropy + config.vae_kl_loss_weight * f.kl
+        for f in (kept, last)
+    )
     if end - best <= DECLINE * best:
         return None
     return (

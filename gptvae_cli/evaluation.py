@@ -1,7 +1,8 @@
 """What the latent carries: figures of texts, in nats per text.
 
 A text's noise is keyed by its own tokens. So what is measured of it is a function of the text, the model and the
-seed, whatever the order of the texts and the batches they are in.
+seed, whatever the order of the texts and the batches they are in; but for the cross-entropy with another text's z, of
+which it takes one from beside it.
 
 Shapes: B batch, N texts, T tokens, K samples, Z latent width, W proposals.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.device import tokens_together
-from gptvae_cli.latent import COLLAPSED_NATS, active_dimensions, mutual_information
+from gptvae_cli.latent import active_dimensions, has_collapsed, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
@@ -67,9 +68,8 @@ class Figures:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the latent carries next to nothing: less than a nat, or, where a few texts cannot show as much,
-        than half of what they can."""
-        return self.mutual_information < min(COLLAPSED_NATS, 0.5 * math.log(self.texts))
+        """Whether the latent carries next to nothing, see `latent.has_collapsed`."""
+        return has_collapsed(self.mutual_information, self.texts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -325,7 +325,8 @@ def write_greedily(
         return list(decode(model, requests, SampleConfig(greedy=True), banned=banned))
 
 
-def correct_tokens(text: Sequence[int], written: Sequence[int]) -> int:
-    """How many of a text's tokens, its end counted, stand at the same place in what was written; both without BOS and
-    EOS."""
-    return sum(a == b for a, b in zip(text, written, strict=False)) + (len(text) == len(written))
+def correct_tokens(text: Sequence[int], written: Sequence[int], whole: bool = True) -> int:
+    """How many of a text's tokens stand at the same place in what was written, and its end, where it is `whole`: a text
+    that is cut has none. Both are without BOS and EOS."""
+    ends_alike = whole and len(text) == len(written)
+    return sum(a == b for a, b in zip(text, written, strict=False)) + ends_alike

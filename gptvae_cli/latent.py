@@ -15,9 +15,6 @@ from torch import Tensor
 from gptvae_cli.config import PathKind
 from gptvae_cli.errors import ConfigError
 
-COLLAPSED_NATS = 1.0
-"""A latent whose mutual information with the text is below this has collapsed."""
-
 
 def reparameterize(mean_BZ: Tensor, log_var_BZ: Tensor, noise_BZ: Tensor) -> Tensor:
     """A sample `mean + std * noise` that gradients flow through [B Z].
@@ -74,6 +71,17 @@ def mutual_information(mean_NZ: Tensor, log_var_NZ: Tensor, sample_NZ: Tensor, *
         own_C = log_density_CN.diagonal(offset=start)
         total += float((own_C - torch.logsumexp(log_density_CN, dim=-1)).sum())
     return total / len(sample_NZ) + math.log(len(sample_NZ))
+
+
+def has_collapsed(information: float, texts: int) -> bool:
+    """Whether a latent carries next to nothing: less than a nat, or, where a few texts cannot show as much, than half
+    of what they can.
+
+    Args:
+        information: mutual information of latent and text, in nats.
+        texts: that it was estimated over.
+    """
+    return information < min(1.0, 0.5 * math.log(texts))
 
 
 def active_dimensions(mean_NZ: Tensor, threshold: float) -> int:

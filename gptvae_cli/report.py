@@ -9,8 +9,9 @@ Shapes: N texts, M texts of the sample, Z latent width.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
@@ -32,57 +33,31 @@ from gptvae_cli.evaluation import (
     measure_without_latent,
     write_greedily,
 )
-from gptvae_cli.latent import COLLAPSED_NATS, active_dimensions, mutual_information
+from gptvae_cli.latent import active_dimensions, has_collapsed, mutual_information
 from gptvae_cli.probe import PROTOCOL, probe
 
 Floats = npt.NDArray[np.float64]
 Columns = dict[str, Floats]
+Arrays = dict[str, npt.NDArray[Any]]
 Row = Sequence[int]
 
 SAMPLE_TEXTS = 10_000
 """Texts, at random, over which mutual information is estimated (the estimate takes their number squared) and probes
 are trained, where there are more."""
+_GOLDEN = 0x4F1BBCDCBFA53E0B
+"""2^63 over the golden ratio: multiples of it, modulo 2^63, are spread as evenly as can be."""
 _PIECE_TEXTS, _PIECE_TOKENS = 4096, 2**21
 _NGRAMS = [f"bleu_{i}" for i in range(bleu.COUNTS)]
 
 
 @dataclass(frozen=True, eq=False)
-class _Posteriors:
-    """Of some texts, in any order: float32 [M Z], with the key and the place in the corpus of each [M]."""
-
-    keys_M: Keys
-    places_M: npt.NDArray[np.int64]
-    mean_MZ: npt.NDArray[np.float32]
-    log_var_MZ: npt.NDArray[np.float32]
-    sample_MZ: npt.NDArray[np.float32]
-    texts: list[str]
-
-    def and_these(self, other: _Posteriors) -> _Posteriors:
-        """Those of both."""
-        return _Posteriors(*(_joined(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
-
-    def least(self, most: int) -> _Posteriors:
-        """Those with the smallest keys. Keys are hashes, so this is a random sample of the texts, the same one and in
-        the same order in whatever order they come."""
-        chosen = np.argsort(self.keys_M, kind="stable")[:most]
-        return _Posteriors(*(_chosen(getattr(self, f.name), chosen) for f in fields(self)))
-
-
-def _joined(one: Any, other: Any) -> Any:
-    return one + other if isinstance(one, list) else np.concatenate([one, other])
-
-
-def _chosen(values: Any, chosen: npt.NDArray[np.int64]) -> Any:
-    return [values[i] for i in chosen] if isinstance(values, list) else values[chosen]
-
-
-@dataclass(frozen=True, eq=False)
 class Piece:
-    """What was measured of some consecutive texts: columns [N], and for a model with a latent their posteriors."""
+    """What was measured of some consecutive texts: columns [N], and for a model with a latent their `posteriors`:
+    places in the corpus and texts [N], means, log-variances and a sample of each [N Z]."""
 
     columns: Columns
     keys_N: Keys
-    posteriors: _Posteriors | None
+    posteriors: Arrays | None
 
 
 def measured(
@@ -150,19 +125,17 @@ def measured(
             "shuffled": found.cross_entropy_shuffled_N.numpy()[back],
             "without": found.cross_entropy_without_N.numpy()[back],
             "kl": found.kl_N.numpy()[back],
-            "places": np.array([len(row) + 1.0 for row in plain]),
-            "correct": np.array([correct_tokens(*pair) for pair in zip(plain, written, strict=True)], float),
+            "correct": np.array([correct_tokens(*each) for each in zip(plain, written, ends, strict=True)], float),
             "exact": np.array([a == b for a, b in zip(plain, written, strict=True)], float),
             **dict(zip(_NGRAMS, np.array(ngrams, float).T, strict=True)),
         }
-        posteriors = _Posteriors(
-            keys_N,
-            np.arange(done, done + len(targets)),
-            mean_NZ.numpy(),
-            found.posterior.log_var_BZ[back].numpy(),
-            found.sample_NZ[back].numpy(),
-            texts,
-        )
+        posteriors = {
+            "place": np.arange(done, done + len(targets)),
+            "text": np.array(texts, dtype=object),
+            "mean": mean_NZ.numpy(),
+            "log_var": found.posterior.log_var_BZ[back].numpy(),
+            "sample": found.sample_NZ[back].numpy(),
+        }
         done += len(targets)
         yield Piece(columns, keys_N, posteriors)
 
@@ -189,16 +162,30 @@ class Gathered:
     columns: list[Columns] = field(default_factory=list)
     keys: list[Keys] = field(default_factory=list)
     means: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    sample: _Posteriors | None = None
+    sample: Arrays | None = None
+    """Posteriors of the texts whose rank is among the lowest, in order of rank. Ranks are as good as random, so these
+    are a random sample of the texts, the same one in whatever order the texts come."""
+    seen: Counter[int] = field(default_factory=Counter)
 
     def add(self, piece: Piece) -> None:
         """Adds the next piece."""
         self.columns.append(piece.columns)
         self.keys.append(piece.keys_N)
         if piece.posteriors is not None:
-            self.means.append(piece.posteriors.mean_MZ)
-            together = piece.posteriors if self.sample is None else self.sample.and_these(piece.posteriors)
-            self.sample = together.least(SAMPLE_TEXTS)
+            self.means.append(piece.posteriors["mean"])
+            ranked = {"rank": self._ranks(piece.keys_N), **piece.posteriors}
+            if self.sample is not None:
+                ranked = {name: np.concatenate([self.sample[name], ranked[name]]) for name in ranked}
+            lowest = np.argsort(ranked["rank"], kind="stable")[:SAMPLE_TEXTS]
+            self.sample = {name: values[lowest] for name, values in ranked.items()}
+
+    def _ranks(self, keys_N: Keys) -> Keys:
+        """Of texts with these keys, which are hashes: equal texts have one key, and each time another rank."""
+        ranks = []
+        for key in keys_N.tolist():
+            ranks.append((key + self.seen[key] * _GOLDEN) % 2**63)
+            self.seen[key] += 1
+        return np.array(ranks, dtype=np.int64)
 
     @property
     def texts(self) -> int:
@@ -307,22 +294,22 @@ def figures(sums: Mapping[str, float]) -> dict[str, float]:
         "cross_entropy_shuffled_nats_per_text": sums["shuffled"] / texts,
         "cross_entropy_without_nats_per_text": sums["without"] / texts,
         "kl_nats_per_text": sums["kl"] / texts,
-        "token_accuracy": sums["correct"] / sums["places"],
+        "token_accuracy": sums["correct"] / sums["tokens"],
         "exact_match": sums["exact"] / texts,
         "bleu": bleu.score([sums[name] for name in _NGRAMS]),
     }
 
 
-def _information(model: Gathered, sample: _Posteriors, values: Mapping[str, Any]) -> dict[str, Any]:
+def _information(model: Gathered, sample: Arrays, values: Mapping[str, Any]) -> dict[str, Any]:
     """What the latent carries."""
-    tensors = (torch.from_numpy(each) for each in (sample.mean_MZ, sample.log_var_MZ, sample.sample_MZ))
-    information = mutual_information(*tensors)
+    texts = len(sample["text"])
+    information = mutual_information(*(torch.from_numpy(sample[name]) for name in ("mean", "log_var", "sample")))
     mean_NZ = torch.from_numpy(np.concatenate(model.means))
     return {
         "mutual_information_nats": information,
-        "mutual_information_texts": len(sample.texts),
-        "information_share": information / max(1e-9, min(values["kl_nats_per_text"], math.log(len(sample.texts)))),
-        "collapsed": information < COLLAPSED_NATS,
+        "mutual_information_texts": texts,
+        "information_share": information / max(1e-9, min(values["kl_nats_per_text"], math.log(texts))),
+        "collapsed": has_collapsed(information, texts),
         "dim_latent": mean_NZ.shape[1],
         "active_001": active_dimensions(mean_NZ, 0.01),
         "active_02": active_dimensions(mean_NZ, 0.2),
@@ -330,10 +317,10 @@ def _information(model: Gathered, sample: _Posteriors, values: Mapping[str, Any]
 
 
 def _probe(
-    sample: _Posteriors, labels: Sequence[str], seed: int
+    sample: Arrays, labels: Sequence[str], seed: int
 ) -> tuple[dict[str, Any], tuple[float, float], tuple[float, float]]:
     """The probes' figures, and the intervals of both accuracies over the held-out texts."""
-    found = probe(sample.mean_MZ, sample.texts, [labels[place] for place in sample.places_M], seed=seed)
+    found = probe(sample["mean"], sample["text"].tolist(), [labels[place] for place in sample["place"]], seed=seed)
     columns = {"z": found.latent.astype(float), "words": found.words.astype(float)}
     held_out = len(found.latent)
     intervals = bootstrap.intervals(columns, lambda sums: {name: value / held_out for name, value in sums.items()})

@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 
 from gptvae_cli import __version__
@@ -185,8 +184,8 @@ class Job:
         return ModelHeader(FORMAT_VERSION, self.model_config, self.data, self.corpus.tokenizer.to_json(), training)
 
     def reconstructions(self, count: int, *, start: int = 0) -> list[tuple[str, str]]:
-        """Held-out texts beside the greedy decode of their posterior mean."""
-        index = (np.arange(min(count, len(self.valid))) + start) % len(self.valid)
+        """Held-out texts, spread over all of them from one on, beside the greedy decode of their posterior mean."""
+        index = (self.valid.spread(count) + start) % len(self.valid)
         decode = self.corpus.tokenizer.decode
         batch = self.valid.batch(self.valid.spans(index))
         written = reconstruct(self.learner.model, list(batch.encoder_BT), banned=self.banned)

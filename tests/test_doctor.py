@@ -304,6 +304,12 @@ def test_a_run_that_got_worse_is_told_so() -> None:
     )
 
 
+def test_a_run_got_worse_by_its_own_beta() -> None:
+    """That is what the best model has least of."""
+    assert decline(HEALTHY, replace(HEALTHY, kl=8.5), TrainConfig(vae_kl_loss_weight=0.1)) is None
+    assert decline(HEALTHY, replace(HEALTHY, kl=12.0), TrainConfig(vae_kl_loss_weight=0.1)) is not None
+
+
 def test_without_a_latent_a_run_got_worse_where_the_decoder_did() -> None:
     baseline = TrainConfig(latents_dropout_prob=1.0)
     assert decline(HEALTHY, replace(HEALTHY, kl=99.0), baseline) is None

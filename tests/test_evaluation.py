@@ -343,3 +343,4 @@ def test_a_reconstruction_is_counted_place_by_place() -> None:
     assert correct_tokens([4], [4]) == 2
     assert correct_tokens([], []) == 1
     assert correct_tokens([1, 2], []) == 0
+    assert correct_tokens([1, 2, 3], [1, 9, 3], False) == 2

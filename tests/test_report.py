@@ -106,7 +106,7 @@ def test_neither_pieces_nor_order_change_a_figure(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, piece_texts: int
 ) -> None:
     """Probes and intervals included. Only which other text's latent is taken depends on what is in memory together."""
-    labels = ["even", "odd"] * (len(TEXTS) // 2)
+    labels = ["even" if len(text) % 2 == 0 else "odd" for text in TEXTS]  # equal texts have one
     whole = values_of(checkpoint, TEXTS, labels)
     assert_same(values_of(checkpoint, TEXTS[::-1], labels[::-1]), whole)
     monkeypatch.setattr(report, "_PIECE_TEXTS", piece_texts)
@@ -126,20 +126,46 @@ def test_information_is_that_of_a_random_sample_where_there_are_many(
     found, gathered = values_of(checkpoint, TEXTS), gather(checkpoint, TEXTS)
     sample = gathered.sample
     assert sample is not None
-    assert found["mutual_information_texts"] == len(sample.texts) == 6
+    assert found["mutual_information_texts"] == len(sample["text"]) == 6
     assert found["mutual_information_nats"] <= math.log(6)
-    # Those with the smallest keys, each beside its own posterior.
-    keys_N = np.concatenate(gathered.keys)
-    assert sorted(sample.keys_M) == sorted(keys_N)[:6]
-    assert sample.places_M.tolist() == np.argsort(keys_N, kind="stable")[:6].tolist()
-    assert sample.texts == [TEXTS[i][:23] for i in sample.places_M]
+    # Those with the lowest ranks, each beside its own posterior.
+    places_M = sample["place"]
+    assert sample["rank"].tolist() == sorted(sample["rank"])
+    assert len(set(places_M)) == 6
+    assert sample["text"].tolist() == [TEXTS[i][:23] for i in places_M]
     means_NZ = np.concatenate(gathered.means)
-    assert np.array_equal(sample.mean_MZ, means_NZ[sample.places_M])
-    tensors = [torch.from_numpy(array) for array in (sample.mean_MZ, sample.log_var_MZ, sample.sample_MZ)]
+    assert np.array_equal(sample["mean"], means_NZ[places_M])
+    tensors = [torch.from_numpy(sample[name]) for name in ("mean", "log_var", "sample")]
     assert found["mutual_information_nats"] == pytest.approx(mutual_information(*tensors))
     assert values_of(checkpoint, TEXTS[::-1])["mutual_information_nats"] == pytest.approx(
         found["mutual_information_nats"], rel=1e-4
     )
+
+
+def test_a_text_that_is_there_often_is_as_often_in_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3,000 of 10,000 lines of a log are the same one; whatever their order, and the pieces that they come in."""
+    monkeypatch.setattr(report, "SAMPLE_TEXTS", 1000)
+    random = np.random.default_rng(0)
+    samples = []
+    for pieces in (7, 10):
+        keys_N = random.permutation(np.append(np.random.default_rng(1).integers(0, 2**63, 7000), [12345] * 3000))
+        found = Gathered()
+        for part_N in np.array_split(keys_N, pieces):
+            found.add(report.Piece({}, part_N, {"mean": np.zeros((len(part_N), 1)), "key": part_N}))
+        assert found.sample is not None
+        assert 0.25 < np.mean(found.sample["key"] == 12345) < 0.35
+        samples.append(found.sample["key"].tolist())
+    assert samples[0] == samples[1]
+
+
+def test_a_text_that_is_cut_has_no_end_to_get_right(checkpoint: Checkpoint) -> None:
+    """What is written from its latent is as long as the model reads, and so as long as the text."""
+    rows = list(Encoder(checkpoint, "line").rows(["z" * 60, "q" * 60]))
+    assert [row[-1] for row in rows] == [ord("z"), ord("q")]
+    found = Gathered()
+    for piece in measured(checkpoint, rows, samples=1, banned=[ord("z"), ord("q"), checkpoint.tokenizer.eos_id]):
+        found.add(piece)
+    assert report.report(found, samples=1, seed=0).values["token_accuracy"] == 0
 
 
 def test_every_interval_is_around_its_figure(checkpoint: Checkpoint) -> None:

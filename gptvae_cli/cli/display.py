@@ -137,7 +137,7 @@ def _add_figures(body: Table, figures: Figures, dim_latent: int | None) -> None:
 
 
 def _health(figures: Figures) -> str:
-    if figures.mutual_information < 1:
+    if figures.collapsed:
         return "bold red"
     return "bold green" if figures.mutual_information > 3 else "bold yellow"
 

@@ -184,9 +184,11 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
             written = reconstruct(saved.model, [torch.tensor(row) for row in some])
             plain = [[token for token in row[1:] if token != eos_id] for row in some]
             pairs = list(zip(plain, written, strict=True))
+            ends = [tokens[-1] == eos_id for tokens in some]
+            correct = sum(correct_tokens(*pair, end) for pair, end in zip(pairs, ends, strict=True))
             row["reconstruction"] = {
                 "texts": len(pairs),
-                "token_accuracy": sum(correct_tokens(*pair) for pair in pairs) / sum(len(text) + 1 for text in plain),
+                "token_accuracy": correct / sum(len(tokens) - 1 for tokens in some),
                 "exact": sum(text == other for text, other in pairs) / len(pairs),
             }
             if files["test"].with_suffix(".labels.txt").exists():
