@@ -42,7 +42,7 @@ _TEXT_CHARS = 16
 _EDGE_BYTES = 2**20
 """How much of the beginning and of the end of a file is looked at to recognise it."""
 _FACTS_NAME, _TOKENIZER_NAME = "corpus.json", "tokenizer.json"
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -322,9 +322,15 @@ class _Reader:
         tokens = self._running(text)
         held_out = 0 if share is None else max(1, round(len(tokens) * share))
         kept = len(tokens) - held_out
-        self.files["train"].append(tokens[:kept], np.array([kept]))
+        self._go_on("train", tokens[:kept])
         if held_out:
-            self.files["valid"].append(tokens[kept:], np.array([held_out]))
+            self._go_on("valid", tokens[kept:])
+
+    def _go_on(self, name: str, tokens: Tokens) -> None:
+        """Appends to a running text, behind a blank line: what another file begins with continues nothing."""
+        if self.files[name].rows > 0 and len(tokens) > 0:
+            tokens = np.concatenate([self.tokenize(["\n\n"])[0], tokens])
+        self.files[name].append(tokens, np.array([len(tokens)]))
 
     def _running(self, text: str) -> Tokens:
         """The tokens of a long text, made in pieces."""
@@ -336,8 +342,7 @@ class _Reader:
         while piece := _take(pairs, _PIECE_CHARS):
             if self.config.unit == "window":
                 for text, _ in piece:
-                    tokens = self._running(text)
-                    self.files["valid"].append(tokens, np.array([len(tokens)]))
+                    self._go_on("valid", self._running(text))
             else:
                 self.files["valid"].append(*self.tokenize([text for text, _ in piece], longest=LONGEST_SEQUENCE))
         if self.files["valid"].rows == 0:

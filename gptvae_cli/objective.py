@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D model width, Z latent width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -223,6 +224,22 @@ def _hidden_and_targets(
     return model.hidden(inputs_BT, latents_BZ, noise.keep_B, noise.drop_LBD), targets_BT
 
 
+@torch.no_grad()
+def mean_kl(model: GPTVAE, parts: Iterable[tuple[Batch, Noise]]) -> Tensor:
+    """KL of every dimension, in nats, the mean over all rows of a step's parts that keep their latent [Z]."""
+    kl_Z, rows = torch.zeros((), device=model.device), torch.zeros((), device=model.device)
+    for batch, noise in parts:
+        part_Z, part_rows = _kept(model.posterior(batch.encoder_BT).in_float32().kl_BZ(), noise.keep_B)
+        kl_Z, rows = kl_Z + part_Z, rows + part_rows
+    return kl_Z / rows.clamp(min=1)
+
+
+def _kept(kl_BZ: Tensor, keep_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """KL of every dimension, summed over the rows that keep their latent [Z], and how many these are."""
+    kept_B = torch.ones_like(kl_BZ[:, 0]) if keep_B is None else keep_B.to(kl_BZ.dtype)
+    return (kl_BZ * kept_B[:, None]).sum(dim=0), kept_B.sum()
+
+
 def objective(
     model: GPTVAE,
     bag_of_words: BagOfWords | None,
@@ -231,6 +248,7 @@ def objective(
     weights: Weights,
     *,
     step_tokens: int | None = None,
+    step_kl_Z: Tensor | None = None,
 ) -> Terms:
     """The loss of one batch, as the head of this module states it.
 
@@ -241,6 +259,8 @@ def objective(
         noise: the latent's noise and what is dropped.
         weights: of the terms.
         step_tokens: target tokens of the whole optimizer step, when this batch is a part of it.
+        step_kl_Z: likewise its `mean_kl`: what is free is free of all parts together. The total then leaves out what is
+            free, which has no gradient.
     """
     if weights.language_model:
         cross_entropy = summed_cross_entropy(model, batch.tokens_BT, None, noise)
@@ -260,8 +280,12 @@ def objective(
         kl_term = F.relu(kl_BZ - weights.floor).sum(dim=-1).mean() * (batch.target_tokens / tokens)
         total = cross_entropy / tokens + weights.beta * kl_term
     else:
-        kl = free_bits(kl_BZ, weights.floor, noise.keep_B).clamp(min=weights.rate)
-        kept_rows = len(kl_BZ) if noise.keep_B is None else noise.keep_B.sum()
-        total = (cross_entropy + weights.beta * kept_rows * kl) / tokens
+        kl_Z, kept_rows = _kept(kl_BZ, noise.keep_B)
+        if step_kl_Z is None:
+            kl = kept_rows * free_bits(kl_BZ, weights.floor, noise.keep_B).clamp(min=weights.rate)
+        else:
+            costs = step_kl_Z.clamp(min=weights.floor).sum() > weights.rate
+            kl = (kl_Z * (costs & (step_kl_Z > weights.floor))).sum()
+        total = (cross_entropy + weights.beta * kl) / tokens
     total = total + weights.bag_of_words * bow / tokens
     return Terms(total, cross_entropy.detach(), kl_BZ.detach().sum(), bow.detach())

@@ -29,7 +29,7 @@ from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.learner import Learner, diverged
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
-from gptvae_cli.objective import Batch, Noise, objective
+from gptvae_cli.objective import Batch, Noise, mean_kl, objective
 from gptvae_cli.schedule import Dropout, dropout_shares, learning_rate_factor
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
@@ -249,12 +249,25 @@ def _step(
     learning_rate = learner.lr * learning_rate_factor(progress, warmup=config.warmup, decay=config.decay)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate * group["times"]
-    step_tokens = sum(batch.target_tokens for batch in batches)
-    for part, batch in enumerate(batches):
-        noise = training_noise(now, learner.counters.step, part, batch, model.config, dropout)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16):
+    step_tokens, step_kl_Z = sum(batch.target_tokens for batch in batches), None
+    parts = [
+        (batch, training_noise(now, learner.counters.step, part, batch, model.config, dropout))
+        for part, batch in enumerate(batches)
+    ]
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
+    if len(parts) > 1 and not weights.language_model:
+        with autocast:
+            step_kl_Z = mean_kl(model, ((batch.to(device), noise.to(device)) for batch, noise in parts))
+    for batch, noise in parts:
+        with autocast:
             terms = objective(
-                model, learner.bag_of_words, batch.to(device), noise.to(device), weights, step_tokens=step_tokens
+                model,
+                learner.bag_of_words,
+                batch.to(device),
+                noise.to(device),
+                weights,
+                step_tokens=step_tokens,
+                step_kl_Z=step_kl_Z,
             )
         terms.total.backward()  # type: ignore[no-untyped-call]
         sums.terms.append(torch.stack([terms.cross_entropy, terms.kl, terms.bag_of_words]))

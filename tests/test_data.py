@@ -277,6 +277,24 @@ def test_validation_windows_are_consecutive_and_complete(tmp_path: Path) -> None
     assert {len(crop) for crop in crops[:-1]} == {33}
 
 
+@pytest.mark.parametrize("valid", ["0.1", "file"])
+def test_a_blank_line_stands_between_running_texts(tmp_path: Path, valid: str) -> None:
+    """Of several files, as of several records: what the second begins with does not continue the first."""
+    files = [tmp_path / name for name in ("one.txt", "two.txt", "three.txt")]
+    for file, text in zip(files, ("The first ends here.", "Second begins.", "Third."), strict=True):
+        file.write_text(text + "\n")
+    if valid == "file":
+        valid = str(tmp_path)
+    corpus = Corpus.build([str(f) for f in files], DataConfig(unit="window", valid=valid), tmp_path / "cache")
+    kept, held_out = "".join(contents(corpus, corpus.train)), "".join(contents(corpus, corpus.valid))
+    if valid == "0.1":
+        assert kept == "The first ends her\n\nSecond begins\n\nThird"
+        assert held_out == "e.\n\n.\n\n."
+    else:
+        assert kept == "The first ends here.\n\nSecond begins.\n\nThird."
+        assert held_out == "The first ends here.\n\nThird.\n\nSecond begins."
+
+
 def test_a_text_shorter_than_the_window_is_one_crop(tmp_path: Path) -> None:
     corpus = build(tmp_path, "abcdefghij", unit="window", valid="0.2")
     rows = window_rows(corpus, corpus.train)
@@ -306,5 +324,5 @@ def test_windows_of_several_files_hold_out_the_end_of_each(tmp_path: Path) -> No
         file.write_text(file.stem * 100)
     config = DataConfig(unit="window", tokenizer="bytes", valid="0.25")
     corpus = Corpus.build([str(file) for file in files], config, tmp_path / "cache")
-    assert contents(corpus, corpus.train) == ["a" * 75, "b" * 75]
-    assert contents(corpus, corpus.valid) == ["a" * 25, "b" * 25]
+    assert contents(corpus, corpus.train) == ["a" * 75, "\n\n" + "b" * 75]
+    assert contents(corpus, corpus.valid) == ["a" * 25, "\n\n" + "b" * 25]

@@ -21,6 +21,7 @@ from gptvae_cli.objective import (
     Terms,
     Weights,
     cross_entropy_BT,
+    mean_kl,
     objective,
     summed_cross_entropy,
 )
@@ -154,24 +155,32 @@ def test_stock_units_give_the_total_of_the_stock_class(
         assert_close(ours, torch.zeros_like(ours) if other is None else other, rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["elbo", "stock"])
-def test_micro_batches_add_up_to_the_step_that_one_batch_takes(tiny_model: TinyModel, kind: Any) -> None:
+@pytest.mark.parametrize(
+    ("kind", "floor", "rate"),
+    [("elbo", 0.0, 0.0), ("stock", 0.0, 0.0), ("elbo", 0.0, 0.9), ("elbo", 0.0, 1.1), ("elbo", 0.5, 0.0)],
+)
+def test_micro_batches_add_up_to_the_step_that_one_batch_takes(
+    tiny_model: TinyModel, kind: Any, floor: float, rate: float
+) -> None:
     """With parts of unequal numbers of tokens. The stock KL is a mean over rows, so its parts are weighed by tokens
-    and only parts of equal ones can add up exactly."""
+    and only parts of equal ones can add up exactly. Free bits, here of the KL's size, are those of all parts; where
+    some are free, the total of the parts leaves them out."""
     model = tiny_model()
     head = BagOfWords(WIDTH, 20)
     rows = texts() if kind == "elbo" else texts()[:2] * 2
-    weights = Weights(kind, 0.7, 0.0, 0.5)
     keep_B = torch.tensor([True, False, True, True, False][: len(rows)])
     latent_BZ = latent_noise(len(rows))
+    inputs = [(batch_of(rows[part]), Noise(latent_BZ[part], keep_B[part])) for part in (slice(0, 2), slice(2, None))]
+    kl_Z = mean_kl(model, inputs)
+    expected_BZ = model.posterior(batch_of(rows).encoder_BT).kl_BZ()[keep_B]
+    assert_close(kl_Z, expected_BZ.mean(dim=0), rtol=1e-4, atol=1e-5)
+    weights = Weights(kind, 0.7, floor * float(kl_Z.mean()), 0.5, rate * float(kl_Z.sum()))
     whole = objective(model, head, batch_of(rows), Noise(latent_BZ, keep_B), weights)
     tokens = batch_of(rows).target_tokens
-    parts: list[Terms] = []
-    for part in (slice(0, 2), slice(2, None)):
-        noise = Noise(latent_BZ[part], keep_B[part])
-        parts.append(objective(model, head, batch_of(rows[part]), noise, weights, step_tokens=tokens))
+    parts: list[Terms] = [objective(model, head, *each, weights, step_tokens=tokens, step_kl_Z=kl_Z) for each in inputs]
     total = parts[0].total + parts[1].total
-    assert_close(total, whole.total, rtol=1e-5, atol=1e-6)
+    if rate <= 1 and floor == 0:
+        assert_close(total, whole.total, rtol=1e-5, atol=1e-6)
     expected, found = gradients(whole.total, model), gradients(total, model)
     for name in expected:
         assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6, msg=name)
