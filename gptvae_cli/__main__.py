@@ -1,4 +1,4 @@
-"""`python -m gptvae_cli`, the form that `torchrun -m` needs."""
+"""`python -m gptvae_cli`, where the command is not on the path."""
 
 from gptvae_cli.cli.app import main
 

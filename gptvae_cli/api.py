@@ -152,7 +152,7 @@ class Model:
             copies: texts from each latent; a greedy one is always the same.
             prompt: what every text begins with; it is part of the text.
             temperature, top_k, top_p, min_p, greedy: how tokens are chosen, see `SampleConfig`.
-            max_tokens: longest continuation; None is `max_seq_len`.
+            max_tokens: longest continuation; None is one less than `max_seq_len`.
             seed: of the prior and of the tokens; None is a new one.
 
         Returns:

@@ -113,10 +113,12 @@ def _digest(header: ModelHeader) -> object:
 
 
 def _config(folder: Path, header: ModelHeader) -> TrainConfig:
-    """That of the model, without a latent, and with the time that the model took where that is known: the state says
-    when training ended, the model file only when its weights were the best."""
+    """That of the model, without a latent, and with the time that the model learnt for, where that is known: the state
+    says when training ended, and when it began, as the corpus had been read; the model file only when its weights were
+    the best."""
     config = from_dict(TrainConfig, header.training.get("train", {}))
     seconds = config.max_time or header.training.get("seconds")
     if (folder / STATE_NAME).exists():
-        seconds = load_state(folder / STATE_NAME).metadata["counters"]["seconds"]
+        counters = load_state(folder / STATE_NAME).metadata["counters"]
+        seconds = counters["seconds"] - counters.get("start_up", 0.0)
     return replace(config, latents_dropout_prob=1.0, strict=False, max_time=seconds)

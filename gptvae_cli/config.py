@@ -343,7 +343,7 @@ class SampleConfig:
         top_p: keep the smallest set of likeliest tokens whose share is at least p (arXiv 1904.09751).
         min_p: keep tokens at least this share as likely as the likeliest (arXiv 2407.01082).
         greedy: always the likeliest token; the four above are then unused.
-        max_tokens: longest continuation in tokens; None is the model's `max_seq_len`.
+        max_tokens: longest continuation in tokens; None is one less than the model's `max_seq_len`.
         seed: names the noise; row and copy select within it.
     """
 

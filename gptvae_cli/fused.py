@@ -335,8 +335,9 @@ def _rotated(q_BHTK: Tensor, k_BHTK: Tensor, turns_TC: Tensor) -> Tensor:
 
 
 def _as_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: -inf where a position may not be looked at [B 1 1 T]."""
-    return torch.zeros_like(mask_BT, dtype=dtype).masked_fill_(~mask_BT, float("-inf"))[:, None, None]
+    """What is added to scores: as good as -inf where a position may not be looked at, but finite, for a row of nothing
+    but padding would make NaN of it [B 1 1 T]."""
+    return torch.zeros_like(mask_BT, dtype=dtype).masked_fill_(~mask_BT, torch.finfo(dtype).min / 2)[:, None, None]
 
 
 def _add(x_BTD: Tensor, block_BTD: Tensor, drop_B1D: Tensor | None) -> Tensor:
@@ -350,7 +351,7 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
     rows of up to 128 tokens, in float32 1.3 times on shorter ones (`tests/benchmarks/speed/`). A GPU takes the kernel.
 
     Args:
-        bias: added to the scores, -inf where a key may not be seen; broadcasts to [B H T S].
+        bias: added to the scores, very low where a key may not be seen; broadcasts to [B H T S].
         causal: a query sees the keys up to its own position; queries and keys then are the same positions.
     """
     if bias is not None:

@@ -27,7 +27,7 @@ from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
-from gptvae_cli.doctor import verdict
+from gptvae_cli.doctor import UNTREATED, verdict
 from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
@@ -39,7 +39,7 @@ from gptvae_cli.learner import Learner, check_weights, counters_dict
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Repairs
 from gptvae_cli.tokens import TokenStore
-from gptvae_cli.training import StepReport, train
+from gptvae_cli.training import StepReport, share_done, train
 
 STATE_SECONDS = 60.0
 METRICS_SECONDS = 5.0
@@ -160,6 +160,7 @@ class Job:
             "train": to_dict(self.learner.config),
             "tokenizer": self.corpus.tokenizer.to_json(),
             "counters": counters_dict(self.learner.counters),
+            "precision": _dtype_name(self.precision),
         }
         save_state(self.folder / STATE_NAME, self.learner.tensors(), metadata)
 
@@ -276,7 +277,7 @@ def start(
         f" latent {sizes.dim_latent}, up to {sizes.max_seq_len} tokens",
         f"batches: {config.batch_tokens:,} tokens, about {batches:,} an epoch,"
         f" {100 * padding_share(sample):.1f} % padding",
-        f"device: {device.device} ({device.reason}), {_dtype_name(precision)} ({precision.reason})",
+        _place(device, precision),
     ]
     if note := Repairs(facts.replaced).note:
         notes.append(note)
@@ -302,6 +303,10 @@ def _unwritable(path: Path, error: OSError) -> GPTVAEError:
 
 def _rows(store: TokenStore, source: TokenStore | None, model: ModelConfig, data: DataConfig) -> Rows:
     return Rows(store, model, window=data.unit == "window", source=source)
+
+
+def _place(device: Device, precision: Precision) -> str:
+    return f"device: {device.device} ({device.reason}), {_dtype_name(precision)} ({precision.reason})"
 
 
 def _dtype_name(precision: Precision) -> str:
@@ -354,7 +359,14 @@ def resume(
     with reading(folder / STATE_NAME):
         learner.restore(state.tensors, state.metadata["counters"])
     trim_log(folder / METRICS_NAME, learner.counters.step)
-    notes = [f"resumed at step {learner.counters.step:,}, after {learner.counters.seconds:.0f} s"]
+    counters = learner.counters
+    notes = [f"resumed at step {counters.step:,}, after {counters.seconds:.0f} s", _place(device, precision)]
+    if (before := state.metadata.get("precision", _dtype_name(precision))) != _dtype_name(precision):
+        notes.append(f"until here it computed in {before}: its steps are not those of an undisturbed run")
     if state.note:
         notes.append(state.note)
-    return Job(folder, corpus, data, learner, precision, notes)
+    job = Job(folder, corpus, data, learner, precision, notes)
+    was, now = (share_done(limits, counters, len(job.rows)) for limits in (stored, config))
+    if counters.treated_at != UNTREATED and was > 0:
+        counters.treated_at *= now / was  # it is a share of the run, which may now be a longer one
+    return job

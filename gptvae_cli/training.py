@@ -1,6 +1,6 @@
 """The training loop: a generator of reports. Saving, logging and the display are its consumer's business.
 
-Everything random is a pure function of (seed, step, row), and the order of the data of (seed, epoch). A run that was
+Everything random is a pure function of seed, step and batch, and the order of the data of (seed, epoch). A run that was
 interrupted and resumed therefore takes the very steps that an undisturbed one takes; on a GPU, whose kernels add up in
 any order, but for rounding.
 
@@ -26,7 +26,7 @@ from gptvae_cli.data import Epoch, Rows, fixed_batches
 from gptvae_cli.device import tokens_together
 from gptvae_cli.doctor import UNTREATED, Recipe, diagnosis, recipe, treatable, treatment
 from gptvae_cli.evaluation import Figures, measure
-from gptvae_cli.learner import Learner, diverged
+from gptvae_cli.learner import Counters, Learner, diverged
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, mean_kl, objective
@@ -123,17 +123,10 @@ def train(
     last_validation = furthest = 0.0
 
     def progress() -> float:
+        # The last validation has to fit in too, and a few texts to show; the first one says how long it takes.
         # Never back: a validation may turn out faster than the one before.
         nonlocal furthest
-        shares = [furthest]
-        if config.steps is not None:
-            shares.append(counters.step / config.steps)
-        if config.epochs is not None:
-            shares.append(counters.texts / len(rows) / config.epochs)
-        if config.max_time is not None:
-            # The last validation has to fit in too, and a few texts to show; the first one says how long it takes.
-            shares.append((counters.seconds + 2 * last_validation) / config.max_time)
-        furthest = min(1.0, max(shares))
+        furthest = max(furthest, share_done(config, counters, len(rows), to_come=2 * last_validation))
         return furthest
 
     def validate() -> tuple[Figures, bool]:
@@ -153,6 +146,8 @@ def train(
         return figures, improved
 
     model.train()
+    if counters.step == 0:
+        counters.start_up = session()
     sums = _Sums(time.monotonic())
     done = progress() >= 1
     validated = bisect_right(VALIDATIONS, progress())
@@ -206,6 +201,25 @@ def train(
             if done or stop:
                 return
         counters.epoch += 1
+
+
+def share_done(config: TrainConfig, counters: Counters, texts: int, *, to_come: float = 0.0) -> float:
+    """Share of a run that is done, in [0, 1], by that of its limits which it is nearest to.
+
+    Args:
+        config: has the limits.
+        counters: of the run.
+        texts: of a pass over its corpus.
+        to_come: seconds that are needed behind the last step.
+    """
+    shares = []
+    if config.steps is not None:
+        shares.append(counters.step / config.steps)
+    if config.epochs is not None:
+        shares.append(counters.texts / texts / config.epochs)
+    if config.max_time is not None:
+        shares.append((counters.seconds + to_come) / config.max_time)
+    return min(1.0, max(shares))
 
 
 def tokens_per_second(
@@ -281,7 +295,7 @@ def _step(
 
 
 def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: ModelConfig, dropout: Dropout) -> Noise:
-    """The noise of one micro-batch, a pure function of seed, step and row."""
+    """The noise of one micro-batch, a pure function of seed, step, part and the batch's shape."""
     config = recipe.config
     rows, length = batch.tokens_BT.shape
     random = stream(config.seed, Purpose.TRAINING, step, part)

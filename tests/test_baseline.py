@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count, repeat
 from pathlib import Path
 
 import pytest
@@ -34,14 +34,15 @@ def never() -> bool:
 
 
 def train(folder: Path, config: TrainConfig = CONFIG) -> Path:
-    """A model in its run folder; it took 30 seconds."""
+    """A model in its run folder; it learnt for 30 seconds, after 10 in which its corpus was read."""
     corpus = folder.parent / "corpus.txt"
     corpus.write_text("".join(f"{word} number {i}\n" for i in range(20) for word in ("cat", "a bird")))
     with claimed(folder, resume=False, force=True):
         job = run.start(
             folder, [str(corpus)], DataConfig(), config, shape=TINY, preset="nano", device=CPU, precision=FLOAT32
         )
-        list(job.run(should_stop=never, seconds=lambda: 30.0))
+        clock = chain([10.0], repeat(40.0))
+        list(job.run(should_stop=never, seconds=lambda: next(clock)))
     return folder / "model.safetensors"
 
 
@@ -98,10 +99,10 @@ def test_one_of_another_run_is_replaced_and_what_is_not_ours_stays(model: Path) 
 
 def test_without_a_state_the_time_is_that_of_the_configuration_or_of_the_header(model: Path) -> None:
     (model.parent / "state.safetensors").unlink()
-    assert of(model).config.max_time == 30.0
+    assert of(model).config.max_time == 40.0
     timed = replace(read_header(model), training=read_header(model).training)
-    timed.training["train"]["max_time"] = 40.0
-    assert Baseline(model, timed).config.max_time == 40.0
+    timed.training["train"]["max_time"] = 50.0
+    assert Baseline(model, timed).config.max_time == 50.0
 
 
 def test_it_needs_the_corpus_of_the_model(model: Path, tmp_path: Path) -> None:

@@ -611,6 +611,18 @@ def test_the_fused_layers_equal_x_transformers(
     assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_row_of_nothing_but_padding_has_a_finite_posterior(tiny_model: Callable[..., GPTVAE]) -> None:
+    """That of x-transformers, trained or not; the rows beside it do not notice."""
+    model = tiny_model()
+    tokens_BT = torch.tensor([[18, 3, 4, 19], [PAD] * 4])
+    expected = model.posterior(tokens_BT, plain=True)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            found = model.posterior(tokens_BT)
+        assert_close(found.mean_BZ, expected.mean_BZ, rtol=1e-4, atol=1e-5)
+        assert_close(found.log_var_BZ, expected.log_var_BZ, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [1, 2, 7, 15, 16, 31, 32, 127, 128])
 @pytest.mark.parametrize("causal", [True, False])

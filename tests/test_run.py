@@ -569,7 +569,28 @@ def test_a_resumed_job_knows_all_that_the_first_one_knew(folder: Path, corpus: s
     assert again.learner.config == first.learner.config
     assert again.learner.counters == first.learner.counters
     assert again.corpus.facts == first.corpus.facts
-    assert again.notes == ["resumed at step 4, after 1 s"]
+    assert again.notes == ["resumed at step 4, after 1 s", "device: cpu (asked for), float32 (exact)"]
+
+
+def test_a_run_that_goes_on_in_another_type_says_so(folder: Path, corpus: str) -> None:
+    finish(begin(folder, [corpus]), until=2)
+    bfloat16 = Precision(torch.bfloat16, "asked for")
+    notes = resume(folder, {}, sources=[], device=CPU, precision=bfloat16).notes
+    assert notes[2] == "until here it computed in float32: its steps are not those of an undisturbed run"
+
+
+@pytest.mark.parametrize("limits", [{"steps": 40}, {"epochs": 20.0}])
+def test_a_treatment_stays_where_it_was_when_a_run_is_made_longer(
+    folder: Path, corpus: str, limits: dict[str, Any]
+) -> None:
+    """Half of the way back to the beginning, whatever share of the run that now is."""
+    job = finish(begin(folder, [corpus]), until=4)
+    job.learner.counters.treated_at = 0.2
+    job.save_state()
+    done = {"steps": 4 / 40, "epochs": job.learner.counters.texts / len(job.rows) / 20}
+    assert go_on(folder).learner.counters.treated_at == 0.2
+    counters = go_on(folder, **{"steps": None, "epochs": None, "max_time": None} | limits).learner.counters
+    assert counters.treated_at == pytest.approx(done[next(iter(limits))] / 2)
 
 
 def test_limits_may_change_when_a_run_goes_on(folder: Path, corpus: str) -> None:
@@ -611,8 +632,8 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(folder: Path, corpus: st
     state.write_bytes(state.read_bytes()[:-10])
     job = go_on(folder)
     assert job.learner.counters.step == 3
-    assert len(job.notes) == 2
-    assert "state.prev.safetensors" in job.notes[1]
+    assert len(job.notes) == 3
+    assert "state.prev.safetensors" in job.notes[2]
     (folder / "state.prev.safetensors").unlink()
     with pytest.raises(CheckpointError):
         go_on(folder)

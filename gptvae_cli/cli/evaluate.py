@@ -203,8 +203,9 @@ def _check(header: ModelHeader, unit: Unit, texts: int, *, labels: str | None, l
         raise ConfigError("--labels and --latents-from need a file, standard input is for the corpus")
     if labels is not None and not header.has_latent:
         raise ConfigError("--labels are read off latents, and this model was trained without one")
-    if labels is not None and unit == "window":
-        raise ConfigError("--labels are of texts, and --unit window cuts texts into windows")
+    for option, file in (("--labels", labels), ("--latents-from", latents_from)):
+        if file is not None and unit == "window":
+            raise ConfigError(f"{option} is of texts, and --unit window cuts texts into windows")
 
 
 def _first(texts: Iterator[str], most: int) -> tuple[list[str], int]:

@@ -190,6 +190,8 @@ def train(
     the file, the file over the environment.
     """
     plan = _Plan({**locals(), "strict": strict or None})
+    if resume and force:
+        raise ConfigError("--resume goes on with a run, --force replaces it, both were given", hint="leave one out")
     if print_config:
         console.write_text(plan.to_toml())
         return

@@ -281,6 +281,12 @@ def test_labels_of_the_first_texts_stay_beside_them(evaluate: Evaluate, labelled
     assert figures(piped)["probe"] == some["probe"]
 
 
+@pytest.mark.parametrize("option", ["--labels", "--latents-from"])
+def test_what_is_aligned_with_texts_is_refused_for_windows(evaluate: Evaluate, option: str) -> None:
+    result = evaluate(option, "texts.txt", "--unit", "window")
+    assert_fails(result, 2, f"{option} is of texts, and --unit window cuts texts into windows", hint=False)
+
+
 def test_labels_may_come_through_a_pipe(evaluate: Evaluate, labelled: list[str]) -> None:
     """As of `--labels <(cut -f2 table.tsv)`, which can be read once."""
     plain = figures(evaluate("--json", "--labels", "labels.txt", corpus="labelled.txt"))

@@ -487,6 +487,11 @@ def test_a_run_keeps_its_configuration(train: Train, names: Path, out: Path, opt
     assert_fails(result, 2, "--resume keeps the run's configuration", options[0], "--max-time")
 
 
+def test_a_run_is_resumed_or_replaced_and_not_both(out: Path) -> None:
+    result = CliRunner().invoke(app, ["train", "--resume", "--force", "--out", str(out)])
+    assert_fails(result, 2, "--resume goes on with a run, --force replaces it, both were given", "leave one out")
+
+
 def test_there_must_be_a_run_to_resume(out: Path) -> None:
     result = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--device", "cpu"])
     assert_fails(result, 3, "no run to resume in", str(out))
