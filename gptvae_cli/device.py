@@ -8,6 +8,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,9 @@ BFLOAT16_PAYS = 2.5
 two, and does much besides products. Processors with AMX reach 5; of those without, one with AVX512_BF16 came to 0.5,
 and took 1.5 times as long for a step (`tests/benchmarks/speed/results.txt`). Between is 2, what its instructions
 promise at most, which should not be a matter of luck."""
+_MOST_KEPT, _KEPT_BYTES = 8192, 900_000
+"""Products of bfloat16 that oneDNN keeps at most, and what each takes (row `kept` of `tests/benchmarks/speed/`)."""
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h; the greatest that the second one takes is 32 MB
 
 
@@ -97,8 +101,8 @@ def tune_cpu(threads: int | None) -> int:
     zero, since a CPU is slow at them; freed memory stays with the process, since giving back and getting again the
     pages of every large tensor costs a training step a sixth of its time; and what oneDNN, which multiplies bfloat16,
     compiles for every shape of matrices is kept for more of them than its 1,024, which batches of texts of many
-    lengths exceed soon; not without limit, as two hundred shapes fill 3 GB. The last is read at its first product: call
-    this before there was one.
+    lengths exceed soon, if they take no more than a quarter of the memory: two hundred shapes of batches fill 3 GB. The
+    last is read at its first product: call this before there was one.
 
     Args:
         threads: torch's own choice for None.
@@ -110,12 +114,20 @@ def tune_cpu(threads: int | None) -> int:
         if threads < 1:
             raise FieldError("threads", threads, "at least 1")
         torch.set_num_threads(threads)
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+    kept = max(1024, min(_MOST_KEPT, _memory() // 4 // _KEPT_BYTES))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kept))
     torch.set_flush_denormal(True)
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # of glibc; other C libraries have other habits
         libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     return torch.get_num_threads()
+
+
+def _memory() -> int:
+    """Bytes that this process may use: of the machine, or of the container that it is in."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [path.read_text() for path in _CONTAINER_LIMITS if path.exists()]
+    return min([machine, *(int(limit) for limit in limits if limit.strip().isdigit())])
 
 
 def tokens_together(device: torch.device, dtype: torch.dtype = torch.float32) -> int:

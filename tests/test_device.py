@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -236,6 +237,26 @@ def test_what_onednn_compiles_is_kept_for_thousands_of_shapes(how: str, kept: bo
         pytest.skip("this torch does not use oneDNN here, or does not tell")
     hits = ran.stdout.count("create:cache_hit,cpu,convolution")
     assert hits == (700 if kept else 0)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "limit", "kept"),
+    [(64, None, 8192), (64, "max\n", 8192), (64, "4000000000\n", 1111), (8, None, 2386), (2, None, 1024)],
+)
+def test_what_is_kept_takes_no_more_than_a_quarter_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gigabytes: int, limit: str | None, kept: int
+) -> None:
+    """Of the machine, or of the container; but as much as oneDNN keeps by itself."""
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 2**18}.__getitem__)
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(device_module, "_CONTAINER_LIMITS", [tmp_path / "memory.max"])
+    tune_cpu(None)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(kept)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    tune_cpu(None)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7", "whoever sets it knows why"
 
 
 @pytest.mark.parametrize("count", [0, -1])

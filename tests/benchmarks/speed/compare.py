@@ -340,6 +340,22 @@ def shapes(rounds: int) -> str:
     return compare("train, shapes kept", "steps/s", sides, rounds)
 
 
+def kept(rounds: int) -> str:
+    """Memory that oneDNN takes for every shape of a product of bfloat16 that it keeps; of one measurement."""
+    weight, rows = torch.ones(192, 768, dtype=torch.bfloat16), torch.ones(2048, 192, dtype=torch.bfloat16)
+    room = torch.ones(2048, 768, dtype=torch.bfloat16)
+    counts = range(1504, 2048, 8)
+    torch.mm(rows, weight, out=room)
+    before = _resident_bytes()
+    for count in counts:
+        torch.mm(rows[:count], weight, out=room[:count])
+    return f"kept                   {(_resident_bytes() - before) / len(counts) / 1e6:6.2f} MB a product"
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def validate(rounds: int) -> str:
     """Validation of 1,000 sentences in bfloat16: of the decoder alone against all passes, and, of all passes, in the
     batches of inference in bfloat16 against those of float32."""
@@ -600,6 +616,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "loss": loss,
     "memory": memory,
     "shapes": shapes,
+    "kept": kept,
     "validate": validate,
     "compile": compiled,
     "neighbour": neighbour,
