@@ -5,17 +5,10 @@
 
 from __future__ import annotations
 
-import errno
-import glob
 import hashlib
 import json
 import math
-import os
-import shutil
-import stat
-import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +20,7 @@ from torch import Tensor, nn
 
 from gptvae_cli.config import ModelConfig
 from gptvae_cli.errors import CheckpointError, GPTVAEError
+from gptvae_cli.files import behind_links, remove_file, write_atomically
 from gptvae_cli.header import (
     FORMAT_VERSION,
     STATE_KEY,
@@ -43,13 +37,6 @@ from gptvae_cli.tokenizer import Tokenizer
 
 _DIGEST_KEY = "sha256"
 _UNFIT = "the file is damaged or was edited, use one as gptvae wrote it"
-_WRITE_HINTS = {
-    errno.ENOSPC: "free some space; what was there is unchanged",
-    errno.EDQUOT: "free some space; what was there is unchanged",
-    errno.EACCES: "choose a folder that you may write to",
-    errno.EROFS: "choose a folder that you may write to",
-    errno.ENOENT: "make the folder first",
-}
 
 
 @dataclass(frozen=True)
@@ -148,18 +135,6 @@ def remove_state(path: Path) -> None:
     remove_file(_previous_state(path))
 
 
-def remove_file(path: Path) -> None:
-    """Removes a file that `write_atomically` made. A symbolic link to it is kept, for the next one."""
-    behind_links(path).unlink(missing_ok=True)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Removes what a `write_atomically` left there whose process was killed. Nobody else may be writing the file."""
-    target = behind_links(path)
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The weights and buffers of a state dict, each under the first of its names.
 
@@ -183,73 +158,6 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     check_finite(tensors)
     for name, target in model_tensors(model).items():
         target.copy_(tensors[name])
-
-
-def write_atomically(path: Path, write: Callable[[Path], object], *, previous_name: str | None = None) -> None:
-    """Replaces a file in one step: readers, and whoever comes after a crash, see the old one or the new one.
-
-    The new file gets the mode that the umask gives. A symbolic link is kept and the file it points to replaced.
-
-    Args:
-        path: the file to make or replace.
-        write: writes the new content to the path that it is given.
-        previous_name: keep a file that is replaced under this name in the same folder.
-
-    Raises:
-        GPTVAEError: where that fails; a file that was there is unchanged.
-    """
-    try:
-        target = behind_links(path)
-        exists = _is_replaceable(target)
-        # A folder of its own, in the same file system: whatever `write` leaves behind when it fails goes with it.
-        with tempfile.TemporaryDirectory(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", ignore_cleanup_errors=True
-        ) as folder:
-            new = Path(folder) / target.name
-            write(new)
-            sync(new)
-            # The only way to learn the umask without changing it for every thread is to make a file.
-            probe = Path(folder) / "mode"
-            probe.touch()
-            new.chmod(stat.S_IMODE(probe.stat().st_mode))
-            if previous_name is not None and exists:
-                target.replace(target.with_name(previous_name))
-            new.replace(target)
-        with suppress(OSError):  # some network file systems cannot sync a folder; the file is in place all the same
-            sync(target.parent)
-    except OSError as error:
-        hint = _WRITE_HINTS.get(error.errno or 0, "what was there is unchanged")
-        raise GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
-
-
-def behind_links(path: Path) -> Path:
-    """Where a path leads, whether there is something or not."""
-    return Path(os.path.realpath(path))  # unlike `Path.resolve` it leaves a loop of links to the call that follows
-
-
-def _is_replaceable(target: Path) -> bool:
-    """Whether there is a file to replace.
-
-    Raises:
-        GPTVAEError: for a folder, a device or a pipe, which a rename would destroy.
-    """
-    try:
-        mode = target.stat().st_mode
-    except FileNotFoundError:
-        return False
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise GPTVAEError(f"cannot write {target}: it is {kind}, not a file", hint="choose another name")
-    return True
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _save(

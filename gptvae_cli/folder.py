@@ -15,15 +15,15 @@ import fcntl
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from gptvae_cli.checkpoint import remove_file, remove_state, remove_unfinished, state_exists, sync, write_atomically
+from gptvae_cli.checkpoint import remove_state, state_exists
 from gptvae_cli.corpus import is_cache_file
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, GPTVAEError
 from gptvae_cli.events import remove_events
+from gptvae_cli.files import is_no_file, remove_file, remove_unfinished, sync, sync_folder, write_atomically
 from gptvae_cli.header import MODEL_NAME, STATE_NAME
 from gptvae_cli.hub import COMPANION_NAMES, remove_companions
 
@@ -75,7 +75,7 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
             raise CheckpointError(f"no run to resume in {folder}", hint="start one without --resume")
         if not (resume or force) and any((folder / name).exists() for name in _FILES):
             raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
-        foreign = next((path for name in _FILES if _is_no_file(path := folder / name)), None)
+        foreign = next((path for name in _FILES if is_no_file(path := folder / name)), None)
         places = [folder / NEW_CACHE_NAME] if resume else [folder / NEW_CACHE_NAME, folder / CACHE_NAME]
         if foreign := foreign or next(filter(None, map(_foreign, places)), None):
             raise ConfigError(
@@ -87,16 +87,6 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         os.close(handle)
         if not was_there and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def _is_no_file(path: Path) -> bool:
-    """Whether something is there that a run did not make: a folder, a device, a pipe, or a link to one."""
-    try:
-        return not stat.S_ISREG(path.stat().st_mode)
-    except FileNotFoundError:
-        return False
-    except OSError:  # such as a link to itself
-        return True
 
 
 def _foreign(cache: Path) -> Path | None:
@@ -135,8 +125,7 @@ def place_cache(new: Path, folder: Path) -> None:
     for path in [*new.iterdir(), new]:
         sync(path)
     new.rename(folder / CACHE_NAME)
-    with suppress(OSError):  # some network file systems cannot sync a folder
-        sync(folder)
+    sync_folder(folder)
 
 
 def trim_log(path: Path, step: int) -> None:

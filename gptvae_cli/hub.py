@@ -21,10 +21,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptvae_cli.checkpoint import remove_file, write_atomically
 from gptvae_cli.config import TrainConfig, from_dict, to_dict
 from gptvae_cli.errors import GPTVAEError
 from gptvae_cli.evaluation import Figures
+from gptvae_cli.files import remove_file, write_atomically
 from gptvae_cli.header import MODEL_NAME, ModelHeader, read_header
 
 CONFIG_NAME, TOKENIZER_NAME, CARD_NAME = "config.json", "tokenizer.json", "README.md"

@@ -17,7 +17,7 @@ PACKAGE = Path(gptvae_cli.__file__).parent
 ROWS: list[set[str]] = [
     {
         *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"),
-        *("shuffle", "bleu", "bootstrap", "probe"),
+        *("files", "shuffle", "bleu", "bootstrap", "probe"),
     },
     {"latent", "fused", "tokens"},
     {"corpus"},
@@ -41,7 +41,7 @@ ROWS: list[set[str]] = [
 ]
 """From the bottom to the top. Those of a row may know each other's names, but nothing may go in circles."""
 
-LIGHT = ("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors")
+LIGHT = ("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "files")
 HEAVY = {"torch", "numpy", "x_transformers", "einops", "safetensors", "tokenizers", "pyarrow", "zstandard"}
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptvae_cli import __version__
-from gptvae_cli.checkpoint import load, load_state, save_state, sync
+from gptvae_cli.checkpoint import load, load_state, save_state
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import (
@@ -32,6 +32,7 @@ from gptvae_cli.errors import (
     GPTVAEError,
 )
 from gptvae_cli.evaluation import Figures, measure
+from gptvae_cli.files import sync
 from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
 from gptvae_cli.model import GPTVAE
@@ -693,7 +694,7 @@ def test_a_kill_at_any_moment_of_a_save_costs_nothing(
     job = begin(folder, [corpus], steps=3)
     with monkeypatch.context() as patch:
         patch.setattr("gptvae_cli.checkpoint.save_file", watched(save_file))
-        patch.setattr("gptvae_cli.checkpoint.sync", watched(sync))
+        patch.setattr("gptvae_cli.files.sync", watched(sync))
         patch.setattr(Path, "replace", watched(Path.replace))
         finish(job)
     torn = 0

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import secrets
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from rich.text import Text
 
 from gptvae_cli.config import DEVICE, DType, Errors, Unit
 from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
+from gptvae_cli.files import behind_links, is_no_file, sync_folder
 
 # Options --------------------------------------------------------------------------------------------------------------
 
@@ -307,9 +307,9 @@ def output(name: str | None) -> Iterator[BinaryIO]:
     if name is None or name == "-":
         yield sys.stdout.buffer
         return
-    in_place = _is_special(Path(name))
+    in_place = is_no_file(Path(name))
     # A link is kept and the file it points to replaced; the links of /dev/fd lead to no path at all.
-    path = Path(name) if in_place else Path(os.path.realpath(name))
+    path = Path(name) if in_place else behind_links(Path(name))
     part = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.part")
     with _naming(name):
         stream = io.BufferedWriter(_NamedFile(part, name))
@@ -323,22 +323,13 @@ def output(name: str | None) -> Iterator[BinaryIO]:
                 os.fsync(stream.fileno())  # or a power cut may leave the name without its content
                 stream.close()
                 part.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except BaseException:
         with suppress(OSError, GPTVAEError):
             stream.close()
         if not in_place:
             part.unlink(missing_ok=True)
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some network file systems cannot; the file is in place all the same
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class _NamedFile(io.FileIO):
@@ -363,14 +354,6 @@ def _naming(name: str) -> Iterator[None]:
         raise GPTVAEError(
             f"cannot write {name}: {problem.strerror}", hint="choose another place, or make room there"
         ) from problem
-
-
-def _is_special(path: Path) -> bool:
-    """Whether a device, a pipe or a folder is there."""
-    try:
-        return not stat.S_ISREG(path.stat().st_mode)
-    except OSError:  # nothing there, or nothing that may be looked at: opening it will tell
-        return False
 
 
 def write_text(text: str) -> None:
