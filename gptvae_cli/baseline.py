@@ -18,8 +18,8 @@ from gptvae_cli.config import TrainConfig, from_dict
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, GPTVAEError
-from gptvae_cli.folder import CACHE_NAME, METRICS_NAME, SHARED_CACHE, claimed, remove_run
-from gptvae_cli.header import MODEL_NAME, STATE_NAME, ModelHeader, read_header
+from gptvae_cli.folder import CACHE_NAME, SHARED_CACHE, claimed, remove_run
+from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, read_header
 from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.tokenizer import Tokenizer

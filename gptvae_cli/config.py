@@ -357,7 +357,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         # Where denormals count as zero, dividing by one is dividing by zero.
-        usable = sys.float_info.min <= self.temperature < float("inf")
+        usable = self.greedy or sys.float_info.min <= self.temperature < float("inf")
         _require(usable, "temperature", self.temperature, "above 0 (or use --greedy)")
         if self.top_k is not None:
             _require(self.top_k >= 1, "top_k", self.top_k, "at least 1")

@@ -355,9 +355,9 @@ def _processors() -> int:
 
 
 def corpus_digest(sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO | None = None) -> str:
-    """The digest that `CorpusFacts` holds, of a corpus as it is now."""
+    """The digest that `CorpusFacts` holds, of a corpus as it is now; what the encoder reads is not in it."""
     digest = hashlib.blake2b(digest_size=16)
-    pairs = _NotEmpty(_pairs(sources, config, stdin, Repairs()))
+    pairs = _NotEmpty((text, "") for text in _read(sources, config, repairs=Repairs(), stdin=stdin))
     while piece := _take(pairs, _PIECE_CHARS):
         _update(digest, [text.encode("utf-8") for text, _ in piece])
     return digest.hexdigest()

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,7 +50,7 @@ class Row:
     context: list[int]
     latent: Tensor | None
     max_new: int
-    uniforms: Sequence[float] | npt.NDArray[np.float64] = ()
+    uniforms: Iterator[float] = field(default_factory=lambda: iter(()))
     new: list[int] = field(default_factory=list)
 
 
@@ -92,12 +90,12 @@ def decode(
         logits_BV = logits_BV.index_fill(-1, never, float("-inf"))
         if sample.greedy:
             return greedy(logits_BV)
-        uniforms_B = torch.tensor([row.uniforms[len(row.new)] for row in rows], dtype=torch.float64)
+        uniforms_B = torch.tensor([next(row.uniforms) for row in rows], dtype=torch.float64)
         return draw(filter_logits(logits_BV, sample), uniforms_B.to(logits_BV.device))
 
     def rows() -> Iterator[Row]:
         for index, request in enumerate(requests):
-            uniforms = () if sample.greedy else noise.token_uniforms(sample.seed, request.row, request.copy, max_new)
+            uniforms = noise.token_uniforms(sample.seed, request.row, request.copy)
             yield Row(index, [config.bos_id, *request.prompt], request.latent, max_new, uniforms)
 
     waiting: dict[int, list[int]] = {}

@@ -24,10 +24,9 @@ from gptvae_cli.corpus import is_cache_file
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, GPTVAEError
 from gptvae_cli.events import remove_events
 from gptvae_cli.files import is_no_file, remove_file, remove_unfinished, sync, sync_folder, write_atomically
-from gptvae_cli.header import MODEL_NAME, STATE_NAME
+from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME
 from gptvae_cli.hub import COMPANION_NAMES, remove_companions
 
-METRICS_NAME = "metrics.jsonl"
 CACHE_NAME = "cache"
 NEW_CACHE_NAME = "cache.part"
 SHARED_CACHE = Path("..", CACHE_NAME)

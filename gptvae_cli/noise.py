@@ -8,10 +8,14 @@ batch has none of these properties: `randn(4, 20)` is not two draws of `randn(2,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
+
+_UNIFORMS = 64
+"""That are drawn at once."""
 
 
 class Purpose(IntEnum):
@@ -36,6 +40,8 @@ def latent_noise(seed: int, row: int, copy: int, width: int) -> npt.NDArray[np.f
     return stream(seed, Purpose.LATENT, row, copy).standard_normal(width, dtype=np.float32)
 
 
-def token_uniforms(seed: int, row: int, copy: int, count: int) -> npt.NDArray[np.float64]:
-    """One uniform number in [0, 1) for every position of a text [count]; a longer draw starts with a shorter one."""
-    return stream(seed, Purpose.TOKENS, row, copy).random(count)
+def token_uniforms(seed: int, row: int, copy: int) -> Iterator[float]:
+    """A uniform number in [0, 1) for every position of a text, however long it gets."""
+    random = stream(seed, Purpose.TOKENS, row, copy)
+    while True:
+        yield from random.random(_UNIFORMS).tolist()

@@ -18,6 +18,7 @@ from stat import S_ISDIR
 from typing import Any, BinaryIO
 
 from gptvae_cli.errors import DataError, GPTVAEError
+from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME
 
 STDIN = "-"
 _FOLDER_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
@@ -72,7 +73,7 @@ def _expand(source: str) -> list[str]:
             return [source]
         # Not Path.rglob, which passes over folders that it may not read.
         tree = os.walk(source, onerror=_raise)
-        paths = [Path(folder, name) for folder, _, names in tree for name in names]
+        paths = [Path(folder, name) for folder, _, names in tree for name in names if not _is_log(name, names)]
     files = sorted(path for path in paths if path.name.lower().endswith(_FOLDER_ENDINGS))
     if not files:
         raise DataError(
@@ -80,6 +81,11 @@ def _expand(source: str) -> list[str]:
             hint="name files with other endings one by one, or with a pattern: 'FOLDER/*.log'",
         )
     return [str(file) for file in files]
+
+
+def _is_log(name: str, beside: Sequence[str]) -> bool:
+    """Whether a file is the log of a run: a corpus may be `.`, where `./gptvae-run` is as well."""
+    return name == METRICS_NAME and (MODEL_NAME in beside or STATE_NAME in beside)
 
 
 def _matches(pattern: str) -> list[str]:

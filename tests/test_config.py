@@ -182,6 +182,7 @@ def test_every_field_has_a_row_in_the_table_above_or_takes_any_text() -> None:
         (SizeConfig, {"preset": "large", "dim": 65536, "max_seq_len": 3, "attn_dim_head": 8}),
         (MachineConfig, {"device": "cuda:3", "dtype": "bfloat16", "threads": 1}),
         (RunConfig, {"corpus": ["a.txt", "-"], "out": "run"}),
+        (SampleConfig, {"temperature": 0.0, "greedy": True}),
         (SampleConfig, {"temperature": 1e-300, "top_k": 1, "top_p": 1.0, "min_p": 1.0, "max_tokens": 1}),
     ],
 )

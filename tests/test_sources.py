@@ -223,6 +223,18 @@ def test_a_missing_package_is_told_before_anything_is_read(
         assert caught.value.exit_code == ExitCode.FAILURE
 
 
+@pytest.mark.parametrize("beside", ["model.safetensors", "state.safetensors"])
+def test_the_log_of_a_run_in_a_folder_is_no_text(tmp_path: Path, beside: str) -> None:
+    """Of `gptvae train .`, whose run is `./gptvae-run`. A file of that name elsewhere is the user's."""
+    run = tmp_path / "gptvae-run"
+    run.mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"text": "mine"}\n')
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    (run / "notes.txt").write_text("mine too\n")
+    (run / beside).touch()
+    assert read(tmp_path) == ["mine too", "mine"]
+
+
 def test_a_folder_gives_every_form_sorted(tmp_path: Path) -> None:
     pack = zstandard.ZstdCompressor().compress
     write_parquet(tmp_path / "3.parquet", pyarrow.array(["c"]))

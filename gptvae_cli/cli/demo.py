@@ -11,6 +11,7 @@ import typer
 
 from gptvae_cli.cli import console, encode, generate, interpolate, train
 from gptvae_cli.errors import ConfigError, GPTVAEError
+from gptvae_cli.options import parse_seconds
 
 _EXAMPLES = ("emma", "christopher", "yasmin")
 _RATE = "12"  # most of what there is in a name, so that names come back
@@ -36,10 +37,22 @@ def demo(
     names, run, three, latents = (out / name for name in ("names.txt", "run", "three.txt", "z.npy"))
     if run.exists() and not force:
         raise ConfigError(f"{out} holds a demo already", hint="--force replaces it, --out FOLDER keeps it")
+    parse_seconds(max_time)  # before anything is written
+    contents = {
+        names: files("gptvae_cli").joinpath("corpora/names_us.txt").read_bytes(),
+        three: "".join(f"{name}\n" for name in _EXAMPLES).encode(),
+    }
     try:
+        foreign = [path for path, content in contents.items() if path.exists() and path.read_bytes() != content]
+        if latents.exists() and not run.exists():
+            foreign.append(latents)
+        if foreign:
+            raise ConfigError(
+                f"{foreign[0]} is in the way and is not a demo's", hint="choose another folder with --out"
+            )
         out.mkdir(parents=True, exist_ok=True)
-        names.write_bytes(files("gptvae_cli").joinpath("corpora/names_us.txt").read_bytes())
-        three.write_text("".join(f"{name}\n" for name in _EXAMPLES), "utf-8")
+        for path, content in contents.items():
+            path.write_bytes(content)
     except OSError as error:
         raise GPTVAEError(
             f"cannot write to {out}: {error.strerror}", hint="choose another folder with --out"

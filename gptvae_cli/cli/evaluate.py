@@ -91,9 +91,11 @@ def evaluate(
     header = read_header(path)
     unit = unit or header.data.unit
     field = field or header.data.field
-    _check(header, unit, texts, labels=labels, latents_from=latents_from)
     if with_baseline and baseline is not None:
         raise ConfigError("--baseline and --with-baseline exclude each other", hint="leave one of them out")
+    compared = None if baseline is None else locate_model(baseline)
+    headers = [header] if compared is None else [header, read_header(compared)]
+    _check(headers, unit, texts, labels=labels, latents_from=latents_from)
     repairs = Repairs()
 
     def read(names: list[str]) -> Iterator[str]:
@@ -111,8 +113,8 @@ def evaluate(
             from gptvae_cli.probe import require_scikit_learn
 
             require_scikit_learn()
-            names = _aligned(labels, read_texts([labels], unit="line", field=field), "labels", texts, count)
-    compared = None if baseline is None else locate_model(baseline)
+            marks = read_texts([labels], unit="line", field=field, errors=errors or "strict")
+            names = _aligned(labels, marks, "labels", texts, count)
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import report, sampling
     if with_baseline:
@@ -168,13 +170,12 @@ def _measure(
     streams: list[Iterator[Piece]] = []
     copies = zip(tee(islice(lines, most), len(opened)), tee(sources or (), len(opened)), strict=True)
     for encoder, (text, source) in zip(encoders, copies, strict=True):
-        read = None
-        if sources is not None and encoder.checkpoint.header.has_latent:
-            read = islice(encoder.rows(source), most)
+        read = islice(encoder.rows(source), most) if _reads_other_texts(encoder.checkpoint.header) else None
         streams.append(
             measured(
                 encoder.checkpoint,
-                islice(encoder.rows(text), most),
+                # An empty text of windows has no token to predict, and so no likelihood.
+                islice((row for row in encoder.rows(text) if len(row) > 1), most),
                 read,
                 samples=samples,
                 seed=seed,
@@ -191,21 +192,33 @@ def _measure(
     return gathered, encoders[0].note
 
 
-def _check(header: ModelHeader, unit: Unit, texts: int, *, labels: str | None, latents_from: str | None) -> None:
-    """Raises a `ConfigError` for options that do not go together."""
+def _reads_other_texts(header: ModelHeader) -> bool:
+    """Whether a model was trained with `--latents-from`, and has a latent."""
+    return header.has_latent and header.data.latents_from is not None
+
+
+def _check(
+    headers: Sequence[ModelHeader], unit: Unit, texts: int, *, labels: str | None, latents_from: str | None
+) -> None:
+    """Raises a `ConfigError` for options that do not go together; the headers are of the model and its baseline."""
+    header = headers[0]
     if texts == 1:
         raise ConfigError("texts is 1, it must be 2 at least, or 0 for all of them")
-    if header.data.latents_from is not None and latents_from is None and header.has_latent:
-        raise ConfigError(
-            "this model's latents come from other texts than it writes", hint="give those of the corpus: --latents-from"
-        )
+    for option, file in (("--labels", labels), ("--latents-from", latents_from)):
+        if file is not None and unit == "window":
+            raise ConfigError(f"{option} is of texts, and --unit window cuts texts into windows")
+    for name, each in zip(("this model", "the baseline"), headers, strict=False):
+        if _reads_other_texts(each) and latents_from is None:
+            raise ConfigError(
+                f"the latents of {name} come from other texts than it writes",
+                hint="give those of the corpus: --latents-from",
+            )
+    if latents_from is not None and not any(map(_reads_other_texts, headers)):
+        raise ConfigError("--latents-from is for a model that was trained with it", hint="leave it out")
     if "-" in (labels, latents_from):
         raise ConfigError("--labels and --latents-from need a file, standard input is for the corpus")
     if labels is not None and not header.has_latent:
         raise ConfigError("--labels are read off latents, and this model was trained without one")
-    for option, file in (("--labels", labels), ("--latents-from", latents_from)):
-        if file is not None and unit == "window":
-            raise ConfigError(f"{option} is of texts, and --unit window cuts texts into windows")
 
 
 def _first(texts: Iterator[str], most: int) -> tuple[list[str], int]:

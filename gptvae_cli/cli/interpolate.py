@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,11 +13,10 @@ import typer
 
 from gptvae_cli.cli import console
 from gptvae_cli.cli.encode import latents_to
-from gptvae_cli.config import Errors, PathKind, SampleConfig, Unit
+from gptvae_cli.config import DataConfig, PathKind, SampleConfig, Unit
 from gptvae_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from gptvae_cli.header import ModelHeader
     from gptvae_cli.sampling import Floats
     from gptvae_cli.text import Repairs
 
@@ -57,6 +57,7 @@ def interpolate(
     format: console.TextFormatOption = "text",
     null: console.NullOption = False,
     unit: console.UnitOption = None,
+    field: console.FieldOption = None,
     errors: console.ErrorsOption = None,
     model: console.ModelOption = None,
     device: console.DeviceOption = "auto",
@@ -87,7 +88,8 @@ def interpolate(
     elif start is not None and end is not None:
         found = [start, end]
     else:
-        found = [_point(name, unit, header, errors or header.data.errors, repairs) for name in points or []]
+        data = replace(header.data, field=field or header.data.field, errors=errors or header.data.errors)
+        found = [_point(name, unit, data, header.model.dim_latent, repairs) for name in points or []]
 
     with console.waiting("loading the model", quiet=quiet):
         import numpy as np
@@ -138,7 +140,7 @@ def _latents(name: str, width: int) -> Sequence[Floats]:
     return list(latents_NZ)
 
 
-def _point(name: str, unit: Unit, header: ModelHeader, errors: Errors, repairs: Repairs) -> str | Floats:
+def _point(name: str, unit: Unit, data: DataConfig, width: int, repairs: Repairs) -> str | Floats:
     """The one text, or the one latent, of a file."""
     from gptvae_cli.latent_file import is_npy, read_latents
     from gptvae_cli.text import read_texts
@@ -151,14 +153,14 @@ def _point(name: str, unit: Unit, header: ModelHeader, errors: Errors, repairs: 
         stream.seek(begin)
         found: Sequence[str | Floats]
         if is_latent:
-            found = list(read_latents(stream, name, width=header.model.dim_latent))
+            found = list(read_latents(stream, name, width=width))
         else:
             by_name = Path(name).is_file()  # whose ending may tell how to read it
             texts = read_texts(
                 [name if by_name else "-"],
                 unit=unit,
-                field=header.data.field,
-                errors=errors,
+                field=data.field,
+                errors=data.errors,
                 repairs=repairs,
                 stdin=stream,
             )

@@ -195,7 +195,7 @@ def train(
     if print_config:
         console.write_text(plan.to_toml())
         return
-    if not plan.run.corpus and not resume:
+    if "-" in (*plan.run.corpus, plan.data.valid, plan.data.latents_from) or not (plan.run.corpus or resume):
         console.refuse_terminal_stdin("gptvae train corpus.txt")
 
     from gptvae_cli import run
@@ -248,7 +248,11 @@ class _Plan:
     def __init__(self, options: dict[str, Any]) -> None:
         self.flags = flags_layer(options)
         self.has_file = options["config"] is not None
-        below = [environment_layer(os.environ)] + ([file_layer(options["config"])] if self.has_file else [])
+        environment: Mapping[str, str] = os.environ
+        if options["resume"]:  # which takes nothing else from there
+            taken = [f"GPTVAE_{key.upper()}" for key in ("out", *keys(MachineConfig))]
+            environment = {name: os.environ[name] for name in taken if name in os.environ}
+        below = [environment_layer(environment)] + ([file_layer(options["config"])] if self.has_file else [])
         self.asked = merged([*below, self.flags])
         values = dict(self.asked.values)
         if ("steps" in values or "epochs" in values) and "max_time" not in values:
@@ -357,7 +361,8 @@ def _finish(job: Job, *, quiet: bool) -> None:
     console.heading("Held-out texts, and what the model writes from their latents")
     for text, written in job.reconstructions(3):
         console.pair(text, written)
-    model = "" if str(job.folder) == "gptvae-run" else f" --model {shlex.quote(str(job.folder))}"
+    found_without = str(job.folder) == "gptvae-run" and not os.environ.get("GPTVAE_MODEL")
+    model = "" if found_without else f" --model {shlex.quote(str(job.folder))}"
     console.heading("Next")
     console.command(f"gptvae generate --prior 5{model}")
 

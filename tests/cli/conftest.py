@@ -15,7 +15,13 @@ LONGEST = 24
 
 
 def make_model(
-    path: Path, *, unit: str = "line", seed: int = 0, tokenizer: Tokenizer | None = None, **training: Any
+    path: Path,
+    *,
+    unit: str = "line",
+    latents_from: str | None = None,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    **training: Any,
 ) -> Path:
     """Writes a random model, of bytes unless told otherwise, with 8 latent dimensions, which reads 24 tokens."""
     import torch
@@ -50,7 +56,7 @@ def make_model(
             # About one token in ten ends a text.
             ending = model.decoder.to_logits.weight
             ending[: tokenizer.eos_id] *= 0.5
-    data = from_dict(DataConfig, {"unit": unit})
+    data = from_dict(DataConfig, {"unit": unit, "latents_from": latents_from})
     save_model(path, model, ModelHeader(FORMAT_VERSION, config, data, tokenizer.to_json(), training))
     return path
 

@@ -59,6 +59,24 @@ def test_a_second_demo_does_not_replace_the_first(result: Result, folder: Path) 
     assert second.stdout == ""
 
 
+@pytest.mark.parametrize("name", ["names.txt", "three.txt", "z.npy"])
+@pytest.mark.parametrize("option", ["--force", "--quiet"])
+def test_files_of_the_users_own_stay(tmp_path: Path, name: str, option: str) -> None:
+    """As of `--out .` beside them."""
+    (tmp_path / name).write_text("my list")
+    refused = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--max-time", "1s", option])
+    assert refused.exit_code == 2
+    assert f"{tmp_path / name} is in the way" in refused.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["my list"]
+
+
+def test_a_time_that_is_none_leaves_nothing(tmp_path: Path) -> None:
+    refused = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "d"), "--max-time", "1x"])
+    assert refused.exit_code == 2
+    assert "1x" in refused.stderr
+    assert not (tmp_path / "d").exists()
+
+
 def test_quiet_prints_data_alone(tmp_path: Path) -> None:
     quiet = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "d"), "--max-time", "1s", "--quiet"])
     assert quiet.exit_code == 0

@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from gptvae_cli.checkpoint import load
+from gptvae_cli.checkpoint import load, load_state
 from gptvae_cli.cli.app import app
 from gptvae_cli.header import read_header
 from tests.cli.conftest import WIDTH, make_model
@@ -196,7 +196,10 @@ def test_with_baseline_trains_one_like_the_model_and_keeps_it(run: Path) -> None
     changed = {k for k, v in baseline.training["train"].items() if v != model.training["train"][k]}
     assert changed == {"latents_dropout_prob", "max_time"}
     assert baseline.training["steps"] == 4
-    assert baseline.training["train"]["max_time"] >= model.training["seconds"] - 0.1  # which is rounded
+    counters = load_state(run / "state.safetensors").metadata["counters"]
+    learnt = counters["seconds"] - counters["start_up"]
+    assert baseline.training["train"]["max_time"] == learnt
+    assert 0 < learnt < model.training["seconds"]
     assert "training a baseline" in first.stderr
     alone = figures(CliRunner().invoke(app, ["evaluate", "corpus.txt", "--model", "run/baseline", "--json"]))
     assert found["baseline_nll_nats_per_text"] == pytest.approx(alone["nll_nats_per_text"])
@@ -258,6 +261,14 @@ def test_labels_are_read_off_latents_and_off_words(evaluate: Evaluate, labelled:
     table = evaluate("--labels", "labels.txt", corpus="labelled.txt").stdout
     assert "labels of labels.txt: 2, on 12 of 58 texts held out" in table
     assert f"{found['z_accuracy']:.1%}" in table
+
+
+def test_labels_that_are_no_utf8_may_be_replaced(evaluate: Evaluate, labelled: list[str]) -> None:
+    marked = Path("labels.txt").read_text().splitlines()
+    Path("latin1.txt").write_bytes(b"".join(mark.encode() + b"\xe9\n" if mark else b"\n" for mark in marked))
+    assert_fails(evaluate("--labels", "latin1.txt", corpus="labelled.txt"), 3, "latin1.txt", "--errors replace")
+    found = evaluate("--json", "--labels", "latin1.txt", "--errors", "replace", corpus="labelled.txt")
+    assert figures(found)["probe"]["labels"] == 2
 
 
 def test_labels_of_the_first_texts_stay_beside_them(evaluate: Evaluate, labelled: list[str]) -> None:
@@ -329,20 +340,40 @@ def test_options_that_cannot_be_are_refused(evaluate: Evaluate, options: list[st
     assert_fails(evaluate(*options), 2, *words, hint=False)
 
 
-def test_latents_may_come_from_other_texts(evaluate: Evaluate) -> None:
+def test_latents_may_come_from_other_texts(evaluate: Evaluate, models: Path, tmp_path: Path) -> None:
+    """Of a model that was trained so; one beside it, to compare with, reads the texts themselves."""
     Path("other.txt").write_text("".join(f"{text}\n" for text in reversed(TEXTS)), encoding="utf-8")
-    plain, other = figures(evaluate("--json")), figures(evaluate("--json", "--latents-from", "other.txt"))
+    aligned = str(make_model(tmp_path / "aligned.safetensors", latents_from="train.txt")).removesuffix(".safetensors")
+    plain = figures(evaluate("--json"))
+    other = figures(evaluate("--json", "--latents-from", "other.txt", model=aligned))
     kl, right = "kl_nats_per_text", "cross_entropy_nats_per_text"
+    nll, baseline = "nll_nats_per_text", "baseline_nll_nats_per_text"
+    both = ("--json", "--latents-from", "other.txt", "--baseline")
+    found = figures(evaluate(*both, f"{aligned}.safetensors"))
+    assert (found[nll], found[baseline]) == pytest.approx((plain[nll], other[nll]))
+    found = figures(evaluate(*both, models / "line.safetensors", model=aligned))
+    assert (found[nll], found[baseline]) == pytest.approx((other[nll], plain[nll]))
+    assert plain[nll] != pytest.approx(other[nll], rel=1e-3)
+    assert_fails(evaluate("--latents-from", "other.txt"), 2, "--latents-from is for a model that was trained with it")
+    assert_fails(evaluate(model=aligned), 2, "the latents of this model come from other texts", "--latents-from")
+    assert_fails(evaluate("--baseline", f"{aligned}.safetensors"), 2, "the latents of the baseline come from other")
     assert other[kl] == pytest.approx(plain[kl], rel=1e-4)  # of the same texts, in another order
     assert other[right] != pytest.approx(plain[right], rel=1e-3)
     Path("short.txt").write_text("one\n")
-    assert_fails(evaluate("--latents-from", "short.txt"), 3, "short.txt holds 1 texts", "7")
+    assert_fails(evaluate("--latents-from", "short.txt", model=aligned), 3, "short.txt holds 1 texts", "7")
 
 
 def test_windows_are_texts_of_their_own(evaluate: Evaluate) -> None:
     Path("long.txt").write_text("0123456789" * 10)
     found = figures(evaluate("--json", model="window", corpus="long.txt"))
     assert found["texts"] == math.ceil(100 / 23)
+    Path("empty.txt").touch()
+    Path("folder").mkdir()
+    for name in ("empty.txt", "long.txt"):
+        Path(name).rename(Path("folder", name))
+    again = figures(evaluate("--json", model="window", corpus="folder"))
+    assert again["nll_nats_per_text"] == pytest.approx(found["nll_nats_per_text"]), "nothing is no text"
+    assert_fails(evaluate(model="window", corpus="folder/empty.txt"), 3, "found 0 text", hint=False)
     assert found["bytes"] == 100  # a window has no end
 
 

@@ -144,6 +144,9 @@ def test_a_point_is_read_as_the_unit_that_was_asked_for(run: Interpolate) -> Non
 def test_a_record_is_a_point(run: Interpolate) -> None:
     Path("a.jsonl").write_text('{"text": "the quick fox"}\n')
     assert lines(run("a.jsonl", "b.txt")) == lines(run("a.txt", "b.txt"))
+    Path("a.jsonl").write_text('{"content": "the quick fox"}\n')
+    assert_fails(run("a.jsonl", "b.txt"), 3, "no field 'text'", "--field")
+    assert lines(run("a.jsonl", "b.txt", "--field", "content")) == lines(run("a.txt", "b.txt"))
 
 
 def test_a_text_that_is_cut_is_told_unless_quiet(run: Interpolate) -> None:

@@ -129,6 +129,18 @@ def test_a_run_prints_its_model_and_tells_people_the_rest(tmp_path: Path, names:
     assert not CONTROLS.search(process.stderr.replace("\n", ""))
 
 
+@pytest.mark.parametrize(("variable", "model"), [("", ""), ("elsewhere", " --model gptvae-run")])
+def test_the_next_command_is_about_this_model(
+    names: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, model: str
+) -> None:
+    """Also in a shell whose $GPTVAE_MODEL is another one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPTVAE_MODEL", variable)
+    result = CliRunner().invoke(app, ["train", str(names), "--steps", "3", "--preset", "nano", *QUICK])
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.rstrip().endswith(f"gptvae generate --prior 5{model}")
+
+
 def test_the_next_command_can_be_pasted(train: Train, names: Path, tmp_path: Path) -> None:
     """A folder with a space in its name was printed as it is."""
     result = train(names, "--out", str(tmp_path / "my run"))
@@ -411,6 +423,7 @@ def test_a_resumed_run_takes_the_machine_but_no_limit_from_the_environment(
     train(names)
     for name, value in {"STEPS": "1", "DIM": "32", "DTYPE": "float32", "DEVICE": "cpu", "OUT": str(out)}.items():
         monkeypatch.setenv(f"GPTVAE_{name}", value)
+    monkeypatch.setenv("GPTVAE_HEADS", "many")
     result = CliRunner().invoke(app, ["train", "--resume", "--steps", "6"])
     assert result.exit_code == 0, result.stderr
     assert steps_of(out) == 6
@@ -718,10 +731,11 @@ def test_help_is_sorted_into_panels_and_ends_with_examples() -> None:
 def test_a_terminal_as_the_corpus_shows_the_help(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     """Nobody types a corpus."""
     monkeypatch.setattr("gptvae_cli.cli.console.sys", FakeSys())
-    result = CliRunner().invoke(app, ["train", "--out", str(out)])
-    assert result.exit_code == 2
-    assert "standard input is a terminal" in result.stderr
-    assert not out.exists()
+    for options in ([], ["-"], ["x.txt", "--valid", "-"], ["x.txt", "--latents-from", "-"], ["--resume", "-"]):
+        result = CliRunner().invoke(app, ["train", "--out", str(out), *options])
+        assert result.exit_code == 2, options
+        assert "standard input is a terminal" in result.stderr
+        assert not out.exists()
 
 
 class FakeSys:
