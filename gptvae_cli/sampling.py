@@ -82,7 +82,7 @@ class Encoding:
 
 
 class Encoder:
-    """Encodes texts, and counts those that were too long.
+    """Encodes texts, and counts those that were too long, and those that a user's tokenizer changes.
 
     Args:
         checkpoint: the model.
@@ -93,15 +93,19 @@ class Encoder:
     def __init__(self, checkpoint: Checkpoint, unit: Unit, dtype: torch.dtype = torch.float32) -> None:
         self.checkpoint, self.unit, self.dtype = checkpoint, unit, dtype
         self.config = checkpoint.header.model
-        self.cut = 0
+        self.cut = self.changed = 0
 
     @property
     def note(self) -> str | None:
         """What people should know about the texts so far."""
-        if self.cut == 0:
-            return None
-        texts = "1 text is" if self.cut == 1 else f"{self.cut:,} texts are"
-        return f"{texts} longer than the model's {self.config.max_seq_len} tokens; the beginning was used"
+        notes = []
+        if self.cut > 0:
+            texts = "1 text is" if self.cut == 1 else f"{self.cut:,} texts are"
+            notes.append(f"{texts} longer than the model's {self.config.max_seq_len} tokens; the beginning was used")
+        if self.changed > 0:
+            texts = "1 text does" if self.changed == 1 else f"{self.changed:,} texts do"
+            notes.append(f"{texts} not come back from the tokenizer as written; what it drops is not read")
+        return "; ".join(notes) or None
 
     def encode(self, texts: Iterable[str]) -> Iterator[Encoding]:
         """The posteriors of texts, in their order.
@@ -134,12 +138,16 @@ class Encoder:
 
     def _whole(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The tokens of each text with BOS and EOS; a text that is cut has no EOS, as in training."""
-        config = self.config
+        config, tokenizer = self.config, self.checkpoint.tokenizer
         for pool in _growing_pools(texts):
             # One token more than fits, which tells that the text is cut.
-            for ids in self.checkpoint.tokenizer.encode_batch(pool, longest=config.max_seq_len - 1):
+            tokens = tokenizer.encode_batch(pool, longest=config.max_seq_len - 1)
+            for text, ids in zip(pool, tokens, strict=True):
                 row = [config.bos_id, *ids, config.eos_id]
-                self.cut += len(row) > config.max_seq_len
+                if len(row) > config.max_seq_len:
+                    self.cut += 1
+                elif not tokenizer.is_exact:
+                    self.changed += tokenizer.decode(ids) != text
                 yield row[: config.max_seq_len]
 
     def _windows(self, texts: Iterable[str]) -> Iterator[list[int]]:

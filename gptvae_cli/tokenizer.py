@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +58,22 @@ class Tokenizer:
         self.bos_id = self.pad_id + 1
         self.eos_id = self.pad_id + 2
         self.num_tokens = self.pad_id + 3
+
+    @cached_property
+    def is_exact(self) -> bool:
+        """Whether every text comes back as it was: a byte-level one with a token for every byte, which changes nothing
+        before."""
+        from tokenizers import pre_tokenizers
+
+        parts = json.loads(self.to_json())
+        byte_level = parts["pre_tokenizer"] or {}
+        return (
+            parts["normalizer"] is None
+            and byte_level.get("type") == "ByteLevel"
+            and not byte_level["add_prefix_space"]
+            and (parts["decoder"] or {}).get("type") == "ByteLevel"
+            and set(pre_tokenizers.ByteLevel.alphabet()) <= self._tokenizer.get_vocab().keys()
+        )
 
     @classmethod
     def bytes(cls) -> Tokenizer:

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 from gptvae_cli import sampling
-from gptvae_cli.checkpoint import Checkpoint
+from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import PathKind, SampleConfig, Unit
 from gptvae_cli.decoding import Request
 from gptvae_cli.errors import CheckpointError, ConfigError, DeviceError
 from gptvae_cli.sampling import Draw, Encoder, Encoding, Floats, Written
+from gptvae_cli.tokenizer import Tokenizer
 from tests.cli.conftest import LONGEST, WIDTH, make_model
 
 TEXTS = [
@@ -132,6 +134,21 @@ def test_equal_texts_are_computed_once_a_pool(checkpoint: Checkpoint, monkeypatc
     assert computed == [1] + [2] * 9
     for i, expected in enumerate(Encoder(checkpoint, "line").encode(["", "b"])):
         assert_allclose([encoding.mean_Z for encoding in found[i::2]], [expected.mean_Z] * 500, atol=1e-5)
+
+
+def test_texts_that_a_users_tokenizer_changes_are_counted(tmp_path: Path) -> None:
+    vocab = {"[UNK]": 0, "cat": 1, "number": 2}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab=vocab, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = make_model(tmp_path / "words.safetensors", tokenizer=Tokenizer.from_json(words.to_str()))
+    encoder = Encoder(load(path, device=torch.device("cpu")), "line")
+    assert len(list(encoder.encode(["cat number", "cat", "dog", "cat  number"]))) == 4
+    assert encoder.changed == 2
+    assert encoder.note == "2 texts do not come back from the tokenizer as written; what it drops is not read"
+    list(encoder.encode(["cat " * 30]))
+    assert str(encoder.note).startswith(
+        "1 text is longer than the model's 24 tokens; the beginning was used; 2 texts do"
+    )
 
 
 def test_a_text_that_is_too_long_is_cut_without_eos_and_counted(checkpoint: Checkpoint) -> None:

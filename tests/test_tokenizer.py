@@ -166,6 +166,27 @@ def test_a_panic_of_the_library_is_an_ordinary_error(bpe: Tokenizer, tmp_path: P
         Tokenizer.from_file(path)
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Lowercase"}),
+        ("pre_tokenizer", None),
+        ("pre_tokenizer", {"type": "Whitespace"}),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
+        ("decoder", None),
+    ],
+)
+def test_only_bytes_give_every_text_back(bpe: Tokenizer, part: str, value: object) -> None:
+    """Byte by byte, changing nothing before: each of these does change or drop something."""
+    assert bpe.is_exact
+    assert Tokenizer.bytes().is_exact
+    assert not Tokenizer.from_json(edited(bpe, lambda parts: parts.update({part: value}))).is_exact
+    without_a_byte = {"a": 0, "b": 1}
+    lossy = Tokenizer.from_json(edited(bpe, lambda parts: parts["model"].update(vocab=without_a_byte, merges=[])))
+    assert not lossy.is_exact
+    assert lossy.decode(lossy.encode_batch(["abc"])[0]) == "ab"
+
+
 def test_a_panic_while_encoding_is_bad_input(bpe: Tokenizer) -> None:
     pre_tokenizer = {"type": "FixedLength", "length": 0}
     tokenizer = Tokenizer.from_json(edited(bpe, lambda parts: parts.update(pre_tokenizer=pre_tokenizer)))
