@@ -238,14 +238,16 @@ class PlainDecoder:
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         model = self.model
-        tokens_BT, length_B = _right_padded([row.context for row in rows], model.device)
-        latents_BZ, keep_B = _stack_latents(rows, model)
-        if bool(keep_B.any()):
-            hidden_BTD = model.hidden(tokens_BT, latents_BZ, None if bool(keep_B.all()) else keep_B, plain=True)
+        tokens_BT = _right_padded([row.context for row in rows], model.device)
+        latents_BZ, keep = _stack_latents(rows, model)
+        if any(keep):
+            keep_B = None if all(keep) else torch.tensor(keep, device=model.device)
+            hidden_BTD = model.hidden(tokens_BT, latents_BZ, keep_B, plain=True)
         else:
             # No slot at all rather than a masked one, as in the seed class: absolute positions tell them apart.
             hidden_BTD = model.hidden(tokens_BT, None, plain=True)
-        return model.logits(hidden_BTD[torch.arange(len(rows), device=model.device), length_B - 1])
+        last_B = torch.tensor([len(row.context) - 1 for row in rows], device=model.device)
+        return model.logits(hidden_BTD[torch.arange(len(rows), device=model.device), last_B])
 
     def leave(self, places: Sequence[int]) -> None:
         pass
@@ -277,16 +279,16 @@ class CachedDecoder:
 
     def join(self, rows: Sequence[Row]) -> Tensor:
         device, first = self.model.device, len(self.positions)
-        tokens_BT, length_B = _right_padded([row.context for row in rows], device)
-        latents_BZ, keep_B = _stack_latents(rows, self.model)
-        x_BTD = self.embedding_VD[tokens_BT]
-        if bool(keep_B.any()):
-            way = self.model.conditioning
-            x_BTD = way.enter(x_BTD, self.model.from_latent_to_prepend_token(latents_BZ), keep_B)
-            length_B = length_B + way.slots * keep_B
+        latents_BZ, keep = _stack_latents(rows, self.model)
+        positions = [len(row.context) - 1 for row in rows]
+        x_BTD = self.embedding_VD[_right_padded([row.context for row in rows], device)]
+        if any(keep):
+            way, latent_BD = self.model.conditioning, self.model.from_latent_to_prepend_token(latents_BZ)
+            x_BTD = way.enter(x_BTD, latent_BD, torch.tensor(keep, device=device))
+            positions = [position + way.slots * kept for position, kept in zip(positions, keep, strict=True)]
         length = x_BTD.shape[1]
         self._grow(first + len(rows), length, length + max(row.max_new for row in rows))
-        self.positions += (length_B - 1).tolist()
+        self.positions += positions
         room, turns_T11C = self.stack.room((len(rows), length), device), self.turns_S11C[:length]
         qkv_XBHTK, x_ND = room.qkv_XHK.permute(2, 0, 3, 1, 4), x_BTD.flatten(0, 1)
         # Padding behind a row is computed and stored, but its slots are masked until real tokens overwrite them.
@@ -296,7 +298,7 @@ class CachedDecoder:
             q_BHTK, k_BHTK, v_BHTK = qkv_XBHTK.to(self.stack.dtype)
             attended_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, None, causal=True)
             self.stack.finish(layer, x_ND, attended_BHTK.transpose(1, 2).reshape(len(x_ND), -1))
-        return self._logits(x_BTD[torch.arange(len(rows), device=device), length_B - 1])
+        return self._logits(x_BTD[torch.arange(len(rows), device=device), torch.tensor(positions, device=device)])
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         count, device, dtype = len(rows), self.model.device, self.stack.dtype
@@ -357,15 +359,17 @@ class CachedDecoder:
         self.cache_LXBHSK = grown
 
 
-def _right_padded(contexts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens [B T], padded with 0, which causal attention never looks at; and lengths [B]."""
+def _right_padded(contexts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Tokens [B T], padded with 0, which causal attention never looks at."""
     tokens = [torch.tensor(context, dtype=torch.long) for context in contexts]
-    lengths = torch.tensor([len(context) for context in contexts], device=device)
-    return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device), lengths
+    return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)
 
 
-def _stack_latents(rows: Sequence[Row], model: GPTVAE) -> tuple[Tensor, Tensor]:
-    """Latents [B Z], zeros where there is none, and whether there is one [B]."""
-    zero_Z = torch.zeros(model.dim_latent, device=model.device, dtype=next(model.parameters()).dtype)
-    latents_BZ = torch.stack([zero_Z if row.latent is None else row.latent.to(zero_Z) for row in rows])
-    return latents_BZ, torch.tensor([row.latent is not None for row in rows], device=model.device)
+def _stack_latents(rows: Sequence[Row], model: GPTVAE) -> tuple[Tensor, list[bool]]:
+    """Latents [B Z], zeros where there is none, and whether there is one. They come to the model's device together."""
+    nothing_Z = torch.zeros(model.dim_latent)
+    for row in rows:
+        if row.latent is not None:
+            nothing_Z = torch.zeros_like(row.latent)
+    latents_BZ = torch.stack([nothing_Z if row.latent is None else row.latent for row in rows])
+    return latents_BZ.to(next(model.parameters())), [row.latent is not None for row in rows]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.device import tokens_together
+from gptvae_cli.device import rows_together, tokens_together
 from gptvae_cli.latent import active_dimensions, has_collapsed, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
@@ -322,7 +322,8 @@ def write_greedily(
     """
     requests = (Request(row, 0, (), latent_Z) for row, latent_Z in enumerate(latents_NZ))
     with _evaluating(model, precision):
-        return list(decode(model, requests, SampleConfig(greedy=True), banned=banned))
+        greedily, together = SampleConfig(greedy=True), rows_together(model.device)
+        return list(decode(model, requests, greedily, banned=banned, batch_size=together))
 
 
 def correct_tokens(text: Sequence[int], written: Sequence[int], whole: bool = True) -> int:

@@ -24,7 +24,7 @@ from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import plan_batches
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
+from gptvae_cli.device import resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.noise import latent_noise
 from gptvae_cli.tokenizer import Tokenizer, pieces
@@ -300,7 +300,7 @@ def write(
             requests(),
             sample,
             banned=tokenizer.line_break_ids() if unit == "line" else (),
-            batch_size=1 if pieces else 64,
+            batch_size=1 if pieces else rows_together(device),
             on_token=pieces.add if pieces else None,
         ):
             draw = waiting.popleft()

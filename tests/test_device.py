@@ -259,6 +259,11 @@ def test_what_is_kept_takes_no_more_than_a_quarter_of_the_memory(
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7", "whoever sets it knows why"
 
 
+def test_a_gpu_takes_more_at_once_than_a_cpu() -> None:
+    assert device_module.tokens_together(GPU) > device_module.tokens_together(CPU)
+    assert device_module.rows_together(GPU) > device_module.rows_together(CPU)
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_less_than_one_thread_is_wrong_usage(count: int) -> None:
     with pytest.raises(ConfigError, match=f"threads is {count}"):
