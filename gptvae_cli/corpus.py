@@ -178,10 +178,15 @@ class Corpus:
         part.replace(folder / _FACTS_NAME)
         corpus = cls.open(folder, tokenizer)
         if len(corpus.train) < 2 and config.unit != "window":
-            found = f"{len(corpus.train) + len(corpus.valid)} non-empty text(s)"
+            place = ", ".join(sources) or "standard input"
+            if facts.texts > 2:
+                raise DataError(
+                    f"{facts.texts - len(corpus.train):,} of the {facts.texts:,} texts of {place} are held out, need at"
+                    " least two to train on",
+                    hint="a smaller --valid; equal texts are held out together",
+                )
             raise DataError(
-                f"found {found} in {', '.join(sources) or 'standard input'}, need at least two to train on"
-                " and one to hold out",
+                f"found {facts.texts} non-empty text(s) in {place}, need at least two to train on and one to hold out",
                 hint=f"a text is a {config.unit} here; --unit line|paragraph|file|window says otherwise",
             )
         if corpus.train.count < 2:

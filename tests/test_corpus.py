@@ -148,6 +148,15 @@ def test_too_few_texts_are_an_error_that_tells_what_a_text_is(tmp_path: Path, te
     assert caught.value.exit_code == ExitCode.BAD_INPUT
 
 
+def test_a_share_that_leaves_nothing_to_train_on_is_told(tmp_path: Path) -> None:
+    """A text is held out by its hash, and so with all that are equal to it."""
+    with pytest.raises(
+        DataError, match=r"200 of the 200 texts of .* are held out, need at least two to train on"
+    ) as caught:
+        build(tmp_path, "line\n" * 200, valid="0.5")
+    assert caught.value.hint == "a smaller --valid; equal texts are held out together"
+
+
 def test_three_texts_are_enough(tmp_path: Path) -> None:
     corpus = build(tmp_path, "one\ntwo\nthree\n")
     assert (len(corpus.train), len(corpus.valid)) == (2, 1)
