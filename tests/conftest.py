@@ -20,6 +20,8 @@ LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a b
 def pytest_configure(config: pytest.Config) -> None:
     # x-transformers scripts a function while it is imported, which torch has begun to deprecate.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+    # Commands compute on the CPU, on a machine that has a GPU too; what is tested on one names it.
+    os.environ.setdefault("GPTVAE_DEVICE", "cpu")
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Every processor has a worker: more threads would only wait for one another.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,12 +41,6 @@ def denormals() -> Iterator[None]:
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands compute on the CPU, on a machine that has a GPU too; what is tested on one names it."""
-    monkeypatch.setenv("GPTVAE_DEVICE", "cpu")
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def _read(leader: int) -> bytes:
         ["generate", "--prior", "5", "--seed", "1", "--stream"],
         ["generate", "--prior", "5", "--seed", "1", "--format", "jsonl"],
         ["generate", "--prior", "5", "--seed", "1", "--unit", "paragraph"],
-        ["generate", "--text", "a", "--prompt", CONTROLS[0], "--seed", "1"],
+        ["generate", "--text", CONTROLS[0], "--prompt", CONTROLS[0], "--seed", "1"],
         ["interpolate", "--from", CONTROLS[0], "--to", CONTROLS[3]],
         ["evaluate", f"{NAME}.txt", "--samples", "1"],
         ["evaluate", f"{NAME}.txt", "--samples", "1", "--json"],
