@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,15 @@ _WAYS = {"token": "a token before the text", "bos": "added to the first token, B
 # The folder -----------------------------------------------------------------------------------------------------------
 
 
-def write_companions(folder: Path, header: ModelHeader, *, parameters: int, verdict: str | None) -> None:
+def write_companions(
+    folder: Path, header: ModelHeader, foreign: Sequence[str], *, parameters: int, verdict: str | None
+) -> None:
     """Writes these files, each in one step, but for those that are somebody else's.
 
     Args:
         folder: of the run.
         header: of the model that lies there.
+        foreign: the `foreign_companions` of the model that lay there before.
         parameters: how many the model has.
         verdict: a sentence on what its latent carries.
 
@@ -61,7 +64,6 @@ def write_companions(folder: Path, header: ModelHeader, *, parameters: int, verd
         TOKENIZER_NAME: tokenizer_json(header),
         CARD_NAME: model_card(header, parameters=parameters, verdict=verdict),
     }
-    foreign = foreign_companions(folder)
     for name, content in contents.items():
         if name not in foreign:
             _write(folder / name, content)

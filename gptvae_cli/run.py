@@ -138,10 +138,12 @@ class Job:
         """
         self.learner.check_finite()
         header, model = self.header(), self.learner.model
+        foreign = foreign_companions(self.folder)
         save_model(self.folder / MODEL_NAME, model, header)
         write_companions(
             self.folder,
             header,
+            foreign,
             parameters=sum(p.numel() for p in model.parameters()),
             verdict=None if self.figures is None else verdict(self.figures, self.learner.config),
         )

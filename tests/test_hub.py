@@ -248,16 +248,20 @@ def test_a_crash_behind_the_model_leaves_a_model(folder: Path, corpus: str, monk
 
 def write(folder: Path, header: ModelHeader, *, parameters: int = 1) -> None:
     """A model that nobody trained, and what lies beside it."""
+    foreign = foreign_companions(folder)
     save_model(folder / "model.safetensors", GPTVAE.from_config(header.model), header)
-    write_companions(folder, header, parameters=parameters, verdict=None)
+    write_companions(folder, header, foreign, parameters=parameters, verdict=None)
 
 
 def test_files_of_ours_are_replaced_and_removed(folder: Path) -> None:
     write(folder, header())
     assert names(folder) == {"model.safetensors", *NAMES}
     assert foreign_companions(folder) == []
-    write(folder, header(figures=None), parameters=2)
-    assert (folder / "README.md").read_text() == model_card(header(figures=None), parameters=2, verdict=None)
+    later = header(figures=None)
+    later.training["gptvae"] = "0.2.0"
+    write(folder, later, parameters=2)
+    assert json.loads((folder / "config.json").read_text())["gptvae_version"] == "0.2.0"
+    assert (folder / "README.md").read_text() == model_card(later, parameters=2, verdict=None)
     remove_companions(folder)
     assert names(folder) == {"model.safetensors"}
     remove_companions(folder)
