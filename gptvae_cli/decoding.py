@@ -367,9 +367,7 @@ def _right_padded(contexts: Sequence[Sequence[int]], device: torch.device) -> Te
 
 def _stack_latents(rows: Sequence[Row], model: GPTVAE) -> tuple[Tensor, list[bool]]:
     """Latents [B Z], zeros where there is none, and whether there is one. They come to the model's device together."""
-    nothing_Z = torch.zeros(model.dim_latent)
-    for row in rows:
-        if row.latent is not None:
-            nothing_Z = torch.zeros_like(row.latent)
+    given = [row.latent for row in rows if row.latent is not None]
+    nothing_Z = torch.zeros_like(given[0]) if given else torch.zeros(model.dim_latent)
     latents_BZ = torch.stack([nothing_Z if row.latent is None else row.latent for row in rows])
     return latents_BZ.to(next(model.parameters())), [row.latent is not None for row in rows]

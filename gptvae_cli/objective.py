@@ -280,12 +280,12 @@ def objective(
         kl_term = F.relu(kl_BZ - weights.floor).sum(dim=-1).mean() * (batch.target_tokens / tokens)
         total = cross_entropy / tokens + weights.beta * kl_term
     else:
-        kl_Z, kept_rows = _kept(kl_BZ, noise.keep_B)
         if step_kl_Z is None:
+            kept_rows = len(kl_BZ) if noise.keep_B is None else noise.keep_B.sum()
             kl = kept_rows * free_bits(kl_BZ, weights.floor, noise.keep_B).clamp(min=weights.rate)
         else:
             costs = step_kl_Z.clamp(min=weights.floor).sum() > weights.rate
-            kl = (kl_Z * (costs & (step_kl_Z > weights.floor))).sum()
+            kl = (_kept(kl_BZ, noise.keep_B)[0] * (costs & (step_kl_Z > weights.floor))).sum()
         total = (cross_entropy + weights.beta * kl) / tokens
     total = total + weights.bag_of_words * bow / tokens
     return Terms(total, cross_entropy.detach(), kl_BZ.detach().sum(), bow.detach())
