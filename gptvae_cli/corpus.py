@@ -32,7 +32,7 @@ from gptvae_cli.tokens import BulkTokenizer, Ints, TokenizerPool, Tokens, TokenS
 Bools = npt.NDArray[np.bool_]
 
 _SAMPLE_CHARS = 32 * 2**20
-"""How much text a tokenizer is chosen by and trained on."""
+"""How much text a tokenizer is chosen by and trained on: from all of a corpus in files, of a pipe the first."""
 _PIECE_CHARS = 2**20
 """How much text is tokenised at a time."""
 _POOL_CHARS = 32 * 2**20
@@ -161,13 +161,16 @@ class Corpus:
         mark = fingerprint(sources, config)
         repairs = Repairs()
         pairs = _NotEmpty(_pairs(sources, config, stdin, repairs))
-        sample = _take(pairs, _SAMPLE_CHARS)
-        tokenizer, reason = _make_tokenizer(config, sample)
-        texts = chain(sample, pairs)
-        del sample  # or it would stay in memory until all is read
+        beginning = _take(pairs, _SAMPLE_CHARS)
+        rest = _take(pairs, 1)
+        # Files that may be sorted are read twice; what comes through a pipe is gone.
+        again = _pairs(sources, config, None, Repairs()) if rest and mark is not None else iter(beginning)
+        tokenizer, reason = _make_tokenizer(config, again)
+        pairs_of_all = chain(beginning, rest, pairs)
+        del beginning, again  # or they would stay in memory until all is read
         read = _Reader(folder, tokenizer, config, repairs)
         try:
-            read.all(texts, on_progress)
+            read.all(pairs_of_all, on_progress)
         finally:
             read.close()
         (folder / _TOKENIZER_NAME).write_text(tokenizer.to_json(), "utf-8")
@@ -428,12 +431,27 @@ def _take(pairs: Iterator[tuple[str, str]], characters: int) -> list[tuple[str, 
     return taken
 
 
-def _make_tokenizer(config: DataConfig, sample: Sequence[tuple[str, str]]) -> tuple[Tokenizer, str]:
-    # The last text of the sample may hold far more than the others.
-    texts = [text[:_SAMPLE_CHARS] for pair in sample for text in pair if text]
+def _spread(texts: Iterator[str], characters: int) -> list[str]:
+    """Texts that hold at most this many characters, from all of an iterator: every n-th one, n a power of two."""
+    taken: list[str] = []
+    held, every = 0, 1
+    for number, text in enumerate(texts):
+        if number % every == 0:
+            taken.append(text)
+            held += len(text) + _TEXT_CHARS
+            if held > characters:
+                taken, every = taken[::2], 2 * every
+                held = sum(map(len, taken)) + len(taken) * _TEXT_CHARS
+    return taken
+
+
+def _make_tokenizer(config: DataConfig, pairs: Iterator[tuple[str, str]]) -> tuple[Tokenizer, str]:
     if config.tokenizer not in ("auto", "bytes", "bpe"):
         return Tokenizer.from_file(Path(config.tokenizer)), f"read from {config.tokenizer}"
     kind, reason = config.tokenizer, "asked for"
+    if kind == "bytes":
+        return Tokenizer.bytes(), reason
+    texts = _spread((piece for pair in pairs for text in pair for piece in pieces(text)), _SAMPLE_CHARS)
     if kind == "auto" and config.vocab_size is not None:
         kind, reason = "bpe", "a size of the vocabulary was asked for"
     elif kind == "auto":

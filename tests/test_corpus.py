@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from gptvae_cli.config import DataConfig, ModelConfig
-from gptvae_cli.corpus import Corpus, corpus_digest
+from gptvae_cli.corpus import Corpus, _spread, corpus_digest
 from gptvae_cli.data import Epoch, Rows
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError, ExitCode
 from gptvae_cli.tokenizer import Tokenizer
@@ -196,6 +197,31 @@ def test_a_corpus_larger_than_a_piece_loses_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("gptvae_cli.corpus._SAMPLE_CHARS", 1000)
     corpus = build(tmp_path, "\n".join(LINES))
     assert Counter(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == Counter(LINES)
+
+
+def test_the_tokenizer_learns_from_all_of_a_sorted_corpus_that_is_larger_than_its_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word of the last third is one token; through a pipe, whose beginning is all that can be kept, it is not."""
+    monkeypatch.setattr("gptvae_cli.corpus._SAMPLE_CHARS", 20_000)
+    lines = [f"{word} {i}" for word in ("antelope", "buffalo", "crocodile") for i in range(1000)]
+    text = "\n".join(lines)
+    spread = build(tmp_path, text, tokenizer="bpe")
+    assert spread.facts.texts == len(lines)
+    assert [len(spread.tokenizer.encode_batch([word])[0]) for word in ("antelope", "crocodile")] == [1, 1]
+    config = DataConfig(tokenizer="bpe")
+    piped = Corpus.build([], config, tmp_path / "piped", stdin=io.BytesIO(text.encode()))
+    assert len(piped.tokenizer.encode_batch(["antelope"])[0]) == 1 < len(piped.tokenizer.encode_batch(["crocodile"])[0])
+    assert piped.facts.texts == len(lines)
+
+
+@pytest.mark.parametrize("characters", [17, 100, 1000, 10**6])
+def test_a_spread_sample_is_every_nth_text(characters: int) -> None:
+    texts = [f"{i:04}" for i in range(1000)]
+    sample = _spread(iter(texts), characters)
+    # One counts its 4 characters and 16 more.
+    every = next(n for n in (2**i for i in range(11)) if 20 * math.ceil(1000 / n) <= characters or n > 1000)
+    assert sample == texts[::every]
 
 
 def test_processes_write_the_very_cache_that_one_process_writes(
