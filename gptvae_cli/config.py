@@ -186,7 +186,7 @@ class DataConfig:
 
     Args:
         unit: `line`, `paragraph` (blank-line separated), `file`, or `window` (random crops of a running text).
-        field: the key, or the column, that holds the text in `.jsonl` and `.parquet` corpora.
+        field: the key, or the column, that holds the text in `.jsonl`, `.csv` and `.parquet` corpora.
         errors: what bytes that are not UTF-8 are: `strict` an error, `replace` U+FFFD.
         valid: a file of held-out texts, or the share of the texts to hold out.
         latents_from: a file of texts for the encoder, aligned with the corpus (the seed's `seq_for_latents`).

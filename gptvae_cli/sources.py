@@ -49,14 +49,10 @@ def expand(sources: Sequence[str]) -> list[str]:
     return files
 
 
-def ending(file: str) -> str:
-    """The last ending of a file's name, in lower case: `.gz` of `A.TXT.GZ`."""
-    return Path(file).suffix.lower()
-
-
-def is_jsonl(file: str) -> bool:
-    """Whether a file's name says that it holds JSON lines, packed or not."""
-    return file.lower().removesuffix(".gz").removesuffix(".zst").endswith(".jsonl")
+def ending(file: str, *, unpacked: bool = False) -> str:
+    """The last ending of a file's name, in lower case: `.gz` of `A.TXT.GZ`, or `.txt` of what is `unpacked`."""
+    name = Path(file.lower())
+    return name.with_suffix("").suffix if unpacked and name.suffix in _PACKINGS else name.suffix
 
 
 def _expand(source: str) -> list[str]:

@@ -5,6 +5,7 @@ Nothing here loads torch or numpy.
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -17,7 +18,7 @@ from typing import BinaryIO, TextIO
 
 from gptvae_cli.config import Errors, Unit
 from gptvae_cli.errors import DataError
-from gptvae_cli.sources import STDIN, ending, expand, is_jsonl, opened, reading_errors
+from gptvae_cli.sources import STDIN, ending, expand, opened, reading_errors
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -25,6 +26,9 @@ _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "
 """Arrow's types that may hold text; files of some programs do not say that their bytes are strings."""
 _PARQUET_ROWS, _PARQUET_BUFFER = 256, 2**20
 """How many rows, and how many bytes of a column, are taken from a Parquet file at a time."""
+_PLAIN = "plain lines go through stdin: < FILE"
+_LONGEST_CELL = 2**24
+"""Characters of a cell of CSV: a quote that nothing closes would take in all that follows."""
 
 
 @dataclass
@@ -53,17 +57,18 @@ def read_texts(
 ) -> Iterator[str]:
     r"""The texts of files, folders, patterns and stdin, in order; see `sources.expand` for what a name stands for.
 
-    A file is UTF-8 text whatever its ending, except `.jsonl` (one JSON object a line), `.parquet`, and `.gz` and
-    `.zst` around the others. LF, CRLF and CR end a line and nothing else does; they are LF within a text. A byte
-    order mark at the start of a file and its last line end are not text; every other character is, NUL included.
+    A file is UTF-8 text whatever its ending, except `.jsonl` (one JSON object a line), `.csv` (whose first row names
+    the columns), `.parquet`, and `.gz` and `.zst` around the others. LF, CRLF and CR end a line and nothing else does;
+    they are LF within a text. A byte order mark at the start of a file and its last line end are not text; every other
+    character is, NUL included.
 
     - `line`: an empty line is an empty text.
     - `paragraph`: lines between blank ones, joined by LF; a line of only whitespace is blank.
     - `file`: one text a file.
     - `window`: the same; crops of it are the consumer's business.
 
-    A record of a `.jsonl` file or a row of a `.parquet` file is one text. With `line`, line breaks within it become
-    a space; with `window`, the records of a file are joined into one text with a blank line between them. Blank
+    A record of a `.jsonl` file or a row of a `.csv` or `.parquet` file is one text. With `line`, line breaks within it
+    become a space; with `window`, the records of a file are joined into one text with a blank line between them. Blank
     lines are no records.
 
     Memory holds one line, paragraph or record at a time, or one file.
@@ -79,7 +84,7 @@ def read_texts(
 
     Raises:
         DataError: at once for a source that is missing or stands for no file; while reading for one that cannot be
-            read, is damaged, is not UTF-8 (naming line and byte) or not valid JSON, or lacks the field.
+            read, is damaged, is not UTF-8 (naming line and byte), not valid JSON or CSV, or lacks the field.
         GPTVAEError: at once for a file that needs a package which is not installed.
     """
     files = expand(sources or [STDIN])
@@ -114,8 +119,9 @@ def _read_file(file: str, form: _Form, stdin: BinaryIO | None) -> Iterator[str]:
             yield from _of_records(_rows(file, form), form.unit)
             return
         with _decoded(file, stdin) as stream:
-            if is_jsonl(file):
-                yield from _of_records(_records(_lines(stream, name, form), name, form), form.unit)
+            form_of_records = {".jsonl": _records, ".csv": _cells}.get(ending(file, unpacked=True))
+            if form_of_records is not None:
+                yield from _of_records(form_of_records(_lines(stream, name, form), name, form), form.unit)
             elif form.unit == "line":
                 yield from _lines(stream, name, form)
             elif form.unit == "paragraph":
@@ -246,6 +252,39 @@ def _json_type(value: object) -> str:
 
 def _some(names: Sequence[str] | dict[str, object]) -> str:
     return ", ".join(repr(name[:40]) for name in list(names)[:10]) or "none"
+
+
+def _cells(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
+    """The column of every row of CSV (RFC 4180), with commas, semicolons or tabs between, as its first row has most."""
+    header = next(lines, None)
+    if header is None:
+        return
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
+    delimiter = max(",;\t", key=header.count)
+    rows = csv.reader((f"{line}\n" for line in chain([header], lines)), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    first = 1
+    try:
+        for row in rows:
+            if not names:
+                names = row
+                if form.field not in names:
+                    raise DataError(
+                        f"{name} has no column {form.field!r}",
+                        hint=f"--field names it; this file has {_some(names)}; {_PLAIN}",
+                    )
+            elif len(row) == len(names):
+                yield row[names.index(form.field)]
+            elif row:
+                raise DataError(
+                    f"{name}, line {first} has {len(row)} cells, the first line has {len(names)}",
+                    hint=f"a cell with {delimiter!r} in it stands in quotes; {_PLAIN}",
+                )
+            first = rows.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{name}, line {first} is not CSV: {error}", hint=f"a quote in quotes is written twice; {_PLAIN}"
+        ) from error
 
 
 def _rows(file: str, form: _Form) -> Iterator[str]:

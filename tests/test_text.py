@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import os
@@ -10,8 +11,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pyarrow import csv as arrow_csv
 
 from gptvae_cli.config import UNITS, Unit
 from gptvae_cli.errors import DataError
@@ -74,10 +77,10 @@ def test_a_file_is_one_text_without_mark_cr_and_final_newline(unit: Unit, tmp_pa
 
 
 def test_sources_are_read_in_order_and_a_dash_is_stdin(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("1\n2")
+    (tmp_path / "a.log").write_text("1\n2")
     (tmp_path / "b").write_text("3\n")
     stdin = io.BytesIO(b"x\ny")
-    sources = [str(tmp_path / "b"), "-", str(tmp_path / "a.csv")]
+    sources = [str(tmp_path / "b"), "-", str(tmp_path / "a.log")]
     assert list(read_texts(sources, unit="line", stdin=stdin)) == ["3", "x", "y", "1", "2"]
     assert not stdin.closed
 
@@ -330,6 +333,61 @@ def test_a_missing_field_comes_with_those_that_are_there(tmp_path: Path) -> None
     with pytest.raises(DataError) as caught:
         read_jsonl(tmp_path, '{"id": 1, "body\\u001b": ""}')
     assert caught.value.hint == "--field names it; this line has 'id', 'body\\x1b'"
+
+
+def read_csv(tmp_path: Path, data: str | bytes, field: str = "text", unit: Unit = "line", **options: Any) -> list[str]:
+    path = tmp_path / "corpus.csv"
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return list(read_texts([str(path)], unit=unit, field=field, **options))
+
+
+CELLS = ["plain", 'a "word", quoted', "two\nlines", "", " spaces ", "semi;colon\tand tab", "\u2028😀", '"', "'", "last"]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_is_read_as_arrow_reads_it(delimiter: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL)
+        writer.writerows([["id", "review", "stars"], *([i, cell, 5] for i, cell in enumerate(CELLS))])
+    form = arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    expected = arrow_csv.read_csv(path, parse_options=form)["review"].to_pylist()
+    assert list(read_texts([str(path)], unit="file", field="review")) == expected == CELLS
+    one_line = [cell.replace("\n", " ") for cell in CELLS]
+    assert list(read_texts([str(path)], unit="line", field="review")) == one_line
+    packed = tmp_path / "d.csv.GZ"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert list(read_texts([str(packed)], unit="line", field="review")) == one_line
+
+
+def test_blank_lines_of_csv_are_no_rows_and_an_empty_file_has_none(tmp_path: Path) -> None:
+    assert read_csv(tmp_path, 'text\r\n\r\na\r\n"b\r\n\r\nc"\r\n\r\n', unit="paragraph") == ["a", "b\n\nc"]
+    assert read_csv(tmp_path, "") == []
+    assert read_csv(tmp_path, "id,text") == []
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        ("id,body\n1,a", r"corpus\.csv has no column 'text'"),
+        ("id,text\n1,a\n\n2", r"corpus\.csv, line 4 has 1 cells, the first line has 2"),
+        ("text\nyes, and no", r"corpus\.csv, line 2 has 2 cells, the first line has 1"),
+        ('id,text\n1,"a\nb"\n2,"c"d\n', r"corpus\.csv, line 4 is not CSV: "),
+        ('id,text\n1,"a\nb\nc', r"corpus\.csv, line 2 is not CSV: unexpected end of data"),
+        ('id,text\n1,"' + "a\n" * (2**23 + 1), r"corpus\.csv, line 2 is not CSV: field larger than"),
+        (b"id,text\n1,\xff", r"corpus\.csv, line 2: byte 0xff is not UTF-8 \(byte 3 of the line\)"),
+    ],
+)
+def test_what_is_not_csv_is_named_with_its_line(data: str | bytes, found: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=found) as caught:
+        read_csv(tmp_path, data)
+    assert caught.value.hint and len(caught.value.message.splitlines()) == 1
+
+
+def test_bytes_that_are_not_utf8_are_replaced_in_csv_too(tmp_path: Path) -> None:
+    repairs = Repairs()
+    assert read_csv(tmp_path, b"text\n\xff", errors="replace", repairs=repairs) == ["\ufffd"]
+    assert repairs.count == 1
 
 
 def test_gzip_is_read_as_the_text_within(tmp_path: Path) -> None:

@@ -102,7 +102,9 @@ DebugOption = Annotated[
 UnitOption = Annotated[Unit | None, typer.Option(help="What one text is. [default: as the model was trained]")]
 FieldOption = Annotated[
     str | None,
-    typer.Option(metavar="KEY", help="Of the text in .jsonl and .parquet files. [default: as the model was trained]"),
+    typer.Option(
+        metavar="KEY", help="Of texts in .jsonl, .csv and .parquet files. [default: as the model was trained]"
+    ),
 ]
 ErrorsOption = Annotated[
     Errors | None,

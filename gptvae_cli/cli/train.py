@@ -97,7 +97,7 @@ def train(
     print_config: Annotated[bool, _flag("--print-config", "Print such a file, and stop.")] = False,
     unit: Annotated[Unit | None, _option("unit", "What one text is.", _TEXTS)] = None,
     field: Annotated[
-        str | None, _option("field", "Key of the text in .jsonl and .parquet files.", _TEXTS, "KEY")
+        str | None, _option("field", "Key of the text in .jsonl, .csv and .parquet files.", _TEXTS, "KEY")
     ] = None,
     errors: Annotated[
         Errors | None, _option("errors", "Bytes that are not UTF-8 are an error, or U+FFFD.", _TEXTS)

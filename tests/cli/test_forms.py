@@ -56,6 +56,7 @@ def write_forms(folder: Path, texts: list[str]) -> list[str]:
         "c.jsonl": records,
         "d.jsonl.gz": gzip.compress(records),
         "e.jsonl.zst": pack(records),
+        "g.csv": b"text\n" + b"".join(b'"%b"\n' % text.encode() for text in texts),
     }
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -69,7 +70,7 @@ def test_every_form_of_the_same_texts_has_the_same_latents(run: Run, tmp_path: P
     expected = latents(run("encode", stdin="\n".join(texts).encode()))
     assert len({str(row) for row in expected}) == 4
     together = latents(run("encode", *names))
-    assert [np.allclose(together[i : i + 4], expected, atol=1e-5) for i in range(0, 36, 4)] == [True] * 9
+    assert [np.allclose(together[i : i + 4], expected, atol=1e-5) for i in range(0, 40, 4)] == [True] * 10
     assert np.allclose(latents(run("encode", "*.zst")), expected * 2, atol=1e-5)
     assert len(latents(run("encode", "."))) == 36
 
