@@ -74,8 +74,7 @@ class Baseline:
 
     def finished(self) -> bool:
         """Whether it fits and was trained to its end, which its log then says."""
-        log = self.folder / METRICS_NAME
-        return self.fits() and log.exists() and '"done": true' in log.read_text("utf-8")
+        return self.fits() and _is_done(self.folder)
 
     @contextmanager
     def training(self, device: Device, precision: Precision) -> Iterator[run.Job]:
@@ -108,17 +107,25 @@ class Baseline:
         return run.Job(self.folder, self.corpus, self.header.data, Learner(model, self.config), precision, [])
 
 
+def _is_done(folder: Path) -> bool:
+    """Whether the run in a folder reached its limit, as its log then says."""
+    log = folder / METRICS_NAME
+    return log.exists() and '"done": true' in log.read_text("utf-8")
+
+
 def _digest(header: ModelHeader) -> object:
     return header.training.get("corpus", {}).get("digest")
 
 
 def _config(folder: Path, header: ModelHeader) -> TrainConfig:
-    """That of the model, without a latent, and with the time that the model learnt for, where that is known: the state
-    says when training ended, and when it began, as the corpus had been read; the model file only when its weights were
-    the best."""
+    """That of the model, without a latent, and with the time that the model learnt for, unless it was steps or epochs
+    that ended its run. The state says when training ended, and when it began, as the corpus had been read; the model
+    file only when its weights were the best."""
     config = from_dict(TrainConfig, header.training.get("train", {}))
     seconds = config.max_time or header.training.get("seconds")
-    if (folder / STATE_NAME).exists():
+    if config.max_time is None and _is_done(folder):
+        seconds = None
+    elif (folder / STATE_NAME).exists():
         counters = load_state(folder / STATE_NAME).metadata["counters"]
         seconds = counters["seconds"] - counters.get("start_up", 0.0)
     return replace(config, latents_dropout_prob=1.0, strict=False, max_time=seconds)

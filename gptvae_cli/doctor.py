@@ -151,6 +151,8 @@ def verdict(figures: Figures, config: TrainConfig) -> str:
         return (
             f"trained without a latent: {figures.cross_entropy_without:.2f} nats/text held out; compare with --baseline"
         )
+    if figures.texts < 2:
+        return "what the latent carries cannot be told from one held-out text"
     if figures.collapsed:
         return (
             f"collapsed: the latent carries {max(0.0, figures.mutual_information):.2f} nats of a text,"
@@ -162,21 +164,26 @@ def verdict(figures: Figures, config: TrainConfig) -> str:
             f"not used: the latent carries {figures.mutual_information:.1f} nats of a text, but the decoder writes"
             f" as well from another text's, within {abs(lost):.2f} nats"
         )
-    saved = figures.cross_entropy_without - figures.cross_entropy
+    carries = (
+        f"the latent carries {figures.mutual_information:.1f} nats of information per text, {figures.texts:,} of which"
+        f" can show at most {figures.most_information:.1f}"
+    )
+    if figures.cross_entropy >= figures.cross_entropy_without:
+        return f"{carries}; it does not help the decoder yet"
     return (
-        f"the latent carries {figures.mutual_information:.1f} nats of a text"
-        f" (of at most {math.log(figures.texts):.1f} that {figures.texts:,} texts can show)"
-        f" and saves the decoder {saved:.1f} of {figures.cross_entropy_without:.1f}"
+        f"{carries}; for a KL of {figures.kl:.1f} it lowers the cross-entropy from {figures.cross_entropy_without:.1f}"
+        f" to {figures.cross_entropy:.1f}"
     )
 
 
-def decline(kept: Figures, last: Figures, config: TrainConfig) -> str | None:
+def decline(kept: Figures, last: Figures, config: TrainConfig, epochs: float) -> str | None:
     """That a run made its model worse before its end, and what may keep it from that; None where it did not.
 
     Args:
         kept: of the best model.
         last: of the one at the end of the run, on the same texts.
         config: of the run.
+        epochs: passes over the corpus that the run made.
     """
     best, end = (
         f.cross_entropy_without if config.without_latent else f.cross_entropy + config.vae_kl_loss_weight * f.kl
@@ -184,9 +191,11 @@ def decline(kept: Figures, last: Figures, config: TrainConfig) -> str | None:
     )
     if end - best <= DECLINE * best:
         return None
+    overfits = f"more texts, a shorter run, or another --dropout than {config.dropout:g}"
+    better = overfits if epochs > 2 else "a longer run"
     return (
         f"the model that is kept is not the last one: held-out texts were at {best:.2f} nats/text then, at {end:.2f} at"
-        f" the end; more texts, a shorter run, or another --dropout than {config.dropout:g} may do better"
+        f" the end; {better} may do better"
     )
 
 

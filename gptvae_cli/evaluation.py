@@ -23,7 +23,7 @@ from torch import Tensor
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.device import rows_together, tokens_together
-from gptvae_cli.latent import active_dimensions, has_collapsed, mutual_information
+from gptvae_cli.latent import active_dimensions, entropy, has_collapsed, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
@@ -47,8 +47,9 @@ class Figures:
         cross_entropy_shuffled: given another text's sample.
         cross_entropy_without: given no latent.
         kl: raw KL of the posterior from the prior, never the excess over a floor.
-        mutual_information: between text and latent, at most ln(texts).
+        mutual_information: between text and latent, at most `entropy`.
         active_001, active_02: dimensions whose posterior mean has a variance above 0.01 and above 0.2.
+        entropy: of the texts, ln(texts) where no two are equal.
     """
 
     texts: int
@@ -60,6 +61,12 @@ class Figures:
     mutual_information: float
     active_001: int
     active_02: int
+    entropy: float | None = None
+
+    @property
+    def most_information(self) -> float:
+        """What the texts can show, in nats; files of earlier versions do not say which of them are equal."""
+        return math.log(self.texts) if self.entropy is None else self.entropy
 
     @property
     def nll_bound(self) -> float:
@@ -69,7 +76,7 @@ class Figures:
     @property
     def collapsed(self) -> bool:
         """Whether the latent carries next to nothing, see `latent.has_collapsed`."""
-        return has_collapsed(self.mutual_information, self.texts)
+        return has_collapsed(self.mutual_information, self.most_information)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +129,7 @@ def measure(
             mutual_information=0.0,
             active_001=0,
             active_02=0,
+            entropy=entropy(read_keys_of(batches, model.pad_id)),
         )
     found = measure_texts(model, batches, seed=seed, precision=precision)
     mean_NZ = found.posterior.mean_BZ
@@ -135,6 +143,7 @@ def measure(
         mutual_information=mutual_information(mean_NZ, found.posterior.log_var_BZ, found.sample_NZ),
         active_001=active_dimensions(mean_NZ, 0.01),
         active_02=active_dimensions(mean_NZ, 0.2),
+        entropy=entropy(read_keys_of(batches, model.pad_id)),
     )
 
 
@@ -151,7 +160,8 @@ def measure_texts(
         noise_NZ = torch.from_numpy(np.stack([n.standard_normal(model.dim_latent, dtype="float32") for n in noise]))
         sample_NZ = posterior.sample(noise_NZ.to(model.device))
         lengths_N = torch.cat([(batch.encoder_BT != model.pad_id).sum(-1) for batch in batches]).cpu().numpy()
-        others_NZ = sample_NZ[torch.from_numpy(_others(keys_N, lengths_N)).to(model.device)]
+        others_N = _others(read_keys_of(batches, model.pad_id), lengths_N)
+        others_NZ = sample_NZ[torch.from_numpy(others_N).to(model.device)]
         right, shuffled, without = [], [], []
         start = 0
         for batch in batches:
@@ -252,8 +262,19 @@ def importance_weighted(
 
 
 def keys_of(batch: Batch, pad_id: int) -> Keys:
-    """A number for every text that depends on nothing but what the encoder reads of it; equal texts have the same."""
-    rows = (row_T[row_T != pad_id] for row_T in batch.encoder_BT.cpu().numpy())
+    """A number for every text that depends on nothing but its tokens, and what the encoder reads where that differs."""
+    keys_B = _keys(batch.tokens_BT, pad_id)
+    # Texts that share a source have noise of their own. The one twice, or a text that is its own source had none.
+    return keys_B if batch.source_BT is None else (2 * keys_B + _keys(batch.source_BT, pad_id)) & (2**63 - 1)
+
+
+def read_keys_of(batches: Sequence[Batch], pad_id: int) -> Keys:
+    """A number for every text that depends on nothing but what the encoder reads of it: of its latent."""
+    return np.concatenate([_keys(batch.encoder_BT, pad_id) for batch in batches])
+
+
+def _keys(tokens_BT: Tensor, pad_id: int) -> Keys:
+    rows = (row_T[row_T != pad_id] for row_T in tokens_BT.cpu().numpy())
     digests = b"".join(blake2b(row_T.tobytes(), digest_size=8).digest() for row_T in rows)
     # Not above 2^63: NumPy makes a float of a list that holds both small and larger numbers, and Philox takes a list.
     return (np.frombuffer(digests, dtype="<u8") >> 1).astype(np.int64)

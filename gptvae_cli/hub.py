@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -222,9 +221,12 @@ def _training(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     corpus = training["corpus"]
     yield "corpus", f"{corpus['texts']:,} texts of {corpus['characters']:,} characters, held-out ones among them"
     yield "objective", f"{config.objective}, beta {config.vae_kl_loss_weight:g}"
-    yield "free bits", f"{config.target_rate:g} nats/text, {config.vae_kl_div_floor:g} nats a dimension"
+    yield "free bits", f"{config.target_rate:g} nats per text, {config.vae_kl_div_floor:g} nats per dimension"
     yield "latent dropout", f"{config.latents_dropout_prob:g}"
-    yield "steps", f"{training['steps']:,} of {config.batch_tokens:,} tokens, {training['epochs']:,g} epochs"
+    yield (
+        "steps",
+        f"{training['steps']:,} of {config.batch_tokens:,} tokens with padding, {training['epochs']:,g} epochs",
+    )
     yield "time", f"{training['seconds']:,.0f} s on {training['device']}, {training['precision']}"
     yield "learning rate, seed", f"{training['learning_rate']:.2g}, {config.seed}"
 
@@ -241,7 +243,7 @@ def _validation(training: Mapping[str, Any]) -> str:
         ("cross-entropy with another text's latent", f"{figures.cross_entropy_shuffled:.2f} nats/text"),
         ("cross-entropy without a latent", f"{figures.cross_entropy_without:.2f} nats/text"),
         ("KL", f"{figures.kl:.2f} nats/text"),
-        ("information", f"{figures.mutual_information:.2f} nats/text, of at most {math.log(figures.texts):.2f}"),
+        ("information", f"{figures.mutual_information:.2f} nats/text, of at most {figures.most_information:.2f}"),
         ("active dimensions", f"{figures.active_001}, {figures.active_02} strongly"),
     ]
     return f"{intro}; one sample of each posterior, seed {config.seed}.\n\n{_table(rows)}"

@@ -9,6 +9,8 @@ import math
 from itertools import pairwise
 from typing import get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -73,15 +75,25 @@ def mutual_information(mean_NZ: Tensor, log_var_NZ: Tensor, sample_NZ: Tensor, *
     return total / len(sample_NZ) + math.log(len(sample_NZ))
 
 
-def has_collapsed(information: float, texts: int) -> bool:
+def has_collapsed(information: float, most: float) -> bool:
     """Whether a latent carries next to nothing: less than a nat, or, where a few texts cannot show as much, than half
     of what they can.
 
     Args:
         information: mutual information of latent and text, in nats.
-        texts: that it was estimated over.
+        most: that the texts can show which it was estimated over, see `entropy`.
     """
-    return information < min(1.0, 0.5 * math.log(texts))
+    return information < min(1.0, 0.5 * most)
+
+
+def entropy(keys_N: npt.NDArray[np.int64]) -> float:
+    """What the mutual information over texts can be at most: their entropy in nats, ln N where no two are equal.
+
+    Args:
+        keys_N: of the texts; equal texts have equal ones.
+    """
+    shares = np.unique(keys_N, return_counts=True)[1] / len(keys_N)
+    return float(-(shares * np.log(shares)).sum())
 
 
 def active_dimensions(mean_NZ: Tensor, threshold: float) -> int:

@@ -248,6 +248,7 @@ def objective(
     weights: Weights,
     *,
     step_tokens: int | None = None,
+    step_rows: int | None = None,
     step_kl_Z: Tensor | None = None,
 ) -> Terms:
     """The loss of one batch, as the head of this module states it.
@@ -258,7 +259,7 @@ def objective(
         batch: on the model's device, as is `noise`.
         noise: the latent's noise and what is dropped.
         weights: of the terms.
-        step_tokens: target tokens of the whole optimizer step, when this batch is a part of it.
+        step_tokens, step_rows: target tokens and rows of the whole optimizer step, when this batch is a part of it.
         step_kl_Z: likewise its `mean_kl`: what is free is free of all parts together. The total then leaves out what is
             free, which has no gradient.
     """
@@ -277,7 +278,7 @@ def objective(
         bow = bag_of_words(latents_BZ, batch.tokens_BT, (config.pad_id, config.bos_id, config.eos_id))
     tokens = step_tokens or batch.target_tokens
     if weights.objective == "stock":
-        kl_term = F.relu(kl_BZ - weights.floor).sum(dim=-1).mean() * (batch.target_tokens / tokens)
+        kl_term = F.relu(kl_BZ - weights.floor).sum() / (step_rows or len(kl_BZ))
         total = cross_entropy / tokens + weights.beta * kl_term
     else:
         if step_kl_Z is None:

@@ -208,7 +208,8 @@ def merged(layers: Sequence[Layer]) -> Layer:
 
 
 def to_toml(configs: Iterable[Options]) -> str:
-    """Configs as the tables of a file that `file_layer` reads; what is not set stands in comments.
+    """Configs as the tables of a file that `file_layer` reads; what is not set stands in
+    comments, to be filled in.
 
     Raises:
         ConfigError: for the name of a file that is not Unicode.
@@ -219,7 +220,7 @@ def to_toml(configs: Iterable[Options]) -> str:
         lines += [f"[{names[type(config)]}]"]
         for key, value in to_dict(config).items():
             unset = value is None or value == []
-            lines += [f"# {key}: {UNSET.get(key, 'not set')}" if unset else f"{key} = {_toml_value(value)}"]
+            lines += [f"# {key} =    # {UNSET.get(key, 'not set')}" if unset else f"{key} = {_toml_value(value)}"]
         lines += [""]
     return "\n".join(lines)
 

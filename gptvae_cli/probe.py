@@ -67,7 +67,7 @@ def probe(latents_NZ: Floats, texts: Sequence[str], labels: Sequence[str], *, se
     Args:
         latents_NZ: of the texts, their posteriors' means.
         texts: as the model read them.
-        labels: of the texts; an empty one is none, and its text is left out.
+        labels: of the texts; an empty one is none, and its text is left out. Of equal texts the first counts.
         seed: of the split, the folds and the SVD.
 
     Raises:
@@ -82,8 +82,11 @@ def probe(latents_NZ: Floats, texts: Sequence[str], labels: Sequence[str], *, se
     from sklearn.model_selection import train_test_split
 
     names, number_N = np.unique(np.asarray(labels), return_inverse=True)
-    times_N = np.bincount(number_N)[number_N]
-    usable = np.flatnonzero((times_N >= FEWEST) & (np.asarray(labels) != ""))
+    labelled = np.flatnonzero(np.asarray(labels) != "")
+    # Equal texts have equal latents: one that is trained on must not be tested on.
+    distinct = np.array(list({texts[i]: i for i in labelled[::-1]}.values()), dtype=np.int64)[::-1]
+    times = np.bincount(number_N[distinct], minlength=len(names))
+    usable = distinct[times[number_N[distinct]] >= FEWEST]
     kinds = len(np.unique(number_N[usable]))
     if kinds < 2:
         raise DataError(

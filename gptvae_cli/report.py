@@ -31,9 +31,10 @@ from gptvae_cli.evaluation import (
     keys_of,
     measure_texts,
     measure_without_latent,
+    read_keys_of,
     write_greedily,
 )
-from gptvae_cli.latent import active_dimensions, has_collapsed, mutual_information
+from gptvae_cli.latent import active_dimensions, entropy, has_collapsed, mutual_information
 from gptvae_cli.probe import PROTOCOL, probe
 
 Floats = npt.NDArray[np.float64]
@@ -47,16 +48,19 @@ are trained, where there are more."""
 _GOLDEN = 0x4F1BBCDCBFA53E0B
 """2^63 over the golden ratio: multiples of it, modulo 2^63, are spread as evenly as can be."""
 _PIECE_TEXTS, _PIECE_TOKENS = 4096, 2**21
+_COUNTS = ("texts", "empty", "tokens", "words", "bytes")
 _NGRAMS = [f"bleu_{i}" for i in range(bleu.COUNTS)]
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What was measured of some consecutive texts: columns [N], and for a model with a latent their `posteriors`:
-    places in the corpus and texts [N], means, log-variances and a sample of each [N Z]."""
+    """What was measured of some consecutive texts: columns and hashes of the texts [N], and for a model with a latent
+    their `posteriors`: places in the corpus, texts, and numbers of what the encoder read [N], means, log-variances and
+    a sample of each [N Z]."""
 
     columns: Columns
     keys_N: Keys
+    texts_N: Keys
     posteriors: Arrays | None
 
 
@@ -69,6 +73,7 @@ def measured(
     seed: int = 0,
     precision: torch.dtype = torch.float32,
     banned: Sequence[int] = (),
+    running: bool = False,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Iterator[Piece]:
     """Measures texts, a piece at a time, in their order.
@@ -81,9 +86,12 @@ def measured(
         seed: of the latents that are drawn.
         precision: bfloat16 computes under autocast.
         banned: tokens that a reconstruction never holds.
+        running: each text goes on where the one before ended, windows: a word may be in two of them, and counts once.
         on_progress: called with the texts measured so far.
     """
-    model, config = checkpoint.model, checkpoint.header.model
+    model, config, tokenizer = checkpoint.model, checkpoint.header.model, checkpoint.tokenizer
+    sizes = tokenizer.sizes() if tokenizer.is_exact else None
+    within_a_word = False
     done, most = 0, tokens_together(model.device)
     for piece in _pieces(zip(rows, repeat(None) if sources is None else sources, strict=False)):
         targets = [row for row, _ in piece]
@@ -93,19 +101,34 @@ def measured(
         back = np.argsort(np.concatenate(plan_batches(np.array([*map(len, targets)]), most)))
         keys_N = np.concatenate([keys_of(batch, config.pad_id) for batch in batches])[back]
         plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in targets]
-        texts = [checkpoint.tokenizer.decode(ids) for ids in plain]
-        ends = [row[-1] == config.eos_id for row in targets]
+        texts = [tokenizer.decode(ids) for ids in plain]
+        ends_N = np.array([row[-1] == config.eos_id for row in targets])
+        words_N = np.array([len(text.split()) for text in texts])
+        if running:
+            begins_N = np.array([text[:1].strip() != "" for text in texts])
+            goes_on_N = np.array([within_a_word, *(text[-1:].strip() != "" for text in texts)])
+            words_N -= begins_N & goes_on_N[:-1]
+            within_a_word = bool(goes_on_N[-1])
+        # A text that was cut may end within a character, which the decoded one shows as U+FFFD.
+        bytes_N = np.array(
+            [
+                len(text.encode()) if sizes is None else sum(map(sizes.__getitem__, ids))
+                for text, ids in zip(texts, plain, strict=True)
+            ]
+        )
         columns = {
             "texts": np.ones(len(targets)),
             "tokens": np.array([len(row) - 1.0 for row in targets]),
-            "words": np.array([len(text.split()) + end for text, end in zip(texts, ends, strict=True)], float),
-            "bytes": np.array([len(text.encode()) + end for text, end in zip(texts, ends, strict=True)], float),
+            "words": (words_N + ends_N).astype(float),
+            "bytes": (bytes_N + ends_N).astype(float),
+            "empty": (bytes_N == 0).astype(float),
         }
+        texts_N = np.array([hash(each) for each in zip(texts, bytes_N.tolist(), strict=True)])
         if not checkpoint.header.has_latent:
             columns["nll"] = measure_without_latent(model, batches, precision=precision).numpy()[back]
             done += len(targets)
             on_progress(done)
-            yield Piece(columns, keys_N, None)
+            yield Piece(columns, keys_N, texts_N, None)
             continue
         found = measure_texts(model, batches, seed=seed, precision=precision)
         nll_N = importance_weighted(
@@ -118,26 +141,27 @@ def measured(
         )
         mean_NZ = found.posterior.mean_BZ[back]
         written = write_greedily(model, mean_NZ.to(model.device), banned=banned, precision=precision)
-        ngrams = [bleu.counts(a, checkpoint.tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
+        ngrams = [bleu.counts(a, tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
         columns |= {
             "nll": nll_N.numpy()[back],
             "right": found.cross_entropy_N.numpy()[back],
             "shuffled": found.cross_entropy_shuffled_N.numpy()[back],
             "without": found.cross_entropy_without_N.numpy()[back],
             "kl": found.kl_N.numpy()[back],
-            "correct": np.array([correct_tokens(*each) for each in zip(plain, written, ends, strict=True)], float),
+            "correct": np.array([correct_tokens(*each) for each in zip(plain, written, ends_N, strict=True)], float),
             "exact": np.array([a == b for a, b in zip(plain, written, strict=True)], float),
             **dict(zip(_NGRAMS, np.array(ngrams, float).T, strict=True)),
         }
         posteriors = {
             "place": np.arange(done, done + len(targets)),
             "text": np.array(texts, dtype=object),
+            "read": read_keys_of(batches, config.pad_id)[back],
             "mean": mean_NZ.numpy(),
             "log_var": found.posterior.log_var_BZ[back].numpy(),
             "sample": found.sample_NZ[back].numpy(),
         }
         done += len(targets)
-        yield Piece(columns, keys_N, posteriors)
+        yield Piece(columns, keys_N, texts_N, posteriors)
 
 
 def _pieces(items: Iterable[tuple[Row, Row | None]]) -> Iterator[list[tuple[Row, Row | None]]]:
@@ -161,6 +185,7 @@ class Gathered:
 
     columns: list[Columns] = field(default_factory=list)
     keys: list[Keys] = field(default_factory=list)
+    hashes: list[Keys] = field(default_factory=list)
     means: list[npt.NDArray[np.float32]] = field(default_factory=list)
     sample: Arrays | None = None
     """Posteriors of the texts whose rank is among the lowest, in order of rank. Ranks are as good as random, so these
@@ -171,6 +196,7 @@ class Gathered:
         """Adds the next piece."""
         self.columns.append(piece.columns)
         self.keys.append(piece.keys_N)
+        self.hashes.append(piece.texts_N)
         if piece.posteriors is not None:
             self.means.append(piece.posteriors["mean"])
             ranked = {"rank": self._ranks(piece.keys_N), **piece.posteriors}
@@ -234,15 +260,15 @@ def report(
         samples, seed: as in `measured`.
 
     Raises:
-        ConfigError: where the baseline did not read the same texts: it cuts long ones elsewhere.
+        ConfigError: where the baseline did not read the same texts: it cuts long ones elsewhere, or changes them.
         DataError, ConfigError: as `probe.probe`.
     """
     order = model.order()
     table = model.table(order)
     if baseline is not None:
-        table["baseline"] = _baseline_column(model, baseline, order, table)
+        table["baseline"] = _baseline_column(model, baseline, order)
     error = float(table["nll"].std(ddof=1) / math.sqrt(model.texts))
-    values: dict[str, Any] = {name: round(table[name].sum()) for name in ("texts", "tokens", "words", "bytes")}
+    values: dict[str, Any] = {name: round(table[name].sum()) for name in _COUNTS}
     values |= {"seed": seed, **figures(bootstrap.totals(table)), "nll_standard_error_nats_per_text": error}
     intervals = bootstrap.intervals(table, figures)
     sample = model.sample
@@ -258,18 +284,17 @@ def report(
     return Report(values, intervals)
 
 
-def _baseline_column(model: Gathered, baseline: Gathered, order: npt.NDArray[np.int64], table: Columns) -> Floats:
+def _baseline_column(model: Gathered, baseline: Gathered, order: npt.NDArray[np.int64]) -> Floats:
     """The NLL of every text by the baseline."""
     different = model.texts
     if baseline.texts == model.texts:
-        others = baseline.table(order)
-        different = int((others["bytes"] != table["bytes"]).sum())
+        different = int((np.concatenate(baseline.hashes) != np.concatenate(model.hashes)).sum())
     if different:
         raise ConfigError(
-            f"model and baseline cut {different:,} texts at different places",
+            f"model and baseline read {different:,} texts differently: they cut or tokenise them in other ways",
             hint="compare models of the same tokenizer and --max-seq-len, or leave long texts out",
         )
-    return others["nll"]
+    return baseline.table(order)["nll"]
 
 
 def figures(sums: Mapping[str, float]) -> dict[str, float]:
@@ -278,7 +303,7 @@ def figures(sums: Mapping[str, float]) -> dict[str, float]:
     found = {
         "nll_nats_per_text": nll / texts,
         "perplexity_per_token": math.exp(min(700.0, nll / sums["tokens"])),
-        "perplexity_per_word": math.exp(min(700.0, nll / sums["words"])),
+        "perplexity_per_word": math.exp(min(700.0, nll / max(1.0, sums["words"]))),
         "bits_per_byte": nll / sums["bytes"] / math.log(2),
     }
     if "baseline" in sums:
@@ -302,14 +327,15 @@ def figures(sums: Mapping[str, float]) -> dict[str, float]:
 
 def _information(model: Gathered, sample: Arrays, values: Mapping[str, Any]) -> dict[str, Any]:
     """What the latent carries."""
-    texts = len(sample["text"])
+    texts, most = len(sample["text"]), entropy(sample["read"])
     information = mutual_information(*(torch.from_numpy(sample[name]) for name in ("mean", "log_var", "sample")))
     mean_NZ = torch.from_numpy(np.concatenate(model.means))
     return {
         "mutual_information_nats": information,
         "mutual_information_texts": texts,
-        "information_share": information / max(1e-9, min(values["kl_nats_per_text"], math.log(texts))),
-        "collapsed": has_collapsed(information, texts),
+        "mutual_information_most_nats": most,
+        "information_share": information / max(1e-9, min(values["kl_nats_per_text"], most)),
+        "collapsed": has_collapsed(information, most),
         "dim_latent": mean_NZ.shape[1],
         "active_001": active_dimensions(mean_NZ, 0.01),
         "active_02": active_dimensions(mean_NZ, 0.2),

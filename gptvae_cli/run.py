@@ -80,6 +80,11 @@ class Job:
         return config
 
     @property
+    def epochs(self) -> float:
+        """Passes over the corpus so far."""
+        return self.learner.counters.texts / len(self.rows)
+
+    @property
     def banned(self) -> list[int]:
         """Tokens that a model of this unit never writes."""
         return self.corpus.tokenizer.line_break_ids() if self.data.unit == "line" else []
@@ -179,7 +184,7 @@ class Job:
             "threads": torch.get_num_threads(),
             "corpus": asdict(self.corpus.facts),
             "steps": counters.step,
-            "epochs": round(counters.tokens / max(1, self.corpus.train.count + len(self.corpus.train)), 2),
+            "epochs": round(self.epochs, 2),
             "seconds": round(counters.seconds, 1),
             "tokens_seen": counters.tokens,
             "validation": None if self.figures is None else asdict(self.figures),
@@ -369,6 +374,8 @@ def resume(
         notes.append(state.note)
     job = Job(folder, corpus, data, learner, precision, notes)
     was, now = (share_done(limits, counters, len(job.rows)) for limits in (stored, config))
+    if now >= 1:
+        notes.append("nothing is left to do; --max-time, --steps and --epochs say how far a run goes in all")
     if counters.treated_at != UNTREATED and was > 0:
         counters.treated_at *= now / was  # it is a share of the run, which may now be a longer one
     return job

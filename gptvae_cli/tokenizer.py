@@ -75,6 +75,15 @@ class Tokenizer:
             and set(pre_tokenizers.ByteLevel.alphabet()) <= self._tokenizer.get_vocab().keys()
         )
 
+    def sizes(self) -> list[int]:
+        """Bytes of UTF-8 that every token stands for, special ones none; of a tokenizer that `is_exact`."""
+        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        sizes = [0] * self.num_tokens
+        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            # The library writes a byte as one character, but for tokens that were added, which it writes as they are.
+            sizes[number] = len(token.encode("utf-8") if token in added else token)
+        return sizes
+
     @classmethod
     def bytes(cls) -> Tokenizer:
         """One token for each byte of UTF-8; its id is the byte."""

@@ -133,7 +133,7 @@ def train(
         nonlocal last_validation
         start = time.monotonic()
         figures = measure(model, held_out, seed=config.seed, precision=precision, without_latent=config.without_latent)
-        if not all(map(math.isfinite, asdict(figures).values())):
+        if not all(math.isfinite(value) for value in asdict(figures).values() if value is not None):
             raise diverged("validation is not finite", counters.step)
         # Before beta has reached its final value a model is not comparable with later ones; without a latent it weighs
         # nothing.
@@ -206,19 +206,25 @@ def train(
 def share_done(config: TrainConfig, counters: Counters, texts: int, *, to_come: float = 0.0) -> float:
     """Share of a run that is done, in [0, 1], by that of its limits which it is nearest to.
 
+    Of time it is a share of what was left for learning as the first step began: a schedule is not over because a corpus
+    took long to read.
+
     Args:
         config: has the limits.
         counters: of the run.
         texts: of a pass over its corpus.
         to_come: seconds that are needed behind the last step.
     """
+    if counters.step == 0:  # one is taken, however late it is
+        return 0.0
     shares = []
     if config.steps is not None:
         shares.append(counters.step / config.steps)
     if config.epochs is not None:
         shares.append(counters.texts / texts / config.epochs)
     if config.max_time is not None:
-        shares.append((counters.seconds + to_come) / config.max_time)
+        learning = config.max_time - counters.start_up
+        shares.append((counters.seconds - counters.start_up + to_come) / learning if learning > 0 else 1.0)
     return min(1.0, max(shares))
 
 
@@ -263,7 +269,8 @@ def _step(
     learning_rate = learner.lr * learning_rate_factor(progress, warmup=config.warmup, decay=config.decay)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate * group["times"]
-    step_tokens, step_kl_Z = sum(batch.target_tokens for batch in batches), None
+    step_tokens, step_rows = sum(batch.target_tokens for batch in batches), sum(len(b.tokens_BT) for b in batches)
+    step_kl_Z = None
     parts = [
         (batch, training_noise(now, learner.counters.step, part, batch, model.config, dropout))
         for part, batch in enumerate(batches)
@@ -281,6 +288,7 @@ def _step(
                 noise.to(device),
                 weights,
                 step_tokens=step_tokens,
+                step_rows=step_rows,
                 step_kl_Z=step_kl_Z,
             )
         terms.total.backward()  # type: ignore[no-untyped-call]

@@ -61,9 +61,19 @@ def of(model: Path) -> Baseline:
     return Baseline(model, read_header(model))
 
 
-def test_it_is_the_model_without_a_latent_for_the_time_that_the_model_took(model: Path) -> None:
+def test_it_is_the_model_without_a_latent_for_the_time_that_the_model_took(tmp_path: Path) -> None:
+    config = replace(CONFIG, max_time=60.0)
+    assert of(train(tmp_path / "run", config)).config == replace(config, latents_dropout_prob=1.0, max_time=30.0)
+
+
+def test_where_steps_ended_the_run_they_end_its_baseline(model: Path) -> None:
+    """However slow the machine is by then; but the time is what counts where somebody ended the run before."""
     baseline = of(model)
-    assert baseline.config == replace(CONFIG, latents_dropout_prob=1.0, max_time=30.0)
+    assert baseline.config == replace(CONFIG, latents_dropout_prob=1.0)
+    log = model.parent / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"done": true', '"done": false'))
+    assert of(model).config == replace(CONFIG, latents_dropout_prob=1.0, max_time=30.0)
+    log.write_text(log.read_text().replace('"done": false', '"done": true'))
     assert not baseline.fits()
     assert learn(baseline)[-1] == 4
     found = read_header(baseline.path)
@@ -99,6 +109,8 @@ def test_one_of_another_run_is_replaced_and_what_is_not_ours_stays(model: Path) 
 
 def test_without_a_state_the_time_is_that_of_the_configuration_or_of_the_header(model: Path) -> None:
     (model.parent / "state.safetensors").unlink()
+    assert of(model).config.max_time is None
+    (model.parent / "metrics.jsonl").unlink()
     assert of(model).config.max_time == 40.0
     timed = replace(read_header(model), training=read_header(model).training)
     timed.training["train"]["max_time"] = 50.0

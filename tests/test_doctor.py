@@ -255,9 +255,15 @@ def test_a_treatment_that_fails_does_not_cost_the_model_from_before(
 def test_the_verdict_says_what_the_latent_carries() -> None:
     text = verdict(HEALTHY, TrainConfig())
     assert text == (
-        "the latent carries 6.0 nats of a text (of at most 6.9 that 1,000 texts can show)"
-        " and saves the decoder 4.0 of 24.0"
+        "the latent carries 6.0 nats of information per text, 1,000 of which can show at most 6.9;"
+        " for a KL of 8.0 it lowers the cross-entropy from 24.0 to 20.0"
     )
+
+
+def test_the_verdict_does_not_speak_of_help_where_there_is_none() -> None:
+    """A decoder that hardly knows the language may do better without the latent, if worse with another text's."""
+    text = verdict(replace(HEALTHY, cross_entropy_without=19.9), TrainConfig())
+    assert text.endswith("at most 6.9; it does not help the decoder yet")
 
 
 def test_the_verdict_calls_a_collapse_a_collapse() -> None:
@@ -296,23 +302,26 @@ def test_a_latent_that_is_not_used_comes_with_advice(
 
 def test_a_run_that_got_worse_is_told_so() -> None:
     """By a hundredth of its likelihood at least: held out, 28.00 nats a text, and 28.27 are the same."""
-    assert decline(HEALTHY, replace(HEALTHY, kl=8.27), TrainConfig()) is None
-    assert decline(replace(HEALTHY, kl=9.0), HEALTHY, TrainConfig()) is None
-    assert decline(HEALTHY, replace(HEALTHY, kl=8.29, cross_entropy_without=1.0), TrainConfig(dropout=0.2)) == (
+    assert decline(HEALTHY, replace(HEALTHY, kl=8.27), TrainConfig(), 20.0) is None
+    assert decline(replace(HEALTHY, kl=9.0), HEALTHY, TrainConfig(), 20.0) is None
+    worse = replace(HEALTHY, kl=8.29, cross_entropy_without=1.0)
+    assert decline(HEALTHY, worse, TrainConfig(dropout=0.2), 20.0) == (
         "the model that is kept is not the last one: held-out texts were at 28.00 nats/text then, at 28.29 at the end;"
         " more texts, a shorter run, or another --dropout than 0.2 may do better"
     )
+    young = decline(HEALTHY, worse, TrainConfig(dropout=0.2), 2.0)
+    assert young is not None and young.endswith("; a longer run may do better"), "two passes do not overfit"
 
 
 def test_a_run_got_worse_by_its_own_beta() -> None:
     """That is what the best model has least of."""
-    assert decline(HEALTHY, replace(HEALTHY, kl=8.5), TrainConfig(vae_kl_loss_weight=0.1)) is None
-    assert decline(HEALTHY, replace(HEALTHY, kl=12.0), TrainConfig(vae_kl_loss_weight=0.1)) is not None
+    assert decline(HEALTHY, replace(HEALTHY, kl=8.5), TrainConfig(vae_kl_loss_weight=0.1), 20.0) is None
+    assert decline(HEALTHY, replace(HEALTHY, kl=12.0), TrainConfig(vae_kl_loss_weight=0.1), 20.0) is not None
 
 
 def test_without_a_latent_a_run_got_worse_where_the_decoder_did() -> None:
     baseline = TrainConfig(latents_dropout_prob=1.0)
-    assert decline(HEALTHY, replace(HEALTHY, kl=99.0), baseline) is None
-    found = decline(HEALTHY, replace(HEALTHY, cross_entropy_without=25.0), baseline)
+    assert decline(HEALTHY, replace(HEALTHY, kl=99.0), baseline, 20.0) is None
+    found = decline(HEALTHY, replace(HEALTHY, cross_entropy_without=25.0), baseline, 20.0)
     assert found is not None
     assert "at 24.00 nats/text then, at 25.00" in found

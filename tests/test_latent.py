@@ -17,6 +17,7 @@ from gptvae_cli.config import PathKind
 from gptvae_cli.errors import ConfigError, ExitCode
 from gptvae_cli.latent import (
     active_dimensions,
+    entropy,
     free_bits,
     kl_to_standard_normal,
     lerp,
@@ -158,6 +159,17 @@ def test_active_dimensions_equal_numpy(threshold: float) -> None:
     expected = int((np.var(mean_NZ.numpy(), axis=0) > threshold).sum())
     assert active_dimensions(mean_NZ, threshold) == expected
     assert 0 < expected < 30
+
+
+def test_the_variance_is_that_of_these_texts_and_no_estimate_of_that_of_more() -> None:
+    assert active_dimensions(torch.tensor([[0.0], [0.28]]), 0.0196 + 1e-6) == 0
+    assert active_dimensions(torch.tensor([[0.0], [0.28]]), 0.0196 - 1e-6) == 1
+
+
+@pytest.mark.parametrize("counts", [[1] * 7, [3, 1], [5], [10, 10, 1]])
+def test_what_texts_can_show_is_their_entropy(counts: list[int]) -> None:
+    keys_N = np.repeat(np.arange(len(counts)), counts)
+    assert entropy(keys_N) == pytest.approx(float(scipy.stats.entropy(counts)))
 
 
 def test_a_constant_dimension_is_not_active() -> None:

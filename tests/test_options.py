@@ -80,8 +80,8 @@ def test_configs_survive_a_file(write: Callable[[str], Path], configs: list[Any]
 
 def test_what_is_not_set_stands_in_comments_that_say_what_it_means() -> None:
     text = to_toml([RunConfig(), TrainConfig(max_time=None, steps=3)])
-    assert "# lr: by the width of the model\n" in text
-    assert "# corpus: standard input\n" in text
+    assert "# lr =    # by the width of the model\n" in text
+    assert "# corpus =    # standard input\n" in text
     assert "max_time" not in tomllib.loads(text)["train"]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
@@ -74,10 +75,9 @@ def test_unlabelled_texts_and_rare_labels_are_left_out() -> None:
     assert found.latent.tolist() == known.latent.tolist()
 
 
-@pytest.mark.parametrize("text", ["", " ", "x"])
-def test_texts_without_words_are_as_good_as_the_commonest_label(text: str) -> None:
+def test_texts_without_words_are_as_good_as_the_commonest_label() -> None:
     latents, _, labels = data()
-    found = probe(latents, [text] * len(labels), labels, seed=0)
+    found = probe(latents, [" " * i for i in range(len(labels))], labels, seed=0)
     assert found.words.tolist() == found.commonest.tolist()
 
 
@@ -90,6 +90,47 @@ def test_characters_are_counted_where_words_say_nothing() -> None:
     found = probe(random.normal(size=(80, 8)).astype("float32"), texts, labels, seed=0)
     assert found.unit == "characters"
     assert found.words.mean() == 1
+
+
+def test_words_are_counted_where_characters_say_less() -> None:
+    """The same letters make the words of both labels."""
+    random = np.random.default_rng(2)
+    labels = ["one", "other"] * 60
+    words = {"one": ["abab cdcd", "dede fgfg"], "other": ["abcd abcd", "defg defg"]}
+    filler = ["".join(random.choice(list("abcdefg"), 4)) for _ in range(30)]
+    texts = [" ".join([*random.choice(filler, 12), random.choice(words[label])]) for label in labels]
+    found = probe(random.normal(size=(120, 8)).astype("float32"), texts, labels, seed=0)
+    assert found.unit == "words"
+
+
+def test_nothing_is_fitted_to_the_texts_that_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    latents, texts, labels = data()
+    fitted: list[list[str]] = []
+    fit = TfidfVectorizer.fit_transform
+
+    def record(self: Any, raw_documents: list[str], y: Any = None) -> Any:
+        fitted.append(list(raw_documents))
+        return fit(self, raw_documents, y)
+
+    monkeypatch.setattr(TfidfVectorizer, "fit_transform", record)
+    probe(latents, texts, labels, seed=3)
+    train, _ = train_test_split(np.arange(150), test_size=0.2, stratify=np.array(labels), random_state=3)
+    assert fitted == [[texts[i] for i in train]] * 2
+
+
+def test_equal_texts_are_not_learnt_by_heart() -> None:
+    """Labels at random, each text four times: a copy in the part that is trained on would give its label away."""
+    random = np.random.default_rng(4)
+    latents = random.normal(size=(120, 60)).astype("float32")
+    texts = [f"text {i}" for i in range(120)]
+    labels = [str(label) for label in random.integers(0, 2, 120)]
+    once = probe(latents, texts, labels, seed=0)
+    often = probe(np.concatenate([latents] * 4), texts * 4, labels * 4, seed=0)
+    assert (often.texts, often.latent.tolist(), often.words.tolist()) == (
+        120,
+        once.latent.tolist(),
+        once.words.tolist(),
+    )
 
 
 def test_one_label_is_not_enough() -> None:

@@ -151,7 +151,7 @@ def test_a_text_that_is_there_often_is_as_often_in_the_sample(monkeypatch: pytes
         keys_N = random.permutation(np.append(np.random.default_rng(1).integers(0, 2**63, 7000), [12345] * 3000))
         found = Gathered()
         for part_N in np.array_split(keys_N, pieces):
-            found.add(report.Piece({}, part_N, {"mean": np.zeros((len(part_N), 1)), "key": part_N}))
+            found.add(report.Piece({}, part_N, part_N, {"mean": np.zeros((len(part_N), 1)), "key": part_N}))
         assert found.sample is not None
         assert 0.25 < np.mean(found.sample["key"] == 12345) < 0.35
         samples.append(found.sample["key"].tolist())
@@ -166,6 +166,84 @@ def test_a_text_that_is_cut_has_no_end_to_get_right(checkpoint: Checkpoint) -> N
     for piece in measured(checkpoint, rows, samples=1, banned=[ord("z"), ord("q"), checkpoint.tokenizer.eos_id]):
         found.add(piece)
     assert report.report(found, samples=1, seed=0).values["token_accuracy"] == 0
+
+
+def test_all_of_a_text_must_come_back_its_last_token_too(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["one", "two", ""]
+    wrong = [list(b"one"), list(b"twx"), []]
+    monkeypatch.setattr(report, "write_greedily", lambda *args, **options: wrong)
+    found = values_of(checkpoint, texts)
+    assert found["exact_match"] == pytest.approx(2 / 3)
+    assert found["token_accuracy"] == pytest.approx(8 / 9), "ends counted"
+    assert found["empty"] == 1
+
+
+@pytest.mark.parametrize("text", ["日本語の文章です", "Привет, мир, и до свидания", "naïve café " * 3])
+def test_bytes_are_those_that_were_read_where_a_text_is_cut_within_a_character(
+    checkpoint: Checkpoint, text: str
+) -> None:
+    texts = [text, text[1:], "short"]
+    found = values_of(checkpoint, texts)
+    longest = checkpoint.header.model.max_seq_len - 1
+    sizes = [min(longest, len(each.encode()) + 1) for each in texts]  # an end counts as one
+    assert max(sizes) == longest, "one is cut"
+    assert found["bytes"] == sum(sizes)
+    nats = found["nll_nats_per_text"] * len(texts)
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(sizes))
+
+
+@pytest.mark.parametrize("piece_texts", [2, 4096])
+def test_a_word_that_two_windows_share_counts_once(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, piece_texts: int
+) -> None:
+    monkeypatch.setattr(report, "_PIECE_TEXTS", piece_texts)
+    text = "A running text  has words of\nmany sizes, extraordinarily " + "long" * 20 + " ones and a b c d e f g."
+    found = Gathered()
+    rows = list(Encoder(checkpoint, "window").rows([text]))
+    assert len(rows) > 5
+    for piece in measured(checkpoint, rows, samples=1, running=True):
+        found.add(piece)
+    values = report.report(found, samples=1, seed=0).values
+    assert (values["words"], values["bytes"]) == (len(text.split()), len(text))
+
+
+def test_information_is_judged_by_what_the_texts_can_show(checkpoint: Checkpoint) -> None:
+    """Of fifty times two texts that is ln 2, which is no collapse."""
+    found = values_of(checkpoint, ["the quick fox", "日本"] * 50)
+    assert found["mutual_information_most_nats"] == pytest.approx(math.log(2))
+    assert found["mutual_information_nats"] == pytest.approx(math.log(2), abs=0.05)
+    assert found["information_share"] == pytest.approx(1, abs=0.1)
+    assert found["kl_nats_per_text"] > math.log(2)
+    assert found["collapsed"] is False
+    # A KL that is less than the texts could show is the most that there is.
+    narrow = values_of(checkpoint, TEXTS)
+    assert narrow["information_share"] == pytest.approx(
+        narrow["mutual_information_nats"] / min(narrow["kl_nats_per_text"], narrow["mutual_information_most_nats"])
+    )
+
+
+def test_a_latent_that_says_nothing_has_collapsed(tmp_path: Path) -> None:
+    model = load(make_model(tmp_path / "model.safetensors"), device=torch.device("cpu"))
+    for parameter in model.model.to_latent_mean_log_variance.parameters():
+        torch.nn.init.zeros_(parameter)
+    found = values_of(model, TEXTS)
+    assert found["mutual_information_nats"] == pytest.approx(0, abs=1e-4)
+    assert found["collapsed"] is True
+
+
+def test_labels_are_read_off_the_means(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        report, "probe", lambda latents_NZ, texts, labels, seed: seen.append((latents_NZ, texts, labels))
+    )
+    with pytest.raises(AttributeError):  # it found nothing
+        values_of(checkpoint, TEXTS, [text[:1] for text in TEXTS])
+    ((latents_NZ, texts, labels),) = seen
+    encodings = list(Encoder(checkpoint, "line").encode(texts))
+    assert np.allclose(latents_NZ, np.stack([encoding.mean_Z for encoding in encodings]), atol=1e-5)
+    assert labels == [text[:1] for text in texts]
 
 
 def test_every_interval_is_around_its_figure(checkpoint: Checkpoint) -> None:
@@ -193,9 +271,9 @@ def test_a_baseline_is_compared_text_by_text(checkpoint: Checkpoint, tmp_path: P
 
 def test_a_baseline_that_read_something_else_is_refused(checkpoint: Checkpoint) -> None:
     model = gather(checkpoint, TEXTS)
-    with pytest.raises(ConfigError, match="cut 1 texts at different places"):
+    with pytest.raises(ConfigError, match="read 1 texts differently"):
         report.report(model, gather(checkpoint, [t[:20] for t in TEXTS]), samples=SAMPLES, seed=2)
-    with pytest.raises(ConfigError, match=f"cut {len(TEXTS)} texts"):
+    with pytest.raises(ConfigError, match=f"read {len(TEXTS)} texts"):
         report.report(model, gather(checkpoint, TEXTS[:-1]), samples=SAMPLES, seed=2)
 
 

@@ -20,11 +20,11 @@ from gptvae_cli.data import Epoch, Rows
 from gptvae_cli.doctor import recipe
 from gptvae_cli.errors import CheckpointError, DivergedError, ExitCode
 from gptvae_cli.evaluation import Figures, reconstruct
-from gptvae_cli.learner import EMBEDDINGS_FASTER, Learner, counters_dict
+from gptvae_cli.learner import EMBEDDINGS_FASTER, Counters, Learner, counters_dict
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import BagOfWords, Batch, Weights, objective
 from gptvae_cli.schedule import Dropout
-from gptvae_cli.training import StepReport, score, train, training_noise
+from gptvae_cli.training import StepReport, score, share_done, train, training_noise
 
 SENTENCES = [
     "the cat sleeps",
@@ -113,6 +113,31 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Figures]], None]
 
 
 # Learning -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_is_clipped(make_rows: MakeRows) -> None:
+    """Adam divides by its size, but for its epsilon: clipped to far less than that, it moves nothing."""
+    rows = make_rows()
+    moved = []
+    for clip in (1e-15, 1.0):
+        learner = learner_of(config(steps=3, clip=clip, weight_decay=0.0))
+        before = {name: value.detach().clone() for name, value in learner.named.items()}
+        run(learner, rows)
+        moved.append(max(float((value - before[name]).detach().abs().max()) for name, value in learner.named.items()))
+    assert moved[0] < 1e-6 < 1e-3 < moved[1]
+
+
+def test_dropout_grows_with_passes_of_which_parts_count(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+
+    def shares(dropout: float, epochs: float, weights_per_token: float) -> Dropout:
+        seen.append(epochs)
+        return Dropout(0.0, 0.0)
+
+    monkeypatch.setattr("gptvae_cli.training.dropout_shares", shares)
+    rows = make_rows([f"{i:02}" + "x" * 20 for i in range(10)])
+    run(learner_of(config(epochs=2.0, batch_tokens=48)), rows)
+    assert seen == pytest.approx([i * 0.2 for i in range(10)])
 
 
 def test_a_tiny_model_learns_ten_sentences_by_heart(make_rows: MakeRows) -> None:
@@ -386,6 +411,36 @@ def test_time_ends_a_run(make_rows: MakeRows) -> None:
     assert learner.counters.seconds == pytest.approx(clock.now)
     assert 50 <= clock.now < 53
     assert 20 < learner.counters.step <= 50
+
+
+@pytest.mark.parametrize(
+    ("step", "seconds", "start_up", "share"),
+    [
+        (0, 0.0, 30.0, 0.0),
+        (1, 31.0, 30.0, 2 / 30),
+        (9, 45.0, 30.0, 16 / 30),
+        (9, 59.0, 30.0, 1.0),
+        (1, 71.0, 70.0, 1.0),
+    ],
+)
+def test_time_is_a_share_of_what_is_left_for_learning(step: int, seconds: float, start_up: float, share: float) -> None:
+    counters = Counters(step=step, seconds=seconds, start_up=start_up)
+    assert share_done(config(max_time=60.0), counters, 10, to_come=1.0) == pytest.approx(share)
+
+
+def test_no_schedule_is_over_because_a_corpus_took_long_to_read(
+    make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the time was gone as the first step began."""
+    monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 0.0)
+    clock = Clock(per_call=0.25)
+    clock.now = 30.0
+    learner = learner_of(config(max_time=60.0, kl_warmup=0.3, warmup=0.1))
+    reports = run(learner, make_rows(), seconds=clock)
+    assert reports[-1].done and 60 <= clock.now < 62
+    assert reports[1].beta < 0.1
+    assert reports[1].learning_rate < 0.5 * learner.lr
+    assert sorted(report.beta for report in reports) == [report.beta for report in reports]
 
 
 def test_start_up_counts_as_time_but_one_step_is_always_taken(make_rows: MakeRows) -> None:

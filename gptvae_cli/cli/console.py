@@ -71,7 +71,7 @@ DTypeOption = Annotated[
     DType,
     typer.Option(
         envvar="GPTVAE_DTYPE",
-        help="Numbers to compute with; auto is float32, but to train where the hardware is faster at bfloat16.",
+        help="Numbers to compute with; auto is float32.",
         rich_help_panel=COMMON,
     ),
 ]
@@ -90,7 +90,7 @@ SeedOption = Annotated[
         min=0,
         max=2**63 - 1,
         envvar="GPTVAE_SEED",
-        help="Of everything random. [default: one is picked and printed]",
+        help="Seed of everything random. [default: one is picked and printed]",
         rich_help_panel=COMMON,
     ),
 ]
@@ -172,9 +172,10 @@ def heading(text: str) -> None:
 
 
 def pair(text: str, written: str) -> None:
-    """A text, and below it what a model made of it."""
+    """A text, and below it what a model made of it; on a terminal as much as fits on a line each."""
     for label, line in (("text      ", text), ("from its z", written)):
-        stderr.print(Text.assemble((f"  {label}  ", "cyan"), one_line(line)), soft_wrap=True)
+        shown = Text.assemble((f"  {label}  ", "cyan"), one_line(line))
+        stderr.print(shown, no_wrap=True, overflow="ellipsis" if stderr.is_terminal else "ignore", crop=False)
 
 
 def error(message: str, hint: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -42,6 +41,8 @@ class TrainingDisplay:
         self.figures: Figures | None = None
         self.example: tuple[str, str] | None = None
         self.losses: list[float] = []
+        self.began: tuple[float, float] | None = None
+        """Seconds and progress of the first report: what a session is as fast as."""
         self.last_line = time.monotonic()
         self.live: Live | None = None
         if console.is_interactive and not quiet:
@@ -62,6 +63,7 @@ class TrainingDisplay:
     def update(self, report: StepReport) -> None:
         """Shows a report."""
         self.report = report
+        self.began = self.began or (report.seconds, report.progress)
         self.figures = report.figures or self.figures
         self.losses.append(report.cross_entropy)
         if self.live:
@@ -80,7 +82,9 @@ class TrainingDisplay:
         report = self.report
         if report is None:
             return Panel(Text("the first step is on its way", style="dim"), title=self.title, title_align="left")
-        left = report.seconds / report.progress - report.seconds if report.progress > 0.02 else None
+        assert self.began is not None
+        seconds, progress = report.seconds - self.began[0], report.progress - self.began[1]
+        left = seconds / progress * (1 - report.progress) if progress > 0.01 else None
         head = Table.grid(padding=(0, 2), expand=True)
         head.add_column(ratio=1)
         head.add_column(justify="right", no_wrap=True)
@@ -115,7 +119,7 @@ def _add_figures(body: Table, figures: Figures, dim_latent: int | None) -> None:
     if dim_latent is None:
         body.add_row("held out", f"{figures.cross_entropy_without:.2f} nats/text, without a latent")
         return
-    ceiling = min(figures.kl, math.log(figures.texts))
+    ceiling = min(figures.kl, figures.most_information)
     carried = Text(f"{figures.mutual_information:.2f} nats of information", style=_health(figures))
     carried.append(
         f" in KL {figures.kl:.1f}   (at most {ceiling:.1f} shows on {figures.texts:,} texts)", style="default"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, tee, zip_longest
@@ -71,7 +70,7 @@ def evaluate(
             min=0,
             max=2**63 - 1,
             envvar="GPTVAE_SEED",
-            help="Of the latents that are drawn.",
+            help="Seed of the latents that are drawn.",
             rich_help_panel=console.COMMON,
         ),
     ] = 0,
@@ -127,13 +126,14 @@ def evaluate(
     ]
     console.note(opened[0].note, quiet=quiet)
     with console.progress("measuring", "texts", quiet=quiet, total=texts or None) as advance:
-        gathered, remark = _measure(
+        gathered, cut, remarks = _measure(
             opened, lines, sources, unit=unit, most=texts or None, samples=samples, seed=seed, advance=advance
         )
     if gathered[0].texts < 2:
-        raise DataError(f"found {gathered[0].texts} text, a model is evaluated on two at least")
-    console.note(remark, quiet=quiet)
-    console.note(repairs.note, quiet=quiet)
+        found_texts = "one text" if gathered[0].texts else "no texts"
+        raise DataError(f"found {found_texts}, a model is evaluated on two at least")
+    for remark in (*remarks, repairs.note):
+        console.note(remark, quiet=quiet)
     other = gathered[1] if compared is not None else None
     found = report.report(gathered[0], other, names, samples=samples, seed=seed)
     about = {
@@ -143,6 +143,7 @@ def evaluate(
         "latents_from": latents_from,
         "labels": labels,
         "baseline": None if compared is None else str(compared),
+        "texts_cut": cut,
     }
     if as_json:
         console.write_text(json.dumps(about | found.to_dict(), indent=2, allow_nan=False) + "\n")
@@ -160,17 +161,18 @@ def _measure(
     samples: int,
     seed: int,
     advance: Callable[[int], None],
-) -> tuple[list[Gathered], str | None]:
-    """What every model makes of the texts, which are read once, and what people should know about them."""
+) -> tuple[list[Gathered], int, list[str | None]]:
+    """What every model makes of the texts, which are read once, how many of them the first one cuts, and what people
+    should know about them."""
     from gptvae_cli.report import Gathered, measured
     from gptvae_cli.sampling import Encoder
 
-    encoders = [Encoder(each.checkpoint, unit, each.dtype) for each in opened]
+    encoders, readers = ([Encoder(each.checkpoint, unit, each.dtype) for each in opened] for _ in range(2))
     gathered = [Gathered() for _ in opened]
     streams: list[Iterator[Piece]] = []
     copies = zip(tee(islice(lines, most), len(opened)), tee(sources or (), len(opened)), strict=True)
-    for encoder, (text, source) in zip(encoders, copies, strict=True):
-        read = islice(encoder.rows(source), most) if _reads_other_texts(encoder.checkpoint.header) else None
+    for encoder, reader, (text, source) in zip(encoders, readers, copies, strict=True):
+        read = islice(reader.rows(source), most) if _reads_other_texts(encoder.checkpoint.header) else None
         streams.append(
             measured(
                 encoder.checkpoint,
@@ -181,6 +183,7 @@ def _measure(
                 seed=seed,
                 precision=encoder.dtype,
                 banned=encoder.checkpoint.tokenizer.line_break_ids() if unit == "line" else (),
+                running=unit == "window",
                 on_progress=advance if encoder is encoders[0] else lambda texts: None,
             )
         )
@@ -189,7 +192,10 @@ def _measure(
         for each, piece in zip(gathered, pieces, strict=True):
             if piece is not None:
                 each.add(piece)
-    return gathered, encoders[0].note
+    notes = [encoder.note for encoder in encoders] + [
+        note and f"to encode: {note}" for note in (r.note for r in readers)
+    ]
+    return gathered, encoders[0].cut, list(dict.fromkeys(notes))
 
 
 def _reads_other_texts(header: ModelHeader) -> bool:
@@ -292,6 +298,8 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     names = ("standard input" if name == "-" else name for name in about["corpus"])
     yield f"{values['texts']:,} texts ({unit}) of {', '.join(names)}"
     yield f"  {values['tokens']:,} tokens, {values['words']:,} words, {values['bytes']:,} bytes, ends counted"
+    if about["texts_cut"] or values["empty"]:
+        yield f"  {about['texts_cut']:,} of them cut, {values['empty']:,} empty"
     yield f"{about['model']}, seed {values['seed']}"
     yield f"in brackets {bootstrap.LEVEL:.0%} intervals, from {bootstrap.RESAMPLES:,} resamples of the texts"
     yield ""
@@ -305,9 +313,9 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     yield line("perplexity per word", "perplexity_per_word", "{:.4g}")
     yield line("bits per byte", "bits_per_byte", "{:.3f}")
     if about["baseline"] is not None:
-        yield f"beside {about['baseline']}"
+        yield f"baseline {about['baseline']}"
         yield line("its NLL", "baseline_nll_nats_per_text", unit=_NATS)
-        yield line("NLL above it", "nll_above_baseline_nats_per_text", unit=_NATS)
+        yield line("NLL minus the baseline's", "nll_above_baseline_nats_per_text", unit=_NATS)
         if "efficiency_nats_per_nat" in values:
             yield line("efficiency", "efficiency_nats_per_nat", unit="nats per nat of KL")
     if values["nll_samples"] is None:
@@ -322,8 +330,8 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     seen = values["mutual_information_texts"]
     yield f"latent of {values['dim_latent']} dimensions"
     yield line("information", "mutual_information_nats", unit=_NATS)
-    share = f"{values['information_share']:.0%} of min(KL, that)"
-    yield f"    at most {math.log(seen):.2f} can show on {seen:,} texts; {share}"
+    most = values["mutual_information_most_nats"]
+    yield f"    at most {most:.2f} can show on {seen:,} texts; {values['information_share']:.0%} of min(KL, that)"
     yield line("dimensions active", "active_001", "{:d}", f"{values['active_02']} strongly")
     yield "greedy reconstruction from the mean"
     yield line("tokens in place", "token_accuracy", "{:.1%}")

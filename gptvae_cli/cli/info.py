@@ -15,6 +15,9 @@ from gptvae_cli.options import UNSET
 if TYPE_CHECKING:
     from gptvae_cli.header import ModelFile
 
+_BUFFERS = (".inv_freq",)
+"""Tensors that are stored and not learnt: the frequencies of rotary embeddings."""
+
 EXAMPLES = """\
 gptvae info
 gptvae info names-run
@@ -57,7 +60,7 @@ def _summary(path: str, file: ModelFile) -> dict[str, Any]:
         "file": path,
         "file_bytes": file.size_bytes,
         "format_version": header.format_version,
-        "parameters": sum(tensor.numel for tensor in file.tensors.values()),
+        "parameters": sum(tensor.numel for name, tensor in file.tensors.items() if not name.endswith(_BUFFERS)),
         "preset": preset_of(header.model),
         "has_latent": header.has_latent,
         "model": to_dict(header.model),

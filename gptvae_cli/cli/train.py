@@ -81,7 +81,9 @@ def train(
         typer.Argument(metavar="CORPUS", help="Files, folders or patterns of text; - or nothing reads stdin."),
     ] = None,
     out: Annotated[str | None, _option("out", "The run folder.", _RUN, "FOLDER")] = None,
-    max_time: Annotated[str | None, _option("max_time", "Of the whole process, as 90s, 10m, 2h.", _RUN, "TIME")] = None,
+    max_time: Annotated[
+        str | None, _option("max_time", "In all, a resumed run's earlier parts too: 90s, 10m, 2h.", _RUN, "TIME")
+    ] = None,
     steps: Annotated[int | None, _option("steps", "Optimizer steps.", _RUN)] = None,
     epochs: Annotated[float | None, _option("epochs", "Passes over the corpus.", _RUN)] = None,
     resume: Annotated[bool, _flag("--resume", "Go on with the run in --out.")] = False,
@@ -113,13 +115,13 @@ def train(
         str | None,
         _option(
             "tokenizer",
-            "bpe is trained on the corpus; a file is of tokenizers.",
+            "bpe is trained on the corpus; FILE is a tokenizer.json.",
             _TEXTS,
             "auto|bytes|bpe|FILE",
             ("auto", "bytes", "bpe"),
         ),
     ] = None,
-    vocab_size: Annotated[int | None, _option("vocab_size", "Most tokens of a trained BPE.", _TEXTS)] = None,
+    vocab_size: Annotated[int | None, _option("vocab_size", "Tokens of a trained BPE, at most.", _TEXTS)] = None,
     preset: Annotated[PresetName | None, _option("preset", "Width, depths and heads under one name.", _SIZES)] = None,
     dim: Annotated[int | None, _option("dim", "Width of encoder and decoder.", _SIZES)] = None,
     depth: Annotated[int | None, _option("depth", "Layers of the decoder.", _SIZES)] = None,
@@ -133,7 +135,7 @@ def train(
     ] = None,
     objective: Annotated[
         Objective | None,
-        _option("objective", "Nats per token, or x-transformers' units and defaults.", _LEARNING),
+        _option("objective", "The ELBO, or x-transformers' loss and defaults.", _LEARNING),
     ] = None,
     vae_kl_loss_weight: Annotated[
         float | None, _option("vae_kl_loss_weight", "Beta, the weight of the KL.", _LEARNING)
@@ -142,14 +144,14 @@ def train(
         float | None, _option("kl_warmup", "Share of the run over which beta rises from 0.", _LEARNING)
     ] = None,
     target_rate: Annotated[
-        float | None, _option("target_rate", "Free bits: nats a text, all dimensions together.", _LEARNING)
+        float | None, _option("target_rate", "Free bits: nats per text that the latent may carry.", _LEARNING)
     ] = None,
     vae_kl_div_floor: Annotated[
-        float | None, _option("vae_kl_div_floor", "Free bits: nats a dimension.", _LEARNING)
+        float | None, _option("vae_kl_div_floor", "Free bits: nats per dimension.", _LEARNING)
     ] = None,
     latents_dropout_prob: Annotated[
         float | None,
-        _option("latents_dropout_prob", "Share of the rows that train without z; more at first.", _LEARNING),
+        _option("latents_dropout_prob", "Share of the texts that train without z; more at first.", _LEARNING),
     ] = None,
     bag_of_words: Annotated[
         float | None, _option("bag_of_words", "Weight of the loss that predicts the words from z alone.", _LEARNING)
@@ -157,9 +159,7 @@ def train(
     word_dropout: Annotated[
         float | None, _option("word_dropout", "Share of the decoder's input hidden at first.", _LEARNING)
     ] = None,
-    dropout: Annotated[
-        float | None, _option("dropout", "Share of what the decoder's layers add that is dropped.", _LEARNING)
-    ] = None,
+    dropout: Annotated[float | None, _option("dropout", "Of the decoder; it grows with the epochs.", _LEARNING)] = None,
     batch_tokens: Annotated[int | None, _option("batch_tokens", "Tokens of a step.", _LEARNING)] = None,
     accumulate: Annotated[
         int | None, _option("accumulate", "Parts that a step is cut into, to save memory.", _LEARNING)
@@ -169,14 +169,16 @@ def train(
     decay: Annotated[
         float | None, _option("decay", "Share of the run, at its end, in which it falls.", _LEARNING)
     ] = None,
-    weight_decay: Annotated[float | None, _option("weight_decay", "Of matrices.", _LEARNING)] = None,
+    weight_decay: Annotated[
+        float | None, _option("weight_decay", "Weight decay of the weight matrices.", _LEARNING)
+    ] = None,
     clip: Annotated[float | None, _option("clip", "Largest gradient norm.", _LEARNING)] = None,
-    seed: Annotated[int | None, _option("seed", "Of weights, order and noise.", console.COMMON)] = None,
+    seed: Annotated[int | None, _option("seed", "Seed of weights, order and noise.", console.COMMON)] = None,
     device: Annotated[
         str | None, _option("device", "auto, cpu, cuda or cuda:1.", console.COMMON, "DEVICE", console.DEVICES)
     ] = None,
     dtype: Annotated[
-        DType | None, _option("dtype", "Numbers to compute with; auto asks the hardware.", console.COMMON)
+        DType | None, _option("dtype", "Numbers to compute with; auto takes the faster ones.", console.COMMON)
     ] = None,
     threads: Annotated[int | None, _option("threads", "CPU threads.", console.COMMON)] = None,
     quiet: console.QuietOption = False,
@@ -186,8 +188,8 @@ def train(
 
     The model is RUN/model.safetensors, alone; its path is printed on standard output.
 
-    Options with a default can also stand in a TOML file or in the environment, as GPTVAE_DIM for --dim. Flags go over
-    the file, the file over the environment.
+    Options with a default can also stand in a TOML file or in the environment, as GPTVAE_DIM for --dim. Flags override
+    the file, the file overrides the environment.
     """
     plan = _Plan({**locals(), "strict": strict or None})
     if resume and force:
@@ -201,11 +203,14 @@ def train(
     from gptvae_cli import run
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
     from gptvae_cli.folder import claimed
+    from gptvae_cli.sources import expand
 
     with plan.naming():
         where = resolve_device(plan.machine.device)
         tune_cpu(plan.machine.threads)
         precision = resolve_dtype(plan.machine.dtype, where.device, training=True)
+    if not resume:
+        expand(plan.run.corpus)  # before a run that is there is spoken of: a name may be mistyped
     folder = Path(plan.run.out)
     with claimed(folder, resume=resume, force=force):
         if resume:
@@ -327,7 +332,8 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
             display.update(report)
             if report.figures is not None and not report.done:
                 if report.diagnosis is not None and (well or report.treatment is not None):
-                    early = "; beta is still rising" if report.beta < job.learner.config.vae_kl_loss_weight else ""
+                    rising = report.beta < job.learner.config.vae_kl_loss_weight
+                    early = ", which is usual while beta rises" if rising else ""
                     console.note(f"at {report.progress:.0%}: {report.diagnosis}{early}", quiet=quiet)
                 if report.treatment is not None:
                     console.note(f"so {report.treatment}", quiet=quiet)
@@ -352,7 +358,7 @@ def _finish(job: Job, *, quiet: bool) -> None:
     console.heading("Verdict")
     console.note(verdict(job.figures, job.learner.config))
     if job.last_figures is not None:
-        console.note(decline(job.figures, job.last_figures, job.learner.config))
+        console.note(decline(job.figures, job.last_figures, job.learner.config, job.epochs))
     console.note(advice(job.figures, job.learner.config))
     if job.learner.config.without_latent:
         console.heading("Next")

@@ -64,7 +64,7 @@ def last_screen(text: str) -> str:
 def test_a_terminal_sees_everything_in_named_units() -> None:
     console = terminal()
     with TrainingDisplay(console, "gptvae train, names-run", 32, quiet=False) as display:
-        display.update(replace(REPORT, cross_entropy=4.0))
+        display.update(replace(REPORT, cross_entropy=4.0, progress=0.0, seconds=10.0))
         display.update(replace(REPORT, figures=FIGURES))
         display.show_example("a plain text", "a plain test")
         display.update(REPORT)
@@ -73,7 +73,7 @@ def test_a_terminal_sees_everything_in_named_units() -> None:
         "gptvae train, names-run",
         "25%",
         "2:30",
-        "7:30 left",
+        "7:00 left",
         "35,678 tokens/s",
         "2,950 texts/s",
         "step 1,234",

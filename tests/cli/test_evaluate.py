@@ -15,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from gptvae_cli.checkpoint import load, load_state
+from gptvae_cli.checkpoint import load
 from gptvae_cli.cli.app import app
 from gptvae_cli.header import read_header
 from tests.cli.conftest import WIDTH, make_model
@@ -194,12 +194,8 @@ def test_with_baseline_trains_one_like_the_model_and_keeps_it(run: Path) -> None
     model, baseline = (read_header(folder / "model.safetensors") for folder in (run, run / "baseline"))
     assert (baseline.model, baseline.data, baseline.tokenizer) == (model.model, model.data, model.tokenizer)
     changed = {k for k, v in baseline.training["train"].items() if v != model.training["train"][k]}
-    assert changed == {"latents_dropout_prob", "max_time"}
+    assert changed == {"latents_dropout_prob"}, "it was steps that ended the model's run, however long they took"
     assert baseline.training["steps"] == 4
-    counters = load_state(run / "state.safetensors").metadata["counters"]
-    learnt = counters["seconds"] - counters["start_up"]
-    assert baseline.training["train"]["max_time"] == learnt
-    assert 0 < learnt < model.training["seconds"]
     assert "training a baseline" in first.stderr
     alone = figures(CliRunner().invoke(app, ["evaluate", "corpus.txt", "--model", "run/baseline", "--json"]))
     assert found["baseline_nll_nats_per_text"] == pytest.approx(alone["nll_nats_per_text"])
@@ -373,7 +369,7 @@ def test_windows_are_texts_of_their_own(evaluate: Evaluate) -> None:
         Path(name).rename(Path("folder", name))
     again = figures(evaluate("--json", model="window", corpus="folder"))
     assert again["nll_nats_per_text"] == pytest.approx(found["nll_nats_per_text"]), "nothing is no text"
-    assert_fails(evaluate(model="window", corpus="folder/empty.txt"), 3, "found 0 text", hint=False)
+    assert_fails(evaluate(model="window", corpus="folder/empty.txt"), 3, "found no texts", hint=False)
     assert found["bytes"] == 100  # a window has no end
 
 
@@ -385,4 +381,4 @@ def test_standard_input_is_a_corpus(evaluate: Evaluate, models: Path) -> None:
 
 def test_one_text_is_not_enough(evaluate: Evaluate) -> None:
     Path("one.txt").write_text("one\n")
-    assert_fails(evaluate(corpus="one.txt"), 3, "found 1 text", "two", hint=False)
+    assert_fails(evaluate(corpus="one.txt"), 3, "found one text", "two", hint=False)

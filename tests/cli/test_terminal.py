@@ -125,12 +125,15 @@ def test_data_is_spelled_out_on_a_terminal_and_exact_in_a_pipe(on_terminal: OnTe
         assert any(control in piped for control in CONTROLS[:4])
 
 
-def test_training_shows_controls_as_text(on_terminal: OnTerminal, tmp_path: Path) -> None:
+def test_training_shows_controls_as_text(
+    on_terminal: OnTerminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The display, the notes, the verdict with its held-out texts, and the path of the model."""
     corpus = "".join(f"{HOSTILE.replace(chr(13), '')} {i}\n" for i in range(30))
     (tmp_path / f"{NAME}.txt").write_text(corpus, "utf-8", newline="\n")
     out = NAME.replace("\udcff", "")  # safetensors loads no model from under a name that is not UTF-8
     arguments = ("train", f"{NAME}.txt", "--valid", "0.5", "--max-seq-len", 96, "--steps", 3, *QUICK)
+    monkeypatch.setattr(console.stderr, "_width", 400)  # held-out texts are shown as far as a line goes
     shown = on_terminal(*arguments, "--out", out)
     assert "\\x1b]0;owned\\x07" in shown
     assert "[red][/b][link=a]:smile:" in shown, "markup is text"
