@@ -134,15 +134,6 @@ class ModelHeader:
         )
 
 
-@dataclass(frozen=True)
-class ModelFile:
-    """A model file as `info` shows it: every tensor is stored once, so their sizes add up to the model's."""
-
-    header: ModelHeader
-    tensors: dict[str, TensorInfo]
-    size_bytes: int
-
-
 def locate_model(path: str | None) -> Path:
     """The model file that a command means: `path`, else `$GPTVAE_MODEL`, else `./gptvae-run`.
 
@@ -181,18 +172,9 @@ def read_header(path: Path) -> ModelHeader:
     Raises:
         CheckpointError: for a file that is missing, damaged, foreign or newer than this version.
     """
-    return read_model_file(path).header
-
-
-def read_model_file(path: Path) -> ModelFile:
-    """A model file's header and the list of its tensors.
-
-    Raises:
-        CheckpointError: for a file that is missing, damaged, foreign or newer than this version.
-    """
     layout = read_layout(path)
     with reading(path):
-        return ModelFile(ModelHeader.from_metadata(layout.metadata), layout.tensors, layout.size_bytes)
+        return ModelHeader.from_metadata(layout.metadata)
 
 
 def read_layout(path: Path) -> Layout:

@@ -31,7 +31,7 @@ from gptvae_cli.checkpoint import (
 )
 from gptvae_cli.config import DataConfig, ModelConfig
 from gptvae_cli.errors import CheckpointError, ExitCode, GPTVAEError
-from gptvae_cli.header import FORMAT_VERSION, Layout, ModelHeader, read_layout, read_model_file
+from gptvae_cli.header import FORMAT_VERSION, Layout, ModelHeader, read_layout
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.tokenizer import Tokenizer
 from tests.benchmarks.robust import mutations
@@ -166,7 +166,7 @@ class TestModel:
 
     def test_every_tensor_is_stored_once(self, path: Path, model: GPTVAE) -> None:
         """The decoder has two names in the state dict: stored twice, it would double the file and the count."""
-        stored = sum(tensor.numel for tensor in read_model_file(path).tensors.values())
+        stored = sum(tensor.numel for tensor in read_layout(path).tensors.values())
         held = [*model.parameters(), *model.buffers()]  # torch lists each object once
         assert stored == sum(tensor.numel() for tensor in held)
         assert stored < sum(tensor.numel() for tensor in model.state_dict().values())

@@ -25,7 +25,6 @@ from gptvae_cli.header import (
     locate_model,
     read_header,
     read_layout,
-    read_model_file,
 )
 
 HEADER = ModelHeader(
@@ -69,7 +68,7 @@ def write_raw(path: Path, header: bytes | dict[str, Any], data: bytes = b"", *, 
 
 def assert_refused(path: Path, *said: str) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
-        read_model_file(path)
+        read_header(path)
     error = caught.value
     assert error.exit_code == ExitCode.BAD_INPUT
     assert error.message.startswith(f"cannot load {path}: ")
@@ -95,15 +94,15 @@ def test_paths_that_are_not_utf8_and_infinite_figures_survive_in_a_file(tmp_path
 
 def test_file_of_the_reference_library_is_read_in_full(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.safetensors")
-    file = read_model_file(path)
-    assert file.header == HEADER
-    assert file.tensors == {
+    assert read_header(path) == HEADER
+    layout = read_layout(path)
+    assert layout.tensors == {
         "a": TensorInfo("F32", (2, 3)),
         "b": TensorInfo("I64", (4,)),
         "c": TensorInfo("F32", (0, 5)),
     }
-    assert sum(tensor.numel for tensor in file.tensors.values()) == 10
-    assert file.size_bytes == path.stat().st_size
+    assert sum(tensor.numel for tensor in layout.tensors.values()) == 10
+    assert layout.size_bytes == path.stat().st_size
 
 
 def test_reading_a_header_loads_nothing_heavy(tmp_path: Path) -> None:
@@ -111,8 +110,8 @@ def test_reading_a_header_loads_nothing_heavy(tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.safetensors")
     heavy = "{'torch', 'numpy', 'safetensors', 'tokenizers', 'x_transformers'}"
     code = (
-        "import sys; from pathlib import Path; from gptvae_cli.header import read_model_file;"
-        f"read_model_file(Path(sys.argv[1])); print({heavy} & set(sys.modules))"
+        "import sys; from pathlib import Path; from gptvae_cli.header import read_header;"
+        f"read_header(Path(sys.argv[1])); print({heavy} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
@@ -251,7 +250,7 @@ def test_mutated_header_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
         mutant.write_bytes(changed)
         try:
             read_layout(mutant)
-            read_model_file(mutant)
+            read_header(mutant)
         except CheckpointError:
             assert_refused(mutant)
             refused += 1

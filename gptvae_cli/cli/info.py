@@ -13,7 +13,7 @@ from gptvae_cli.errors import ConfigError
 from gptvae_cli.options import UNSET
 
 if TYPE_CHECKING:
-    from gptvae_cli.header import ModelFile
+    from gptvae_cli.header import Layout
 
 _BUFFERS = (".inv_freq",)
 """Tensors that are stored and not learnt: the frequencies of rotary embeddings."""
@@ -37,30 +37,31 @@ def info(
     debug: console.DebugOption = False,
 ) -> None:
     """Show what a model is and how it was trained."""
-    from gptvae_cli.header import locate_model, read_model_file, reading
+    from gptvae_cli.header import locate_model, read_layout, reading
 
     if file is not None and model is not None:
         raise ConfigError("MODEL and --model were both given", hint="leave one of them out")
     path = locate_model(file or model)
-    found = read_model_file(path)
+    layout = read_layout(path)
     with reading(path):
-        summary = _summary(str(path), found)
+        summary = _summary(str(path), layout)
     if as_json:
         console.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     else:
         console.write_text("".join(f"{name:<28}  {value}\n" for name, value in _lines(summary)))
 
 
-def _summary(path: str, file: ModelFile) -> dict[str, Any]:
+def _summary(path: str, layout: Layout) -> dict[str, Any]:
     from gptvae_cli.config import to_dict
+    from gptvae_cli.header import ModelHeader
     from gptvae_cli.sizing import preset_of
 
-    header = file.header
+    header = ModelHeader.from_metadata(layout.metadata)
     summary = {
         "file": path,
-        "file_bytes": file.size_bytes,
+        "file_bytes": layout.size_bytes,
         "format_version": header.format_version,
-        "parameters": sum(tensor.numel for name, tensor in file.tensors.items() if not name.endswith(_BUFFERS)),
+        "parameters": sum(tensor.numel for name, tensor in layout.tensors.items() if not name.endswith(_BUFFERS)),
         "preset": preset_of(header.model),
         "has_latent": header.has_latent,
         "model": to_dict(header.model),

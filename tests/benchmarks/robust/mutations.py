@@ -44,7 +44,7 @@ from gptvae_cli.cli.info import _lines, _summary
 from gptvae_cli.config import DataConfig, ModelConfig, SampleConfig, TrainConfig
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import ExitCode, GPTVAEError
-from gptvae_cli.header import FORMAT_VERSION, ModelHeader, read_model_file
+from gptvae_cli.header import FORMAT_VERSION, ModelHeader, read_layout
 from gptvae_cli.latent_file import LatentWriter, read_latents
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.run import resume, start
@@ -335,7 +335,7 @@ class Target:
     def _model(self, data: bytes, use: bool) -> object:
         self.path["model"].write_bytes(data)
         # What `gptvae info` shows, of a header alone.
-        list(_lines(_summary("mutant", read_model_file(self.path["model"]))))
+        list(_lines(_summary("mutant", read_layout(self.path["model"]))))
         checkpoint = load(self.path["model"], device=_CPU.device)
         if use:
             _use(checkpoint)
