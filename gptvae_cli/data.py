@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -214,16 +215,16 @@ def batches_of(
     """
     batches = []
     for index in plan_batches(np.array([len(row) for row in rows]), batch_tokens):
-        chosen = [np.array(rows[i], dtype=np.int64) for i in index]
-        source_BT = None
-        if sources is not None:
-            source_BT = _pad([np.array(sources[i], dtype=np.int64) for i in index], pad_id)
-        batches.append(Batch(_pad(chosen, pad_id), source_BT, sum(len(row) - 1 for row in chosen)))
+        tokens_BT = padded([rows[i] for i in index], pad_id)
+        source_BT = None if sources is None else padded([sources[i] for i in index], pad_id)
+        batches.append(Batch(tokens_BT, source_BT, sum(len(rows[i]) - 1 for i in index)))
     return batches
 
 
-def _pad(rows: Sequence[Ints], pad_id: int) -> torch.Tensor:
-    tokens_BT = np.full((len(rows), max(map(len, rows))), pad_id, dtype=np.int64)
-    for i, row in enumerate(rows):
-        tokens_BT[i, : len(row)] = row
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
+    """Rows of tokens, padded behind [B T]. One array for all: a tensor for each would take as long as tokenising."""
+    widths_B = np.array([len(row) for row in rows])
+    real_BT = np.arange(widths_B.max()) < widths_B[:, None]
+    tokens_BT = np.full(real_BT.shape, pad_id, dtype=np.int64)
+    tokens_BT[real_BT] = np.fromiter(chain.from_iterable(rows), np.int64)
     return torch.from_numpy(tokens_BT)

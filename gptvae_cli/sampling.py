@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -22,7 +21,7 @@ import torch
 from gptvae_cli import latent
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
-from gptvae_cli.data import plan_batches
+from gptvae_cli.data import padded, plan_batches
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.device import resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
 from gptvae_cli.errors import ConfigError, DataError
@@ -168,15 +167,11 @@ class Encoder:
         """The posteriors of rows of tokens, computed in batches of rows about equally long."""
         model = self.checkpoint.model
         encodings: dict[int, Encoding] = {}
-        widths_N = np.array([len(row) for row in rows])
         bfloat16 = self.dtype == torch.bfloat16
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16), model.frozen():
-            for index in plan_batches(widths_N, tokens_together(model.device, self.dtype)):
-                # One array for all rows: a tensor for each would take as long as tokenising.
-                here_BT = np.arange(widths_N[index[-1]]) < widths_N[index, None]
-                padded_BT = np.full(here_BT.shape, self.config.pad_id)
-                padded_BT[here_BT] = np.fromiter(chain.from_iterable(rows[i] for i in index), np.int64)
-                posterior = model.posterior(torch.from_numpy(padded_BT).to(model.device)).in_float32()
+            for index in plan_batches(np.array([*map(len, rows)]), tokens_together(model.device, self.dtype)):
+                tokens_BT = padded([rows[i] for i in index], self.config.pad_id)
+                posterior = model.posterior(tokens_BT.to(model.device)).in_float32()
                 mean_BZ = posterior.mean_BZ.cpu().numpy()
                 std_BZ = (0.5 * posterior.log_var_BZ).exp().cpu().numpy()
                 encodings |= {int(i): Encoding(*both) for i, *both in zip(index, mean_BZ, std_BZ, strict=True)}
