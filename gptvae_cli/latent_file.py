@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptvae_cli.errors import DataError, GPTVAEError
+from gptvae_cli.sources import reading_errors
 
 Floats = npt.NDArray[np.float32]
 
@@ -86,7 +87,7 @@ def checked_latents(values: npt.NDArray[np.generic], name: str, *, width: int) -
 
 def _pieces(source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
     """Checked rows [n Z], a few at a time."""
-    with _reading_errors(name):
+    with reading_errors(name):
         header = _read_header(source, name)
         count = _check_shape(header.shape, name, width)
         row_bytes = width * header.dtype.itemsize
@@ -105,14 +106,6 @@ def _pieces(source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
             raise DataError(
                 f"{name} goes on after its {count} latents", hint="concatenate arrays with numpy, not with cat"
             )
-
-
-@contextmanager
-def _reading_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot read {name}: {error.strerror or error}") from error
 
 
 class _Header(NamedTuple):

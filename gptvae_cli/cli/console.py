@@ -233,13 +233,6 @@ def progress(
         yield report
 
 
-@contextmanager
-def reading_progress(label: str, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Progress in characters, of which nobody knows how many will come."""
-    with progress(label, "characters", quiet=quiet) as report:
-        yield report
-
-
 # Data -----------------------------------------------------------------------------------------------------------------
 
 

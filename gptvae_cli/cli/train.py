@@ -217,7 +217,8 @@ def train(
             limits, sources = plan.limits_for_resume(), plan.run.corpus
             job = run.resume(folder, limits, sources=sources, device=where, precision=precision)
         else:
-            with plan.naming(), console.reading_progress("reading the corpus", quiet=quiet) as on_progress:
+            reading = console.progress("reading the corpus", "characters", quiet=quiet)
+            with plan.naming(), reading as on_progress:
                 job = run.start(
                     folder,
                     plan.run.corpus,
