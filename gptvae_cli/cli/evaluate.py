@@ -288,11 +288,7 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     values, intervals = report.values, report.intervals
 
     def line(name: str, key: str, form: str = "{:.2f}", unit: str = "") -> str:
-        """A figure, its interval and its unit."""
-        value, ends = form.format(values[key]), ""
-        if key in intervals:
-            ends = "[" + ", ".join(form.format(end) for end in intervals[key]) + "]"
-        return f"  {name:<28}{value:>8}  {ends:<18}  {unit}".rstrip()
+        return _line(name, values[key], intervals.get(key, ()), form, unit)
 
     unit = about["unit"]
     names = ("standard input" if name == "-" else name for name in about["corpus"])
@@ -345,11 +341,15 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
         yield "collapsed: the latent carries less than 1 nat"
 
 
+def _line(name: str, value: float, interval: Sequence[float], form: str, unit: str = "") -> str:
+    """A figure, its interval and its unit."""
+    ends = "[" + ", ".join(map(form.format, interval)) + "]" if interval else ""
+    return f"  {name:<28}{form.format(value):>8}  {ends:<18}  {unit}".rstrip()
+
+
 def _probe_lines(labels: str, probe: dict[str, Any], intervals: dict[str, tuple[float, float]]) -> Sequence[str]:
     def line(name: str, key: str) -> str:
-        ends = intervals.get(f"probe.{key}")
-        shown = "" if ends is None else f"[{ends[0]:.1%}, {ends[1]:.1%}]"
-        return f"  {name:<28}{probe[key]:>8.1%}  {shown}".rstrip()
+        return _line(name, probe[key], intervals.get(f"probe.{key}", ()), "{:.1%}")
 
     return [
         f"labels of {labels}: {probe['labels']}, on {probe['held_out_texts']:,} of {probe['texts']:,} texts held out",
