@@ -14,6 +14,8 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, to_dict
-from gptvae_cli.errors import CheckpointError, ConfigError, DataError
+from gptvae_cli.errors import CheckpointError, ConfigError, DataError, GPTVAEError
 from gptvae_cli.sources import STDIN, expand
 from gptvae_cli.text import Repairs, read_texts
 from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
-from gptvae_cli.tokens import BulkTokenizer, Ints, TokenizerPool, Tokens, TokenStore, TokenWriter
+from gptvae_cli.tokens import BulkTokenizer, Ints, Tokens, TokenStore, TokenWriter, tokenized, tokenizer_pool
 
 Bools = npt.NDArray[np.bool_]
 
@@ -148,6 +150,7 @@ class Corpus:
         Raises:
             DataError: for a corpus that cannot be read, or that has fewer than two texts to train on.
             ConfigError: for a validation file where the encoder reads other texts: it has none of those.
+            GPTVAEError: where a process that tokenises was killed.
         """
         if config.latents_from is not None and config.valid_share is None:
             raise ConfigError(
@@ -171,6 +174,8 @@ class Corpus:
         read = _Reader(folder, tokenizer, config, repairs)
         try:
             read.all(pairs_of_all, on_progress)
+        except BrokenProcessPool as error:
+            raise GPTVAEError("a process that tokenises was killed", hint="there may be too little memory") from error
         finally:
             read.close()
         (folder / _TOKENIZER_NAME).write_text(tokenizer.to_json(), "utf-8")
@@ -265,8 +270,9 @@ class _Reader:
         names = ["train", "valid"] + (["train.source", "valid.source"] if config.latents_from else [])
         self.files = {name: TokenWriter(folder, name, tokenizer.num_tokens) for name in names}
         self.tokenize, self.config, self.repairs = BulkTokenizer(tokenizer), config, repairs
-        self.pool: TokenizerPool | None = None
-        self.waiting: deque[tuple[str, Bools]] = deque()
+        self.pool: ProcessPoolExecutor | None = None
+        self.waiting: deque[tuple[str, Bools, Future[tuple[Tokens, Ints]]]] = deque()
+        self.processes = 1 if tokenizer.kind == "bytes" else _processors()  # bytes are made as fast as they are sent
         self.texts = self.characters = 0
         self.digest = hashlib.blake2b(digest_size=16)
 
@@ -287,8 +293,8 @@ class _Reader:
                     self._rows(".source", [source for _, source in piece], held_out)
             if on_progress is not None:
                 on_progress(self.characters)
-            if self.pool is None and self.characters >= _POOL_CHARS and (processes := _processors()) > 1:
-                self.pool = TokenizerPool(self.tokenize.tokenizer, processes)
+            if self.pool is None and self.characters >= _POOL_CHARS and self.processes > 1:
+                self.pool = tokenizer_pool(self.tokenize.tokenizer, self.processes)
         while self.waiting:
             self._take_rows()
         if share is None:
@@ -301,7 +307,7 @@ class _Reader:
 
     def close(self) -> None:
         if self.pool is not None:
-            self.pool.close()
+            self.pool.shutdown(cancel_futures=True)
         for file in self.files.values():
             file.close()
 
@@ -311,14 +317,13 @@ class _Reader:
         if self.pool is None:
             self._write(ending, held_out, *self.tokenize(texts, longest=longest))
             return
-        while self.pool.full:
+        while len(self.waiting) >= 2 * self.processes:
             self._take_rows()
-        self.pool.put(texts, longest=longest)
-        self.waiting.append((ending, held_out))
+        self.waiting.append((ending, held_out, self.pool.submit(tokenized, texts, longest)))
 
     def _take_rows(self) -> None:
-        assert self.pool is not None
-        self._write(*self.waiting.popleft(), *self.pool.take())
+        ending, held_out, result = self.waiting.popleft()
+        self._write(ending, held_out, *result.result())
 
     def _write(self, ending: str, held_out: Bools, tokens: Tokens, lengths_N: Ints) -> None:
         held_out_tokens = np.repeat(held_out, lengths_N)

@@ -12,11 +12,8 @@ import os
 import re
 import signal
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +22,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gptvae_cli.errors import GPTVAEError
 from gptvae_cli.tokenizer import PIECE_CHARS, Tokenizer, TokenizerKind
 
 Ints = npt.NDArray[np.int64]
@@ -108,57 +104,13 @@ class BulkTokenizer:
         return self.tokens[_ranges(self.starts_W[index_W], lengths_W)], np.diff(stops_N)
 
 
-class TokenizerPool:
-    """A `BulkTokenizer` in every process of a pool: remembering words is Python's work, which threads would not share.
-
-    Args:
-        tokenizer: as for `BulkTokenizer`.
-        processes: how many.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, processes: int) -> None:
-        # Not forked: this process may have threads, which a fork would tear apart.
-        self._pool = ProcessPoolExecutor(
-            processes, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.to_json(), tokenizer.kind)
-        )
-        self._results: deque[Future[tuple[Tokens, Ints]]] = deque()
-        self._most = 2 * processes
-
-    @property
-    def full(self) -> bool:
-        """Whether results should be taken before more texts are given."""
-        return len(self._results) >= self._most
-
-    def put(self, texts: Sequence[str], *, longest: int | None = None) -> None:
-        """Has texts tokenised.
-
-        Raises:
-            GPTVAEError: where a process has died.
-        """
-        with _living():
-            self._results.append(self._pool.submit(_tokenize, texts, longest))
-
-    def take(self) -> tuple[Tokens, Ints]:
-        """The tokens of the texts that were given first of those not taken yet, as `BulkTokenizer` returns them.
-
-        Raises:
-            DataError: as `BulkTokenizer` does.
-            GPTVAEError: where a process has died.
-        """
-        with _living():
-            return self._results.popleft().result()
-
-    def close(self) -> None:
-        """Ends the processes; what was not taken is dropped."""
-        self._pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _living() -> Iterator[None]:
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise GPTVAEError("a process that tokenises was killed", hint="there may be too little memory") from error
+def tokenizer_pool(tokenizer: Tokenizer, processes: int) -> ProcessPoolExecutor:
+    """Processes for `tokenized`, each with a `BulkTokenizer`: remembering words is Python's work, which threads would
+    not share."""
+    # Not forked: this process may have threads, which a fork would tear apart.
+    return ProcessPoolExecutor(
+        processes, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.to_json(), tokenizer.kind)
+    )
 
 
 _worker: BulkTokenizer | None = None
@@ -173,7 +125,8 @@ def _start_worker(text: str, kind: TokenizerKind) -> None:
     _worker = BulkTokenizer(tokenizer)
 
 
-def _tokenize(texts: Sequence[str], longest: int | None) -> tuple[Tokens, Ints]:
+def tokenized(texts: Sequence[str], longest: int | None = None) -> tuple[Tokens, Ints]:
+    """As `BulkTokenizer`, in a process of `tokenizer_pool`."""
     assert _worker is not None
     return _worker(texts, longest=longest)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import pytest
 from gptvae_cli.config import DataConfig, ModelConfig
 from gptvae_cli.corpus import Corpus, _spread, corpus_digest
 from gptvae_cli.data import Epoch, Rows
-from gptvae_cli.errors import CheckpointError, ConfigError, DataError, ExitCode
+from gptvae_cli.errors import CheckpointError, ConfigError, DataError, ExitCode, GPTVAEError
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.tokens import Ints, TokenStore
 
@@ -243,6 +244,20 @@ def test_processes_write_the_very_cache_that_one_process_writes(
     for tokenizer in ("bpe", str(tmp_path / "own.json")):
         assert len(written[tokenizer, 1]) == 9
         assert written[tokenizer, 1] == written[tokenizer, 2]
+
+
+def be_killed(texts: Sequence[str], longest: int | None = None) -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def test_a_process_that_was_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptvae_cli.corpus._processors", lambda: 2)
+    monkeypatch.setattr("gptvae_cli.corpus._POOL_CHARS", 0)
+    monkeypatch.setattr("gptvae_cli.corpus._PIECE_CHARS", 100)
+    monkeypatch.setattr("gptvae_cli.corpus.tokenized", be_killed)
+    with pytest.raises(GPTVAEError, match="was killed"):
+        build(tmp_path, "\n".join(LINES), tokenizer="bpe")
 
 
 def test_a_corpus_may_come_through_a_named_pipe(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptvae_cli.errors import GPTVAEError
 from gptvae_cli.tokenizer import Tokenizer
-from gptvae_cli.tokens import BulkTokenizer, TokenizerPool, TokenStore, TokenWriter
+from gptvae_cli.tokens import BulkTokenizer, TokenStore, TokenWriter, tokenized, tokenizer_pool
 
 SENTENCES = [
     "the cat sat on the mat",
@@ -93,23 +91,14 @@ def test_a_word_goes_to_the_library_once(bpe: Tokenizer, monkeypatch: pytest.Mon
     assert sorted(asked) == sorted(["to", " be", " or", " not", " to", "not"])
 
 
-def test_a_pool_returns_results_in_order_and_says_when_a_process_was_killed() -> None:
-    texts = [["first", "second"], ["x" * 1000] * 50, ["last"]]
+def test_a_process_of_a_pool_makes_the_same_tokens() -> None:
     tokenizer = Tokenizer.bytes()
-    pool, alone = TokenizerPool(tokenizer, 2), BulkTokenizer(tokenizer)
-    try:
-        for some in texts:
-            pool.put(some)
-        for some in texts:
-            for found, expected in zip(pool.take(), alone(some), strict=True):
-                assert np.array_equal(found, expected)
-        for process in list(pool._pool._processes):
-            os.kill(process, signal.SIGKILL)
-        with pytest.raises(GPTVAEError, match="was killed"):
-            pool.put(["more"])
-            pool.take()
-    finally:
-        pool.close()
+    texts = ["first", "second", "x" * 1000]
+    with tokenizer_pool(tokenizer, 1) as pool:
+        for found, expected in zip(
+            pool.submit(tokenized, texts).result(), BulkTokenizer(tokenizer)(texts), strict=True
+        ):
+            assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize("num_tokens", [300, 70_000])
