@@ -268,8 +268,8 @@ class CachedDecoder:
         self.embedding_VD = model.decoder.token_emb.emb.weight
         self.stack = fused.Frozen(model.fused_decoder, batch_size)
         self.to_logits_DV = self.stack.matrix(model.decoder.to_logits.weight)
-        self.turns_S11C = self.stack.turns(model.max_seq_len + 1, model.device)
-        self.room = self.stack.room((0,), model.device)
+        self.turns_S11C = self.stack.turns(model.max_seq_len + 1)
+        self.room = fused.Heads(self.stack, (0,))
         # Where every row stands is known without asking the device.
         self.positions: list[int] = []
         heads, width = self.stack.heads, self.stack.head_width
@@ -289,7 +289,7 @@ class CachedDecoder:
         length = x_BTD.shape[1]
         self._grow(first + len(rows), length, length + max(row.max_new for row in rows))
         self.positions += positions
-        room, turns_T11C = self.stack.room((len(rows), length), device), self.turns_S11C[:length]
+        room, turns_T11C = fused.Heads(self.stack, (len(rows), length)), self.turns_S11C[:length]
         qkv_XBHTK, x_ND = room.qkv_XHK.permute(2, 0, 3, 1, 4), x_BTD.flatten(0, 1)
         # Padding behind a row is computed and stored, but its slots are masked until real tokens overwrite them.
         for layer, cache_XBHSK in zip(self.stack.layers, self.cache_LXBHSK, strict=True):
@@ -310,7 +310,7 @@ class CachedDecoder:
         cache_LXBHSK = self.cache_LXBHSK[:, :, :count]
         slots = cache_LXBHSK[..., :used, :].flatten(0, 1).unbind()
         if len(self.room.qkv_NE) != count:
-            self.room = self.stack.room((count,), device)
+            self.room = fused.Heads(self.stack, (count,))
         qkv_BXHK = self.room.qkv_XHK
         queries_BH1K, new_BXHK = qkv_BXHK[:, 0, :, None], qkv_BXHK[:, 1:]
         new_XBHK, rows_B = new_BXHK.transpose(0, 1), torch.arange(count, device=device)

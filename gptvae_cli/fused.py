@@ -89,15 +89,15 @@ class Stack:
         """The weights, fused; gradients flow through to the module's parameters."""
         return [self._read(attention, feedforward) for attention, feedforward in self._blocks]
 
-    def turns(self, length: int, device: torch.device) -> Tensor:
+    def turns(self, length: int) -> Tensor:
         """What the complex numbers of queries and keys are multiplied by, for positions 0 to `length` - 1: 1 where a
         head is not rotated. In float32 [S C]."""
-        if self._turns is None or len(self._turns) < length or self._turns.device != device:
+        if self._turns is None or len(self._turns) < length or self._turns.device != self.device:
             # They are kept for training too, which cannot use what was made in inference mode.
             with torch.inference_mode(False):
-                frequencies = self._rotary.inv_freq.detach().to(device, torch.float32)
+                frequencies = self._rotary.inv_freq.detach().to(self.device, torch.float32)
                 frequencies_C = F.pad(frequencies, (0, self.head_width // 2 - len(frequencies)))
-                positions_S = torch.arange(max(length, 64), device=device, dtype=torch.float32)
+                positions_S = torch.arange(max(length, 64), device=self.device, dtype=torch.float32)
                 angles_SC = positions_S[:, None] * frequencies_C
                 self._turns = torch.complex(angles_SC.cos(), angles_SC.sin())
         return self._turns[:length]
@@ -116,7 +116,7 @@ class Stack:
             frozen = self._kept or Frozen(self)
             self._kept = frozen if self._keeps_frozen else None
             return frozen(x_BTD, mask_BT)
-        turns_TC = self.turns(x_BTD.shape[1], x_BTD.device)
+        turns_TC = self.turns(x_BTD.shape[1])
         bias = None if mask_BT is None else _as_bias(mask_BT, torch.float32)
         drop_LB1D = [None] * 2 * len(self._blocks) if drop_LBD is None else drop_LBD[:, :, None].unbind()
         for layer, drop_attn, drop_ff in zip(self.read(), drop_LB1D[::2], drop_LB1D[1::2], strict=True):
@@ -177,13 +177,13 @@ class Heads:
     """Room for the queries, keys and values of some positions, and the views of it that are used again and again.
 
     Args:
+        stack: whose heads they are of.
         shape: of the positions: rows, or rows and tokens.
     """
 
-    def __init__(
-        self, shape: tuple[int, ...], heads: int, width: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.qkv_NE = torch.empty(math.prod(shape), 3 * heads * width, dtype=dtype, device=device)
+    def __init__(self, stack: Frozen, shape: tuple[int, ...]) -> None:
+        heads, width = stack.heads, stack.head_width
+        self.qkv_NE = torch.empty(math.prod(shape), 3 * heads * width, dtype=stack.rotated_dtype, device=stack.device)
         self.qkv_XHK = self.qkv_NE.view(*shape, 3, heads, width)
         self.pairs_XHC = torch.view_as_complex(self.qkv_XHK[..., :2, :, :].view(*shape, 2, heads, width // 2, 2))
 
@@ -212,7 +212,8 @@ class Frozen:
     """
 
     def __init__(self, stack: Stack, rows: int = 0) -> None:
-        self._stack, device = stack, stack.device.type
+        self._stack, self.device = stack, stack.device
+        device = self.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
         # What is faster depends on the number of rows on a CPU only; in bfloat16 u + u erf(u) would be too coarse.
         self._few = device == "cpu" and 0 < rows <= 8 and self.dtype == torch.float32
@@ -240,16 +241,16 @@ class Frozen:
         weight = weight.detach().to(self.dtype).T
         return weight.contiguous() if self._many else weight
 
-    def turns(self, length: int, device: torch.device) -> Tensor:
+    def turns(self, length: int) -> Tensor:
         """As `Stack.turns`, to be broadcast over queries and keys and over the heads [S 1 1 C]."""
-        return self._stack.turns(length, device)[:, None, None].to(self.rotated_dtype.to_complex())
+        return self._stack.turns(length)[:, None, None].to(self.rotated_dtype.to_complex())
 
     def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """As `Stack.__call__`, from which nothing flows back."""
         rows, length, _ = x_BTD.shape
         bias = None if mask_BT is None else _as_bias(mask_BT, self.dtype)
-        x_ND, turns_T11C = x_BTD.flatten(0, 1).clone(), self.turns(length, x_BTD.device)
-        room = self.room((rows, length), x_BTD.device)
+        x_ND, turns_T11C = x_BTD.flatten(0, 1).clone(), self.turns(length)
+        room = Heads(self, (rows, length))
         qkv_XBHTK = room.qkv_XHK.permute(2, 0, 3, 1, 4)
         for layer in self.layers:
             self.project(layer, x_ND, turns_T11C, room)
@@ -257,10 +258,6 @@ class Frozen:
             attended_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, bias, causal=self._stack.causal)
             self.finish(layer, x_ND, attended_BHTK.transpose(1, 2).reshape(len(x_ND), -1))
         return self.final_norm(x_ND).view_as(x_BTD)
-
-    def room(self, shape: tuple[int, ...], device: torch.device) -> Heads:
-        """Room for `project`."""
-        return Heads(shape, self.heads, self.head_width, self.rotated_dtype, device)
 
     def project(self, layer: FrozenLayer, x_ND: Tensor, turns_11C: Tensor, into: Heads) -> None:
         """Rotated and scaled queries, rotated keys, and values."""

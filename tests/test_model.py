@@ -684,7 +684,7 @@ def test_rotations_have_the_gradients_that_differences_find(ours: Ours, width: i
     """Half of the pairs of a head turn."""
     stack = ours(**ROTARY, attn_dim_head=width).fused_decoder
     assert stack is not None
-    turns_TC = stack.turns(2, torch.device("cpu"))
+    turns_TC = stack.turns(2)
     assert int((turns_TC[1] != 1).sum()) == width // 4
     random = torch.Generator().manual_seed(0)
     qkv_BTXHK = torch.randn(1, 2, 3, 1, width, generator=random, dtype=torch.float64, requires_grad=True)

@@ -259,7 +259,7 @@ def rotation(rounds: int) -> str:
     """Queries and keys of 186 rows of 11 tokens, rotated, forward and backward: ours against autograd's."""
     stack = pair(100, dim=192, depth=1, enc_depth=1, heads=3, longest=64)[0].fused_decoder
     assert stack is not None
-    turns_TC = stack.turns(11, torch.device("cpu"))
+    turns_TC = stack.turns(11)
     lines = []
     for dtype in (torch.bfloat16, torch.float32):
         qkv = torch.randn(186, 11, 3, 3, 64, dtype=dtype, requires_grad=True)
