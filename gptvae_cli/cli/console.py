@@ -260,13 +260,18 @@ def refuse_terminal_stdout(example: str) -> None:
         raise ConfigError("latents are binary, and standard output is a terminal", hint=f"redirect it: {example}")
 
 
+def is_stdout(name: str | None) -> bool:
+    """Whether a name means standard output. Opened by its path, a file that it was redirected to would be replaced."""
+    return name in (None, "-", "/dev/stdout", "/dev/fd/1")
+
+
 def refuse_stdout(option: str, name: str | None) -> None:
     """Keeps two things from being mixed on standard output.
 
     Raises:
-        ConfigError: where the name is `-`.
+        ConfigError: where the name is that.
     """
-    if name == "-":
+    if name is not None and is_stdout(name):
         raise ConfigError(f"{option} needs a file, standard output is in use", hint=f"{option} FILE.npy")
 
 
@@ -300,9 +305,10 @@ def output(name: str | None) -> Iterator[BinaryIO]:
     Raises:
         GPTVAEError: for a file that cannot be written.
     """
-    if name is None or name == "-":
+    if is_stdout(name):
         yield sys.stdout.buffer
         return
+    assert name is not None
     in_place = is_no_file(Path(name))
     # A link is kept and the file it points to replaced; the links of /dev/fd lead to no path at all.
     path = Path(name) if in_place else behind_links(Path(name))

@@ -61,7 +61,7 @@ def encode(
     from gptvae_cli.header import locate_model, read_header
     from gptvae_cli.text import Repairs, read_texts
 
-    on_stdout = out in (None, "-")
+    on_stdout = console.is_stdout(out)
     if on_stdout and format == "npy":
         console.refuse_terminal_stdout("gptvae encode texts.txt > z.npy")
     console.refuse_stdout("--std-out", std_out)
