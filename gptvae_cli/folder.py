@@ -49,7 +49,7 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         CheckpointError: for `resume` without a state.
         GPTVAEError: for a folder that cannot be written.
     """
-    was_there = folder.exists()
+    was_there, locked = folder.exists(), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
@@ -60,6 +60,7 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
         except BlockingIOError as error:
             raise BusyError(
                 f"{folder} is in use by another training run", hint="wait for it, or choose another folder with --out"
@@ -83,9 +84,10 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         _remove_unfinished(folder)
         yield
     finally:
-        os.close(handle)
-        if not was_there and not any(folder.iterdir()):
+        # While it is ours: an empty folder may be another run's, which has just claimed it.
+        if locked and not was_there and not any(folder.iterdir()):
             folder.rmdir()
+        os.close(handle)
 
 
 def _foreign(cache: Path) -> Path | None:
