@@ -16,6 +16,8 @@ The library raises these and never prints or exits; `cli/app.py` renders them on
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import partial
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -74,7 +76,11 @@ class FieldError(ConfigError):
         self, field: str, value: object, allowed: str, *, label: str | None = None, hint: str | None = None
     ) -> None:
         super().__init__(f"{label or field.replace('_', '-')} is {value!r}, it must be {allowed}", hint=hint)
-        self.field, self.value, self.allowed = field, value, allowed
+        self.field, self.value, self.allowed, self.label = field, value, allowed, label
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew of its parts where it comes from another process, as it takes more than a message."""
+        return partial(FieldError, label=self.label, hint=self.hint), (self.field, self.value, self.allowed)
 
     def named(self, label: str) -> FieldError:
         """The same error, naming the field as the place where it was set does."""
