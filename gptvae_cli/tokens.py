@@ -15,8 +15,9 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,18 @@ def _start_worker(text: str, kind: TokenizerKind) -> None:
     global _worker
     # Ctrl-C reaches every process of the terminal; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_end_with_parent, daemon=True).start()
     tokenizer = Tokenizer.from_json(text)
     tokenizer.kind = kind  # which the text does not tell
     _worker = BulkTokenizer(tokenizer)
+
+
+def _end_with_parent() -> None:
+    """One that is killed cannot end the others, which would wait for texts for ever."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def tokenized(texts: Sequence[str], longest: int | None = None) -> tuple[Tokens, Ints]:
