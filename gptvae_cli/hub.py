@@ -102,7 +102,10 @@ def _is_ours(path: Path, header: ModelHeader | None) -> bool:
         signature = _SIGNATURE.search(text)
         return signature is not None and signature[1] == _digest(text[: signature.start()])
     content = {CONFIG_NAME: config_json, TOKENIZER_NAME: tokenizer_json}[path.name]
-    return header is not None and text == content(header)
+    try:
+        return header is not None and text == content(header)
+    except (KeyError, TypeError, ValueError):  # a stranger's header, of which `read_header` checks what a model needs
+        return False
 
 
 # The files ------------------------------------------------------------------------------------------------------------
