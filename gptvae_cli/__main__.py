@@ -1,6 +1,19 @@
-"""`python -m gptvae_cli`, where the command is not on the path."""
+"""The command `gptvae`, and `python -m gptvae_cli` where that is not on the path."""
 
-from gptvae_cli.cli.app import main
+import sys
+
+from gptvae_cli.errors import ExitCode
+
+
+def main() -> None:
+    """The console script. What it runs takes a moment to import, in which somebody may have changed their mind."""
+    try:
+        from gptvae_cli.cli.app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
+
 
 if __name__ == "__main__":
     main()

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from gptvae_cli.errors import ConfigError, FieldError
@@ -356,6 +357,14 @@ class SampleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        # Of Python or of NumPy: these come from callers in Python, too.
+        for names, kind, allowed in (
+            (("top_k", "max_tokens", "seed"), Integral, "a whole number"),
+            (("temperature", "top_p", "min_p"), Real, "a number"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                _require(value is None or isinstance(value, kind), name, value, allowed)
         # Where denormals count as zero, dividing by one is dividing by zero.
         usable = self.greedy or sys.float_info.min <= self.temperature < float("inf")
         _require(usable, "temperature", self.temperature, "above 0 (or use --greedy)")

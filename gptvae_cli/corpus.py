@@ -44,7 +44,9 @@ _TEXT_CHARS = 16
 _EDGE_BYTES = 2**20
 """How much of the beginning and of the end of a file is looked at to recognise it."""
 _FACTS_NAME, _TOKENIZER_NAME = "corpus.json", "tokenizer.json"
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
+_SALTS, _SALT_TEXTS = 64, 10_000
+"""How many ways to hold texts out are tried, and on how many texts."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,10 @@ class Corpus:
         # Files that may be sorted are read twice; what comes through a pipe is gone.
         again = _pairs(sources, config, None, Repairs()) if rest and mark is not None else iter(beginning)
         tokenizer, reason = _make_tokenizer(config, again)
+        salt = 0 if config.valid_share is None else _even_salt([text for text, _ in beginning], config.valid_share)
         pairs_of_all = chain(beginning, rest, pairs)
         del beginning, again  # or they would stay in memory until all is read
-        read = _Reader(folder, tokenizer, config, repairs)
+        read = _Reader(folder, tokenizer, config, repairs, salt)
         try:
             read.all(pairs_of_all, on_progress)
         except BrokenProcessPool as error:
@@ -266,10 +269,11 @@ def _file_mark(path: Path) -> list[str | int]:
 class _Reader:
     """Routes texts to the files, and counts."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig, repairs: Repairs) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig, repairs: Repairs, salt: int) -> None:
         names = ["train", "valid"] + (["train.source", "valid.source"] if config.latents_from else [])
         self.files = {name: TokenWriter(folder, name, tokenizer.num_tokens) for name in names}
         self.tokenize, self.config, self.repairs = BulkTokenizer(tokenizer), config, repairs
+        self.salt = salt
         self.pool: ProcessPoolExecutor | None = None
         self.waiting: deque[tuple[str, Bools, Future[tuple[Tokens, Ints]]]] = deque()
         self.processes = 1 if tokenizer.kind == "bytes" else _processors()  # bytes are made as fast as they are sent
@@ -287,7 +291,9 @@ class _Reader:
                 for text, _ in piece:
                     self._window(text, share)
             else:
-                held_out = np.array([share is not None and _hash_share(text) < share for text in encoded], dtype=bool)
+                held_out = np.array(
+                    [share is not None and _hash_share(text, self.salt) < share for text in encoded], dtype=bool
+                )
                 self._rows("", [text for text, _ in piece], held_out)
                 if self.config.latents_from:
                     self._rows(".source", [source for _, source in piece], held_out)
@@ -363,8 +369,8 @@ class _Reader:
 
 
 def _processors() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    """Those that this process may use, and that reading a file keeps busy."""
+    return min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
 
 
 def corpus_digest(sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO | None = None) -> str:
@@ -377,7 +383,9 @@ def corpus_digest(sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO
 
 
 def _update(digest: hashlib.blake2b, texts: Sequence[bytes]) -> None:
-    digest.update(b"".join(text + b"\xff" for text in texts))  # a byte that UTF-8 never holds ends a text
+    for text in texts:
+        digest.update(text)
+        digest.update(b"\xff")  # a byte that UTF-8 never holds ends a text
 
 
 def _read(
@@ -469,6 +477,21 @@ def _make_tokenizer(config: DataConfig, pairs: Iterator[tuple[str, str]]) -> tup
     return tokenizer, reason
 
 
-def _hash_share(text: bytes) -> float:
-    """A number in [0, 1) that depends on the text alone: equal texts are held out together."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
+def _hash_share(text: bytes, salt: int) -> float:
+    """A number in [0, 1) that depends on the text and the salt alone: equal texts are held out together."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8, salt=bytes([salt])).digest(), "big") / 2**64
+
+
+def _even_salt(texts: Sequence[str], share: float) -> int:
+    """The first salt by which about this share of the texts is held out; 0 where none does.
+
+    Nearly always it is 0. But where one text makes up half of a corpus, half of it should not be held out, and of a
+    few texts it should not be none.
+    """
+    encoded = [text.encode("utf-8") for text in texts[:: len(texts) // _SALT_TEXTS + 1]]
+    wanted = share * len(encoded)
+    for salt in range(_SALTS):
+        held_out = sum(_hash_share(text, salt) < share for text in encoded)
+        if max(1.0, wanted / 2) <= held_out <= max(1.0, 2 * wanted):
+            return salt
+    return 0

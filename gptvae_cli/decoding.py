@@ -14,6 +14,7 @@ a head, Z latent width, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +30,10 @@ from gptvae_cli.fused import attend, attend_by_kernel
 
 if TYPE_CHECKING:
     from gptvae_cli.model import GPTVAE
+
+
+SLOW_SECONDS = 0.3
+"""What took as long to come is not kept waiting for others."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,12 @@ def run(
     usable = cached and model.fused_decoder is not None
     engine: _Engine = CachedDecoder(model, batch_size) if usable else PlainDecoder(model)
     active: list[Row] = []
+    slow = False
     while True:
-        # Joining costs a pass of its own over the new rows, so they join several at a time.
-        if len(active) <= batch_size - max(1, batch_size // 4):
-            joining = list(islice(waiting, batch_size - len(active)))
+        # Joining costs a pass of its own over the new rows, so they join several at a time; and those that are there do
+        # not wait for others that are slow to come.
+        if len(active) <= (0 if slow else batch_size - max(1, batch_size // 4)):
+            joining, slow = _arrived(waiting, batch_size - len(active))
             if joining:
                 for row in joining:
                     row.context = model.conditioning.window(row.context, model.max_seq_len)
@@ -150,6 +157,18 @@ def run(
             continue
         _advance(active, choose(engine.step(active), active), on_token)
         yield from _take_ended(engine, active, eos_id)
+
+
+def _arrived(waiting: Iterator[Row], most: int) -> tuple[list[Row], bool]:
+    """The next rows, up to the first that was slow to come, and whether there was one."""
+    arrived: list[Row] = []
+    began = time.monotonic()
+    for row in islice(waiting, most):
+        arrived.append(row)
+        before, began = began, time.monotonic()
+        if began - before > SLOW_SECONDS:
+            return arrived, True
+    return arrived, False
 
 
 def _advance(rows: Sequence[Row], tokens_B: Tensor, on_token: Callable[[int, int], None] | None) -> None:

@@ -7,7 +7,7 @@
     |-- DataError              3  a corpus or a latent that is missing, unreadable or malformed
     |-- CheckpointError        3  a model or state file that is missing, foreign or broken
     |-- DivergedError          4  a loss that is no longer a number
-    |-- CollapsedError         5  a latent that carries nothing, under --strict
+    |-- CollapsedError         5  a latent that is not being used, under --strict
     `-- BusyError             75  a run folder that another process is training in
 
 The library raises these and never prints or exits; `cli/app.py` renders them once.
@@ -30,6 +30,7 @@ class ExitCode(IntEnum):
     DIVERGED = 4
     COLLAPSED = 5
     BUSY = 75
+    HUNG_UP = 129
     INTERRUPTED = 130
     CLOSED_PIPE = 141
     TERMINATED = 143
@@ -106,7 +107,7 @@ class DivergedError(GPTVAEError):
 
 
 class CollapsedError(GPTVAEError):
-    """The trained latent carries less than one nat and `--strict` was given."""
+    """The trained latent is not being used and `--strict` was given."""
 
     exit_code = ExitCode.COLLAPSED
 

@@ -1,4 +1,4 @@
-"""Latents in `.npy` files and pipes, checked before memory is taken for them.
+"""Latents in `.npy` files and pipes, or as lines of JSON, checked before memory is taken for them.
 
 `numpy.load` and `numpy.save` are not used: the one cannot read a pipe and allocates what a header claims, the other
 hides that a pipe is closed.
@@ -11,12 +11,14 @@ from __future__ import annotations
 import ast
 import fcntl
 import io
+import json
 import os
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from types import TracebackType
 from typing import IO, BinaryIO, NamedTuple, Self
 
@@ -35,6 +37,8 @@ _PIECE_BYTES = 2**16
 """Read at a time, so that the first rows of a long stream are there early."""
 _FLOATS = re.compile(r"[<>=|]?f[248]")
 _KINDS = {"i": "integers", "u": "integers", "b": "booleans", "c": "complex numbers", "f": "floats of another size"}
+_NUMBERS = ("integers", "booleans", "floats of another size")
+"""Kinds whose conversion to floats loses nothing that a latent has."""
 _KINDS |= {"O": "Python objects", "S": "bytes", "U": "text", "M": "dates", "m": "time spans", "V": "raw data"}
 
 
@@ -49,7 +53,8 @@ def is_npy(head: bytes) -> bool:
 def read_latents(source: BinaryIO, name: str, *, width: int) -> Floats:
     """All latents of a `.npy` file or pipe [N Z].
 
-    Takes f2, f4 and f8 of any byte order and layout; one dimension is one latent.
+    Takes f2, f4 and f8 of any byte order and layout; one dimension is one latent. Lines of JSON are taken too, lists of
+    numbers or what `gptvae encode --format jsonl` writes.
 
     Args:
         source: at the start of the file.
@@ -88,7 +93,11 @@ def checked_latents(values: npt.NDArray[np.generic], name: str, *, width: int) -
 def _pieces(source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
     """Checked rows [n Z], a few at a time."""
     with reading_errors(name):
-        header = _read_header(source, name)
+        first = _read(source, 1)
+        if first in (b"[", b"{"):
+            yield from _lines(first, source, name, width)
+            return
+        header = _read_header(first, source, name)
         count = _check_shape(header.shape, name, width)
         row_bytes = width * header.dtype.itemsize
         by_column = header.fortran_order and count > 1
@@ -108,18 +117,38 @@ def _pieces(source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
             )
 
 
+def _lines(first: bytes, source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
+    """The latents of lines of JSON, of which the first byte has been read."""
+    for row, line in enumerate(chain([first + source.readline()], source)):
+        place = f"{name}, line {row + 1}"
+        try:
+            found = json.loads(line)
+            numbers = found["latent"] if isinstance(found, dict) else found
+            if not isinstance(numbers, list) or not all(type(each) in (int, float) for each in numbers):
+                raise ValueError("expected numbers")
+        except (ValueError, KeyError, RecursionError) as error:
+            raise DataError(
+                f"{place} is no latent: expected a list of numbers, or an object that has one as 'latent'",
+                hint="gptvae encode --format jsonl writes such lines",
+            ) from error
+        _check_shape((len(numbers),), place, width)
+        yield _to_float32(np.array([numbers], dtype=np.float64), name, row)
+
+
 class _Header(NamedTuple):
     dtype: np.dtype[np.floating]
     fortran_order: bool
     shape: tuple[int, ...]
 
 
-def _read_header(source: BinaryIO, name: str) -> _Header:
-    """The header of versions 1.0 to 3.0, with a dtype that is f2, f4 or f8."""
-    head = _read(source, 8)
+def _read_header(first: bytes, source: BinaryIO, name: str) -> _Header:
+    """The header of versions 1.0 to 3.0, with a dtype that is f2, f4 or f8, of which the first byte has been read."""
+    head = first + _read(source, 7)
     if not is_npy(head):
         found = f"it starts with {head!r}" if head else "it is empty"
         hint = "make one with gptvae encode or numpy.save"
+        if head.startswith(b"PK"):
+            hint = "a .npz holds several arrays, save one: numpy.save('z.npy', numpy.load(FILE)[NAME])"
         if head == bytes(8):  # what `LatentWriter` leaves in the header's place until it knows what to say there
             hint = "gptvae encode did not come to its end there, run it again"
         raise DataError(f"{name} is not a .npy file: {found}", hint=hint)
@@ -152,7 +181,7 @@ def _check_floats(descr: object, name: str) -> None:
         kind = _KINDS.get(descr.lstrip("<>=|")[:1]) if isinstance(descr, str) else "records"
         raise DataError(
             f"{name} holds {kind or 'an unknown type'} ({str(descr)[:40]!r}), latents are floats of 2, 4 or 8 bytes",
-            hint="convert it with numpy: array.astype('float32')",
+            hint="convert it with numpy: array.astype('float32')" if kind in _NUMBERS else None,
         )
 
 
@@ -163,7 +192,9 @@ def _check_shape(shape: tuple[int, ...], name: str, width: int) -> int:
     if shape[-1] != width:
         raise DataError(
             f"{name} has the shape {_shape(shape)}, the latents of this model have {width} dimensions",
-            hint="encode again with this model, or name the model that made it",
+            hint="is it transposed? array.T"
+            if shape[0] == width
+            else "encode again with this model, or name the model that made it",
         )
     return shape[0] if len(shape) == 2 else 1
 

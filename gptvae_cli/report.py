@@ -271,6 +271,9 @@ def report(
     values: dict[str, Any] = {name: round(table[name].sum()) for name in _COUNTS}
     values |= {"seed": seed, **figures(bootstrap.totals(table)), "nll_standard_error_nats_per_text": error}
     intervals = bootstrap.intervals(table, figures)
+    if baseline is not None and baseline.sample is not None:
+        # Which has a latent of its own: that of the model saves it nothing that would be known.
+        values.pop("efficiency_nats_per_nat", None), intervals.pop("efficiency_nats_per_nat", None)
     sample = model.sample
     if sample is None:
         return Report(values | {"nll_samples": None}, intervals)

@@ -45,6 +45,8 @@ STATE_SECONDS = 60.0
 METRICS_SECONDS = 5.0
 _SAMPLE_BATCHES = 256
 """Batches that padding is told of, and their number estimated by."""
+_MANY = 20
+"""Texts of which a twentieth can be held out."""
 
 
 @dataclass
@@ -125,12 +127,13 @@ class Job:
         if not (self.folder / MODEL_NAME).exists():
             self.save_model()
 
-    def load_best(self) -> None:
-        """Puts the weights of `model.safetensors` in place of the last ones."""
+    def load_best(self) -> ModelHeader:
+        """Puts the weights of `model.safetensors` in place of the last ones, and returns what that says of itself."""
         best = load(self.folder / MODEL_NAME, device=self.learner.model.device)
         self.learner.model.load_state_dict(best.model.state_dict())
         values = best.header.training.get("validation")
         self.figures = Figures(**values) if values else None
+        return best.header
 
     def save_model(self) -> None:
         """Writes the weights as they are now to `model.safetensors`, and what lies beside it.
@@ -271,6 +274,13 @@ def start(
         + f"; {len(corpus.train):,} to train on, {len(corpus.valid):,} held out",
         f"tokenizer: {tokenizer.kind}, {tokenizer.num_tokens:,} tokens ({facts.tokenizer_reason})",
     ]
+    asked, share = data.valid_share, len(corpus.valid) / (len(corpus.train) + len(corpus.valid))
+    whole = data.unit != "window" and facts.texts >= _MANY
+    if asked is not None and whole and not asked / 2 <= share <= 2 * asked:
+        notes.append(
+            f"{share:.1%} of the texts are held out and not {asked:.1%}: many are equal, and equal ones stay together;"
+            " --valid FILE names others"
+        )
     if earlier is not None:
         notes.append(f"its tokens were in {folder / CACHE_NAME}, and were not made again")
     job = Job(folder, corpus, data, Learner(model, config), precision, notes)

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, N latents, Z latent width, K path steps.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from gptvae_cli import latent
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import padded, plan_batches
-from gptvae_cli.decoding import Request, decode
+from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
 from gptvae_cli.device import resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.noise import latent_noise
@@ -179,15 +180,16 @@ class Encoder:
 
 
 def _growing_pools(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Cuts texts or rows into lists of 1, 2, 4 and so on, shorter ones where they hold much."""
+    """Cuts texts or rows into lists of 1, 2, 4 and so on, shorter ones where they hold much, or are slow to come."""
     pool: list[Item] = []
-    most, size = 1, 0
+    most, size, last = 1, 0, time.monotonic()
     for item in items:
         pool.append(item)
         size += len(item)
-        if len(pool) >= most or size >= _POOL_SIZE:
+        before, last = last, time.monotonic()
+        if len(pool) >= most or size >= _POOL_SIZE or last - before > SLOW_SECONDS:
             yield pool
-            pool, size = [], 0
+            pool, size, last = [], 0, time.monotonic()
             most = min(2 * most, _POOL_TEXTS)
     if pool:
         yield pool

@@ -6,6 +6,7 @@ import json
 from dataclasses import FrozenInstanceError, fields
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 
 from gptvae_cli.config import (
@@ -300,3 +301,18 @@ def test_an_error_of_a_field_can_be_told_by_another_name() -> None:
     assert error.message == "kl-warmup is 2, it must be between 0 and 1"
     named = error.named("a.toml, [train] kl_warmup")
     assert (named.message, named.hint) == ("a.toml, [train] kl_warmup is 2, it must be between 0 and 1", "less")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": "1"}, "temperature is '1', it must be a number"),
+        ({"top_k": 2.5}, "top-k is 2.5, it must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5, it must be a whole number"),
+    ],
+)
+def test_a_caller_in_python_is_told_of_a_wrong_type(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(FieldError) as caught:
+        SampleConfig(**values)
+    assert caught.value.message == message
+    assert SampleConfig(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.int64(1)).top_k == 3  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -75,6 +76,31 @@ def test_a_corpus_comes_back_from_its_cache(tmp_path: Path, tokenizer: str) -> N
     assert built.facts.texts == len(lines)
     assert built.facts.characters == sum(map(len, lines))
     assert built.tokenizer.kind == tokenizer
+
+
+def test_a_text_that_makes_up_half_of_a_corpus_is_not_held_out(tmp_path: Path) -> None:
+    """Nor are the others, by which hash there may be; equal texts stay together."""
+    for word in ("same", "samesame", "again", "another", "x", "yes"):
+        lines = [word] * 1000 + [f"text {i}" for i in range(1000)]
+        corpus = build(tmp_path, "\n".join(lines))
+        held_out = contents(corpus, corpus.valid)
+        assert word not in held_out
+        assert 50 <= len(held_out) <= 200, "of 2,000"
+
+
+@pytest.mark.parametrize("count", [10, 15, 25, 40])
+def test_of_a_few_texts_one_that_is_held_out_is_not_trained_on(tmp_path: Path, count: int) -> None:
+    corpus = build(tmp_path, "\n".join(["twice", "twice", *(f"text {i}" for i in range(count - 2))]))
+    kept, held_out = contents(corpus, corpus.train), contents(corpus, corpus.valid)
+    assert 1 <= len(held_out) <= 4
+    assert not set(kept) & set(held_out)
+
+
+def test_what_is_held_out_of_many_depends_on_each_text_alone(tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(3000)]
+    corpus = build(tmp_path, "\n".join(texts))
+    shares = [int.from_bytes(hashlib.blake2b(t.encode(), digest_size=8).digest(), "big") / 2**64 for t in texts]
+    assert contents(corpus, corpus.valid) == [t for t, share in zip(texts, shares, strict=True) if share < 0.05]
 
 
 def test_a_size_of_the_vocabulary_asks_for_a_bpe(tmp_path: Path) -> None:

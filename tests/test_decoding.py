@@ -466,3 +466,29 @@ def test_the_edges_of_the_unit_interval_draw_the_first_and_the_last_token() -> N
     logits_BV = torch.tensor([[float("-inf"), 0.0, 1.0, -3.0, float("-inf")]])
     assert draw(logits_BV, torch.zeros(1, dtype=torch.float64)).tolist() == [1]
     assert draw(logits_BV, torch.full((1,), 1 - 2**-53, dtype=torch.float64)).tolist() == [3]
+
+
+def test_texts_that_come_slowly_are_written_as_they_come(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that come together, together; they are the same texts."""
+    model, requests = tiny_model(), some_requests(7)
+    expected = list(decode(model, requests, GREEDY))
+    now, taken = 0.0, 0
+
+    def arriving() -> Iterator[Request]:
+        nonlocal now, taken
+        for gap, request in zip((5, 5, 0, 0, 5, 0, 0), requests, strict=True):
+            now += gap
+            taken += 1
+            yield request
+
+    monkeypatch.setattr("gptvae_cli.decoding.time.monotonic", lambda: now)
+    texts, seen = [], []
+    for text in decode(model, arriving(), GREEDY, batch_size=4):
+        texts.append(text)
+        seen.append(taken)
+    assert texts == expected
+    assert seen[:2] == [1, 2], "each before the next is asked for"
+    assert seen[2] == 5
+    assert taken == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import subprocess
@@ -80,6 +81,52 @@ def test_one_row_at_a_time_is_the_same() -> None:
     found = list(iter_latents(io.BytesIO(saved(array)), "z.npy", width=Z))
     assert len(found) == 10_000 and found[0].shape == (Z,)
     np.testing.assert_array_equal(np.stack(found), array)
+
+
+@pytest.mark.parametrize("form", ["objects", "lists"])
+def test_lines_of_json_are_the_same_numbers(form: str) -> None:
+    array = rows(2000)
+    lines = [list(map(float, row)) for row in array]
+    data = "\n".join(json.dumps({"latent": line, "row": 1} if form == "objects" else line) for line in lines).encode()
+    np.testing.assert_array_equal(read(data), array)
+    np.testing.assert_array_equal(np.stack(list(iter_latents(io.BytesIO(data), "z.npy", width=Z))), array)
+    np.testing.assert_array_equal(read(b"[0]\n[1e0]\n", width=1), [[0], [1]])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("[1, 2, 3", "z.npy, line 2 is no latent"),
+        ('{"text": "a"}', "z.npy, line 2 is no latent"),
+        ('[1, 2, "3"]', "z.npy, line 2 is no latent"),
+        ("[[1, 2, 3]]", "z.npy, line 2 is no latent"),
+        ("[" * 100_000, "z.npy, line 2 is no latent"),
+        ("[1, 2, true]", "z.npy, line 2 is no latent"),
+        ("[1, 2]", "z.npy, line 2 has the shape (2,), the latents of this model have 3"),
+        ("[1, 2, NaN]", "row 1, dimension 2 (both from 0): nan is not a finite number"),
+        ("[1, 2, 1e99]", "row 1, dimension 2 (both from 0): 1e+99 is too large"),
+        ("", "z.npy, line 2 is no latent"),
+    ],
+)
+def test_a_line_that_is_no_latent_is_named(line: str, words: str) -> None:
+    assert words in refusal(f"[1, 2, 3]\n{line}\n[1, 2, 3]\n".encode())
+
+
+def hint(array: Array | bytes) -> str | None:
+    with pytest.raises(DataError) as caught:
+        read(array if isinstance(array, bytes) else saved(array, allow_pickle=True))
+    return caught.value.hint
+
+
+def test_a_slip_gets_a_hint_that_helps() -> None:
+    assert "array.T" in str(hint(rows(5).T))
+    assert "array.T" not in str(hint(rows(5, 4)))
+    assert "astype" in str(hint(rows(2).astype(int)))
+    for lossy in (rows(2).astype(complex), rows(2).astype(object), rows(2).astype("S")):
+        assert hint(lossy) is None
+    packed = io.BytesIO()
+    np.savez(packed, z=rows(2))
+    assert "numpy.load(FILE)[NAME]" in str(hint(packed.getvalue()))
 
 
 def test_headers_of_other_versions_and_writers() -> None:

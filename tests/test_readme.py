@@ -153,6 +153,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("a", "b", "c"):
         np.save(folder / f"{name}.npy", np.full(WIDTH, ord(name) % 7, np.float32))
     np.save(folder / "z.npy", np.ones((2, WIDTH), np.float32))
+    (folder / "reviews.csv").write_text("review,stars\n" + "".join(f'"{name}",5\n' for name in names))
     (folder / "reviews.jsonl").write_text("".join(f'{{"review": "{name}"}}\n' for name in names))
     (folder / "big.txt.gz").write_bytes(gzip.compress(text.encode()))
     (folder / "poems").mkdir()

@@ -261,7 +261,11 @@ def test_a_baseline_is_compared_text_by_text(checkpoint: Checkpoint, tmp_path: P
     assert same.values["nll_above_baseline_nats_per_text"] == 0
     assert same.intervals["nll_above_baseline_nats_per_text"] == pytest.approx((0, 0), abs=1e-9)
     other = load(make_model(tmp_path / "other.safetensors", seed=1), device=torch.device("cpu"))
-    found = report.report(model, gather(other, TEXTS), samples=SAMPLES, seed=2).values
+    baseline = gather(other, TEXTS)
+    with_latent = report.report(model, baseline, samples=SAMPLES, seed=2)
+    assert "efficiency_nats_per_nat" not in {**with_latent.values, **with_latent.intervals}, "it has a latent, too"
+    baseline.sample = None
+    found = report.report(model, baseline, samples=SAMPLES, seed=2).values
     assert found["nll_above_baseline_nats_per_text"] == pytest.approx(
         found["nll_nats_per_text"] - values_of(other, TEXTS)["nll_nats_per_text"]
     )

@@ -428,3 +428,22 @@ def test_invalid_bytes_become_the_replacement_character_once(
     pieces: list[str] = []
     written = next(sampling.write(checkpoint, draws(1), GREEDY, unit="line", on_text=pieces.append))
     assert written.text == "".join(pieces) == text
+
+
+def test_a_text_that_was_slow_to_come_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick ones are put together, more and more of them."""
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    def arriving(*gaps: float) -> Iterator[str]:
+        nonlocal now
+        for gap in gaps:
+            now += gap
+            yield "x"
+
+    monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", clock)
+    assert [len(pool) for pool in sampling._growing_pools(arriving(*[0.001] * 20))] == [1, 2, 4, 8, 5]
+    assert [len(pool) for pool in sampling._growing_pools(arriving(*[1.0] * 4))] == [1, 1, 1, 1]
+    assert [len(pool) for pool in sampling._growing_pools(arriving(0, 0, 0, 0, 0, 5, 0))] == [1, 2, 3, 1]

@@ -60,7 +60,7 @@ class _Commands(TyperGroup):
             # Typer and Rich end the process with 1 when they meet a closed pipe.
             if isinstance(problem, SystemExit) and not isinstance(problem.__context__, BrokenPipeError):
                 raise
-            _discard_stdout()
+            console.discard(sys.stdout)
             code = ExitCode.CLOSED_PIPE
         except OSError as problem:
             code = _show_error(problem)
@@ -103,7 +103,7 @@ def _show_error(problem: Exception) -> int:
             console.error(problem.message, problem.hint)
             return problem.exit_code
         case OSError():
-            _discard_stdout()  # or flushing it at shutdown would fail once more
+            console.discard(sys.stdout)  # or flushing it at shutdown would fail once more
             where = problem.filename or "input or output"
             console.error(f"{where}: {problem.strerror or problem}", None)
         case _ if _is_out_of_memory(problem):
@@ -173,12 +173,6 @@ def _value_of(parameter: Any, arguments: list[str]) -> tuple[str | None, str]:
     return os.environ.get(variable), variable
 
 
-def _discard_stdout() -> None:
-    """Sends nowhere what is still to be written to a closed pipe or a full disk."""
-    with suppress(OSError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
-
-
 app = typer.Typer(
     name="gptvae",
     cls=_Commands,
@@ -219,7 +213,9 @@ def main() -> None:
     if sys.stdout is None:
         console.error("standard output is closed", "send it somewhere: > FILE")
         sys.exit(ExitCode.FAILURE)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _terminate)
     # Threads that wait for each other spin, by libgomp's default for so long that training beside a busy process is
     # several times slower than with this (`tests/benchmarks/speed/`). It is read when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -229,4 +225,4 @@ def main() -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     # An exception, so that unfinished files are removed on the way out.
-    sys.exit(ExitCode.TERMINATED)
+    sys.exit(ExitCode(128 + number))

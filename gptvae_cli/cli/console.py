@@ -11,12 +11,13 @@ import json
 import os
 import re
 import secrets
+import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, TextIO
 
 import typer
 from rich.console import Console
@@ -206,14 +207,15 @@ def progress(
         things: what is counted.
         quiet: shows nothing.
         total: how many there will be, if that is known.
-        beside_data: data is printed to stdout meanwhile; nothing is shown where that is a terminal too.
+        beside_data: data is printed to stdout meanwhile; nothing is shown where that is a terminal too, and no bar
+            where it is a pipe, whose reader may print to the terminal.
 
     Yields:
         a function to call with the number of things done so far.
     """
     if quiet or (beside_data and sys.stdout.isatty()):
         yield lambda done: None
-    elif stderr.is_interactive:
+    elif stderr.is_interactive and not (beside_data and _into_a_pipe()):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         counted = TextColumn("{task.completed:,} " + things)
@@ -231,6 +233,13 @@ def progress(
                 note(f"{label}: {done:,} {things}" + (f" of {total:,}" if total else ""))
 
         yield report
+
+
+def _into_a_pipe() -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(sys.stdout.fileno()).st_mode)
+    except OSError:  # it is none of the system's
+        return False
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -273,6 +282,23 @@ def refuse_stdout(option: str, name: str | None) -> None:
     """
     if name is not None and is_stdout(name):
         raise ConfigError(f"{option} needs a file, standard output is in use", hint=f"{option} FILE.npy")
+
+
+def refuse_input(option: str, name: str | None, inputs: Sequence[str]) -> None:
+    """Keeps a command from replacing what it reads.
+
+    Raises:
+        ConfigError: where the name is that of one of the inputs.
+    """
+    for file in inputs:
+        with suppress(OSError):
+            if name is not None and Path(name).samefile(file):
+                raise ConfigError(f"{option} {name} is what is read", hint="name another file")
+
+
+def called(name: str) -> str:
+    """What people call a file, or standard input for `-`."""
+    return "stdin" if name == "-" else name
 
 
 @contextmanager
@@ -356,6 +382,20 @@ def _naming(name: str) -> Iterator[None]:
         raise GPTVAEError(
             f"cannot write {name}: {problem.strerror}", hint="choose another place, or make room there"
         ) from problem
+
+
+def discard(*streams: TextIO) -> None:
+    """Sends nowhere what is still to be written to a closed pipe, a full disk or a terminal that is gone."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        for stream in streams:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def forget_terminal() -> None:
+    """Sends nowhere what is still to be written to the terminal, which is gone: that would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # a closed terminal does not say that it is one
+            discard(stream)
 
 
 def write_text(text: str) -> None:

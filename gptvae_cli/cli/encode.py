@@ -59,6 +59,7 @@ def encode(
     A latent is the mean of the text's posterior. A text of unit window has one for each of its windows.
     """
     from gptvae_cli.header import locate_model, read_header
+    from gptvae_cli.sources import expand
     from gptvae_cli.text import Repairs, read_texts
 
     on_stdout = console.is_stdout(out)
@@ -67,6 +68,9 @@ def encode(
     console.refuse_stdout("--std-out", std_out)
     if out is not None and std_out is not None and os.path.realpath(out) == os.path.realpath(std_out):
         raise ConfigError(f"--out and --std-out are both {std_out}", hint="name two files")
+    read = expand(files or [])
+    console.refuse_input("--out", out, read)
+    console.refuse_input("--std-out", std_out, read)
     if not files or "-" in files:
         console.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
     path = locate_model(model)

@@ -305,8 +305,9 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     else:
         yield f"likelihood, importance-weighted with {values['nll_samples']:,} samples a text"
         yield line("NLL", "nll_nats_per_text", unit=_NATS)
-    yield line("perplexity per token", "perplexity_per_token")
-    yield line("perplexity per word", "perplexity_per_word", "{:.4g}")
+    for each in ("token", "word"):
+        key = f"perplexity_per_{each}"
+        yield line(f"perplexity per {each}", key, "{:.2f}" if intervals[key][1] < 1e5 else "{:.1e}")
     yield line("bits per byte", "bits_per_byte", "{:.3f}")
     if about["baseline"] is not None:
         yield f"baseline {about['baseline']}"
@@ -338,7 +339,7 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     if "probe" in values:
         yield from _probe_lines(about["labels"], values["probe"], intervals)
     if values["collapsed"]:
-        yield "collapsed: the latent carries less than 1 nat"
+        yield "collapsed: the latent carries next to nothing"
 
 
 def _line(name: str, value: float, interval: Sequence[float], form: str, unit: str = "") -> str:

@@ -23,7 +23,7 @@ EXAMPLES = """\
 gptvae generate --prior 5
 gptvae generate --text "the food was great" -n 3 --temperature 0.7
 gptvae encode a.txt | gptvae generate --latent - --greedy
-gptvae generate --ref a.txt --sample -n 10 --format jsonl | jq -r .text
+gptvae generate --ref a.txt --sample --greedy -n 10 --format jsonl | jq -r .text
 """
 
 
@@ -115,7 +115,8 @@ def generate(
         if latent is not None:
             from gptvae_cli.latent_file import iter_latents
 
-            latents = iter_latents(stack.enter_context(console.source(latent)), latent, width=width)
+            stream_in = stack.enter_context(console.source(latent))
+            latents = iter_latents(stream_in, console.called(latent), width=width)
             latents = latents if latent == "-" else _begun(latents)
         elif ref is not None:
             texts = read_texts(

@@ -76,6 +76,7 @@ def interpolate(
 
     _check_points(points or [], start, end, latent)
     console.refuse_stdout("--latents-out", latents_out)
+    console.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else [])])
     path = locate_model(model)
     header = read_header(path)
     header.require_latent(path)
@@ -126,6 +127,8 @@ def _check_points(points: Sequence[str], start: str | None, end: str | None, lat
     if not texts and latent is None and len(points) < 2:
         found = f"only {points[0]}" if points else "nothing"
         raise ConfigError(f"a path needs two points at least, found {found}", hint="gptvae interpolate a.txt b.txt")
+    if points.count("-") > 1:
+        raise ConfigError("standard input was named twice, and can be read once", hint="gptvae interpolate - b.txt")
     if latent == "-" or "-" in points:
         console.refuse_terminal_stdin("gptvae interpolate a.txt b.txt")
 
@@ -134,9 +137,9 @@ def _latents(name: str, width: int) -> Sequence[Floats]:
     from gptvae_cli.latent_file import read_latents
 
     with console.source(name) as stream:
-        latents_NZ = read_latents(stream, name, width=width)
+        latents_NZ = read_latents(stream, console.called(name), width=width)
     if len(latents_NZ) < 2:
-        raise DataError(f"{name} holds {len(latents_NZ)} latents, a path needs two at least")
+        raise DataError(f"{console.called(name)} holds {len(latents_NZ)} latents, a path needs two at least")
     return list(latents_NZ)
 
 
@@ -153,7 +156,7 @@ def _point(name: str, unit: Unit, data: DataConfig, width: int, repairs: Repairs
         stream.seek(begin)
         found: Sequence[str | Floats]
         if is_latent:
-            found = list(read_latents(stream, name, width=width))
+            found = list(read_latents(stream, console.called(name), width=width))
         else:
             by_name = Path(name).is_file()  # whose ending may tell how to read it
             texts = read_texts(
@@ -166,9 +169,9 @@ def _point(name: str, unit: Unit, data: DataConfig, width: int, repairs: Repairs
             )
             found = list(islice(texts, 2))
     if len(found) != 1:
-        amount = "more than one" if found else "no"
+        amount, thing = "more than one" if found else "no", "latent" if is_latent else "text"
         raise DataError(
-            f"{name} holds {amount} {'latent' if is_latent else 'text'}, a point of a path is exactly one",
+            f"{console.called(name)} holds {amount} {thing}, a point of a path is exactly one",
             hint=f"--latent {name} leads through its rows" if is_latent else "--from and --to take texts themselves",
         )
     return found[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import signal
@@ -39,6 +40,7 @@ from gptvae_cli.options import default_in_words, environment_layer, file_layer, 
 
 if TYPE_CHECKING:
     from gptvae_cli.run import Job
+    from gptvae_cli.training import StepReport
 
 _PROCESS_BEGAN = time.monotonic()
 _SAME_WISH_SECONDS = 1.0
@@ -92,7 +94,7 @@ def train(
     on_collapse: Annotated[
         OnCollapse | None, _option("on_collapse", "A latent that is not being used: change the run, or say so.", _RUN)
     ] = None,
-    strict: Annotated[bool, _flag("--strict", "Exit with 5 if the latent has collapsed.")] = False,
+    strict: Annotated[bool, _flag("--strict", "Exit with 5 if the latent is not being used.")] = False,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A TOML file of these options.", rich_help_panel=_RUN)
     ] = None,
@@ -197,11 +199,15 @@ def train(
     if print_config:
         console.write_text(plan.to_toml())
         return
-    if "-" in (*plan.run.corpus, plan.data.valid, plan.data.latents_from) or not (plan.run.corpus or resume):
+    named = (*plan.run.corpus, plan.data.valid, plan.data.latents_from)
+    if named.count("-") > 1:
+        raise ConfigError("standard input was named twice, and can be read once", hint="name files")
+    if "-" in named or not (plan.run.corpus or resume):
         console.refuse_terminal_stdin("gptvae train corpus.txt")
 
     from gptvae_cli import run
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+    from gptvae_cli.doctor import diagnosis
     from gptvae_cli.folder import claimed
     from gptvae_cli.sources import expand
 
@@ -237,11 +243,8 @@ def train(
         _finish(job, quiet=quiet)
         console.write_text(f"{folder / 'model.safetensors'}\n")
         strict = job.learner.config.strict and not job.learner.config.without_latent
-        if strict and job.figures is not None and job.figures.collapsed:
-            raise CollapsedError(
-                f"the latent carries {max(0.0, job.figures.mutual_information):.2f} nats, --strict asks for 1 at least",
-                hint="train longer, or raise --target-rate",
-            )
+        if strict and job.figures is not None and (wrong := diagnosis(job.figures)) is not None:
+            raise CollapsedError(f"{wrong}, and --strict was given", hint="train longer, or raise --target-rate")
 
 
 class _Plan:
@@ -323,6 +326,24 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
     from gptvae_cli.cli.display import TrainingDisplay
 
     example, well = 0, True
+
+    def show(report: StepReport) -> None:
+        nonlocal example, well
+        display.update(report)
+        if report.figures is not None and not report.done:
+            if report.diagnosis is not None and (well or report.treatment is not None):
+                rising = report.beta < job.learner.config.vae_kl_loss_weight
+                early = ", which is usual while beta rises" if rising else ""
+                console.note(f"at {report.progress:.0%}: {report.diagnosis}{early}", quiet=quiet)
+            if report.treatment is not None:
+                console.note(f"so {report.treatment}", quiet=quiet)
+            if report.diagnosis is None and not well:
+                console.note(f"at {report.progress:.0%}: the latent is being used", quiet=quiet)
+            well = report.diagnosis is None
+        if width is not None and report.figures is not None and not quiet and not report.done:
+            display.show_example(*job.reconstructions(1, start=example)[0])
+            example += 1
+
     title = f"gptvae train, {job.folder}"
     width = None if job.learner.config.without_latent else job.model_config.dim_latent
     with (
@@ -330,36 +351,30 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
         TrainingDisplay(console.stderr, title, width, quiet=quiet) as display,
     ):
         for report in job.run(should_stop=lambda: bool(caught), seconds=lambda: time.monotonic() - began):
-            display.update(report)
-            if report.figures is not None and not report.done:
-                if report.diagnosis is not None and (well or report.treatment is not None):
-                    rising = report.beta < job.learner.config.vae_kl_loss_weight
-                    early = ", which is usual while beta rises" if rising else ""
-                    console.note(f"at {report.progress:.0%}: {report.diagnosis}{early}", quiet=quiet)
-                if report.treatment is not None:
-                    console.note(f"so {report.treatment}", quiet=quiet)
-                if report.diagnosis is None and not well:
-                    console.note(f"at {report.progress:.0%}: the latent is being used", quiet=quiet)
-                well = report.diagnosis is None
-            if width is not None and report.figures is not None and not quiet and not report.done:
-                display.show_example(*job.reconstructions(1, start=example)[0])
-                example += 1
+            try:
+                show(report)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                console.forget_terminal()  # as SIGHUP is about to say
     if caught:
         console.note(f"stopped at step {job.learner.counters.step:,}; the state is saved")
         console.command(f"go on with: gptvae train --resume --out {shlex.quote(str(job.folder))}")
-        raise typer.Exit(ExitCode.INTERRUPTED if caught[0] == signal.SIGINT else ExitCode.TERMINATED)
+        raise typer.Exit(ExitCode(128 + caught[0]))
 
 
 def _finish(job: Job, *, quiet: bool) -> None:
     from gptvae_cli.doctor import advice, decline, verdict
 
-    job.load_best()
+    kept = job.load_best()
     if quiet or job.figures is None:
         return
     console.heading("Verdict")
     console.note(verdict(job.figures, job.learner.config))
-    if job.last_figures is not None:
-        console.note(decline(job.figures, job.last_figures, job.learner.config, job.epochs))
+    if job.last_figures not in (None, job.figures):
+        steps = f"step {kept.training['steps']:,} of {job.learner.counters.step:,}"
+        worse = decline(job.figures, job.last_figures, job.learner.config, job.epochs)
+        console.note(worse or f"that is the model of {steps}, the best on held-out texts")
     console.note(advice(job.figures, job.learner.config))
     if job.learner.config.without_latent:
         console.heading("Next")
@@ -376,7 +391,7 @@ def _finish(job: Job, *, quiet: bool) -> None:
 
 @contextmanager
 def _graceful() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM instead of dying of it; a later one has its usual effect.
+    """Collects the first SIGINT, SIGTERM or SIGHUP instead of dying of it; a later one has its usual effect.
 
     One that comes within a second is the same wish: a key is pressed twice, and a wrapper such as `timeout` or
     `uv run` passes on what the terminal has already sent to all of its processes.
@@ -390,6 +405,8 @@ def _graceful() -> Iterator[list[int]]:
         if not caught:
             caught.append(number)
             caught_at = time.monotonic()
+            if number == signal.SIGHUP:
+                console.forget_terminal()
         elif time.monotonic() - caught_at >= _SAME_WISH_SECONDS:
             restore()
             signal.raise_signal(number)
@@ -398,8 +415,9 @@ def _graceful() -> Iterator[list[int]]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, catch)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            previous[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from gptvae_cli import __version__
+from gptvae_cli.__main__ import main as console_script
 from gptvae_cli.cli import console
 from gptvae_cli.cli.app import app
 from tests.cli.conftest import WIDTH
@@ -617,7 +618,21 @@ def test_streams_that_are_closed_are_named(shell: Shell) -> None:
     assert (no_errors.returncode, no_errors.stdout, no_errors.stderr) == (3, b"", b"")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
+def test_an_interrupt_while_the_command_is_imported_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptvae_cli.cli.app.main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        console_script()
+    assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["int", "term", "hup"],
+)
 def test_a_command_that_is_stopped_leaves_no_unfinished_file(here: Path, number: int, code: int) -> None:
     """While it waits for more texts."""
     before = set(here.iterdir())
@@ -626,8 +641,8 @@ def test_a_command_that_is_stopped_leaves_no_unfinished_file(here: Path, number:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A shell's background jobs ignore interrupts, and what they start inherits that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell's background jobs ignore interrupts, and nohup hang-ups, and what they start inherits that.
+        preexec_fn=lambda: (signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGHUP, signal.SIG_DFL)),
     )
     deadline = time.monotonic() + 60
     while set(here.iterdir()) == before and time.monotonic() < deadline:

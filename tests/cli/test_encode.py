@@ -238,6 +238,26 @@ def test_json_lines_hold_exactly_the_same_numbers(encode: Encode, texts: Path, t
     assert encode("--format", "jsonl", stdin=b"").stdout == ""
 
 
+@pytest.mark.parametrize("option", ["--out", "--std-out"])
+def test_what_is_read_is_not_replaced(encode: Encode, texts: Path, tmp_path: Path, option: str) -> None:
+    """By whatever name: directly, through a link, as one of a folder."""
+    (tmp_path / "link").symlink_to(texts)
+    before = texts.read_bytes()
+    others = [] if option == "--out" else ["--out", "z.npy"]
+    for source, target in ((texts, texts), (texts, "link"), ("link", texts), (texts.parent, texts)):
+        assert_fails(encode(source, option, target, *others), 2, option, "is what is read")
+    assert texts.read_bytes() == before
+
+
+def test_latents_come_back_from_json_lines(encode: Encode, texts: Path, models: Path) -> None:
+    assert encode(texts, "--format", "jsonl", "--out", "z.jsonl").exit_code == 0
+    assert encode(texts, "--out", "z.npy").exit_code == 0
+    arguments = ["generate", "--greedy", "--model", str(models / "line.safetensors"), "--latent"]
+    written = [CliRunner().invoke(app, [*arguments, name]) for name in ("z.jsonl", "z.npy")]
+    assert written[0].exit_code == 0, written[0].stderr
+    assert written[0].stdout == written[1].stdout
+
+
 def test_json_lines_start_before_the_input_ends(models: Path) -> None:
     arguments = ["encode", "--format", "jsonl", "--model", str(models / "line.safetensors")]
     process = subprocess.Popen(

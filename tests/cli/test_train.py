@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -699,8 +701,89 @@ def test_a_collapse_is_a_verdict_and_under_strict_a_failure(train: Train, names:
     assert "train without --objective stock" in lenient.stderr, "what to do about it"
     strict = train(names, *stock, "--strict", "--force", steps=40)
     assert strict.exit_code == 5
-    assert "--strict asks for 1 at least" in strict.stderr
+    assert "the latent is not being used: it carries 0." in strict.stderr
+    assert "--strict was given" in strict.stderr
     assert strict.stdout == f"{out}/model.safetensors\n", "the model is there all the same"
+
+
+def test_under_strict_a_latent_that_the_decoder_does_not_hear_is_a_failure(
+    train: Train, names: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much it carries."""
+    monkeypatch.setattr("gptvae_cli.doctor.diagnosis", lambda figures: "the latent is not being used: nobody listens")
+    found = train(names, "--strict")
+    assert found.exit_code == 5
+    assert "nobody listens, and --strict was given" in found.stderr
+
+
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(train: Train, names: Path, out: Path) -> None:
+    assert "nothing is left" not in train(names).stderr
+    again = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--device", "cpu"])
+    assert again.exit_code == 0, again.stderr
+    assert "nothing is left to do" in again.stderr
+    more = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--device", "cpu", "--steps", "6"])
+    assert "nothing is left" not in more.stderr
+    assert steps_of(out) == 6
+
+
+def test_the_model_that_is_kept_is_named_where_it_is_not_the_last(
+    train: Train, names: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([3.0, 1.0, *[2.0] * 20])
+    monkeypatch.setattr("gptvae_cli.training.score", lambda figures, config: next(scores))
+    found = train(names, "--kl-warmup", "0", steps=10)
+    assert found.exit_code == 0, found.stderr
+    assert re.search(r"model of step \d+ of 10, the best on held-out texts", found.stderr), found.stderr
+
+
+def test_standard_input_is_read_once(train: Train, names: Path) -> None:
+    for arguments in (("-", "-"), ("-", "--valid", "-"), ("-", "--latents-from", "-"), (names, "-", "--valid", "-")):
+        assert_fails(train(*arguments), 2, "standard input was named twice")
+
+
+def test_a_mistyped_name_is_told_before_the_run_that_is_there(train: Train, names: Path) -> None:
+    assert train(names).exit_code == 0
+    assert_fails(train("nowhere.txt"), 3, "nowhere.txt", "No such file")
+    assert_fails(train(names), 2, "holds a run already")
+
+
+def test_equal_texts_that_make_up_a_corpus_are_spoken_of(train: Train, tmp_path: Path) -> None:
+    path = tmp_path / "alike.txt"
+    path.write_text("aaaa\nbbbb\n" * 100)
+    found = train(path)
+    assert found.exit_code == 0, found.stderr
+    assert "of the texts are held out and not 5.0%" in found.stderr
+    path.write_text("".join(f"{i}\n" for i in range(200)))
+    assert "are held out and not" not in train(path, "--force").stderr
+
+
+def test_a_run_whose_terminal_is_closed_saves_its_state(names: Path, out: Path) -> None:
+    """As one over ssh; writing to the terminal would fail from then on."""
+    leader, follower = pty.openpty()
+
+    def take_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    arguments = ["train", str(names), "--out", str(out), "--steps", "100000", *QUICK]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptvae_cli", *arguments],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        preexec_fn=take_terminal,
+    )
+    os.close(follower)
+    shown = b""
+    while not re.search(rb"step [1-9][0-9]", shown):
+        shown += os.read(leader, 65536)
+    os.close(leader)
+    assert process.wait(timeout=60) == 129
+    again = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--device", "cpu", "--steps", "1"])
+    assert again.exit_code == 0, again.stderr
+    found = re.search(r"resumed at step ([\d,]+)", again.stderr)
+    assert found is not None and int(found[1].replace(",", "")) >= 10
 
 
 def test_a_run_that_learns_by_heart_says_that_it_had_been_better(train: Train, out: Path, tmp_path: Path) -> None:
