@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from gptvae_cli.model import GPTVAE
 
 
+_SLOTS = 128
+"""Places in a row of the cache at first; most texts need no more."""
 SLOW_SECONDS = 0.3
 """What took as long to come is not kept waiting for others."""
 
@@ -306,7 +308,7 @@ class CachedDecoder:
             x_BTD = way.enter(x_BTD, latent_BD, torch.tensor(keep, device=device))
             positions = [position + way.slots * kept for position, kept in zip(positions, keep, strict=True)]
         length = x_BTD.shape[1]
-        self._grow(first + len(rows), length)
+        self._grow(first + len(rows), length, length + max(row.max_new for row in rows))
         self.positions += positions
         room, turns_T11C = fused.Heads(self.stack, (len(rows), length)), self.turns_S11C[:length]
         qkv_XBHTK, x_ND = room.qkv_XHK.permute(2, 0, 3, 1, 4), x_BTD.flatten(0, 1)
@@ -323,7 +325,7 @@ class CachedDecoder:
         count, device, dtype = len(rows), self.model.device, self.stack.dtype
         self.positions = [position + 1 for position in self.positions]
         used = max(self.positions) + 1
-        self._grow(count, used)
+        self._grow(count, used, self.model.max_seq_len + 1)
         x_BD = F.embedding(torch.tensor([row.context[-1] for row in rows], device=device), self.embedding_VD)
         # All views that layers need are made here: for one row they would be most of the time.
         cache_LXBHSK = self.cache_LXBHSK[:, :, :count]
@@ -366,14 +368,18 @@ class CachedDecoder:
     def _logits(self, x_BD: Tensor) -> Tensor:
         return self.stack.product(self.stack.final_norm(x_BD).to(self.stack.dtype), self.to_logits_DV)
 
-    def _grow(self, rows: int, slots: int) -> None:
-        """Makes room for so many rows of so many slots, or for twice as many as there were: texts may be far shorter
-        than the model could write."""
+    def _grow(self, rows: int, slots: int, most: int) -> None:
+        """Makes room for so many rows of so many slots, or for twice as many as there were, up to as many as may be
+        needed at most: texts may be far shorter than the model could write."""
         layers, two, old_rows, heads, old_slots, width = self.cache_LXBHSK.shape
         if rows <= old_rows and slots <= old_slots:
             return
         new_rows = max(rows, old_rows)
-        new_slots = old_slots if slots <= old_slots else min(max(slots, 2 * old_slots, 32), self.model.max_seq_len + 1)
+        new_slots = (
+            old_slots
+            if slots <= old_slots
+            else max(slots, min(2 * old_slots or _SLOTS, most, self.model.max_seq_len + 1))
+        )
         grown = self.cache_LXBHSK.new_zeros(layers, two, new_rows, heads, new_slots, width)
         grown[:, :, :old_rows, :, :old_slots] = self.cache_LXBHSK
         self.cache_LXBHSK = grown
