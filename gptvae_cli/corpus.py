@@ -9,6 +9,7 @@ Shapes: N rows.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, to_dict
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError, GPTVAEError
-from gptvae_cli.sources import STDIN, expand
+from gptvae_cli.sources import STDIN, excerpt, expand, is_plain
 from gptvae_cli.text import Repairs, read_texts
 from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
 from gptvae_cli.tokens import BulkTokenizer, Ints, Tokens, TokenStore, TokenWriter, tokenized, tokenizer_pool
@@ -168,8 +169,8 @@ class Corpus:
         pairs = _NotEmpty(_pairs(sources, config, stdin, repairs))
         beginning = _take(pairs, _SAMPLE_CHARS)
         rest = _take(pairs, 1)
-        # Files that may be sorted are read twice; what comes through a pipe is gone.
-        again = _pairs(sources, config, None, Repairs()) if rest and mark is not None else iter(beginning)
+        # A corpus may be sorted; but what comes through a pipe is gone.
+        again = _excerpt(sources, config) if rest and mark is not None else iter(beginning)
         tokenizer, reason = _make_tokenizer(config, again)
         salt = 0 if config.valid_share is None else _even_salt([text for text, _ in beginning], config.valid_share)
         pairs_of_all = chain(beginning, rest, pairs)
@@ -417,6 +418,15 @@ def _pairs(
             f"{config.latents_from} has more texts than the corpus",
             hint="--latents-from needs one text for every text of the corpus, in the same order",
         )
+
+
+def _excerpt(sources: Sequence[str], config: DataConfig) -> Iterator[tuple[str, str]]:
+    """Texts from all of a corpus, of plain files without reading all of it."""
+    files = expand([*sources, *filter(None, [config.latents_from])])
+    if not all(map(is_plain, files)):
+        return _pairs(sources, config, None, Repairs())
+    stream = io.BytesIO(excerpt(files, _SAMPLE_CHARS))
+    return ((text, "") for text in read_texts([STDIN], unit=config.unit, errors="replace", stdin=stream))
 
 
 class _NotEmpty(Iterator[tuple[str, str]]):

@@ -10,9 +10,11 @@ import gzip
 import io
 import os
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, BinaryIO
@@ -24,6 +26,8 @@ STDIN = "-"
 _FOLDER_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
 _PACKINGS = {".gz": "gzip", ".zst": "Zstandard"}
 _EXTRAS = {".zst": "zstandard", ".parquet": "pyarrow"}
+_EXCERPTS = 64
+"""Places that an excerpt is from."""
 _ZSTD_PIECE = 2**10
 """Bytes that are unpacked at once. Four bytes may stand for 128 kB, so at most 32 MB come of it."""
 
@@ -53,6 +57,27 @@ def ending(file: str, *, unpacked: bool = False) -> str:
     """The last ending of a file's name, in lower case: `.gz` of `A.TXT.GZ`, or `.txt` of what is `unpacked`."""
     name = Path(file.lower())
     return name.with_suffix("").suffix if unpacked and name.suffix in _PACKINGS else name.suffix
+
+
+def is_plain(file: str) -> bool:
+    """Whether a file is text as it is, and neither packed nor made of records."""
+    return ending(file, unpacked=True) not in (".jsonl", ".csv", ".parquet") and ending(file) not in _PACKINGS
+
+
+def excerpt(files: Sequence[str], most: int) -> bytes:
+    """Lines from all of some plain files, about as many bytes of them as wanted."""
+    starts = list(accumulate((Path(file).stat().st_size for file in files), initial=0))
+    pieces = []
+    for number in range(_EXCERPTS):
+        place = starts[-1] * number // _EXCERPTS
+        index = bisect_right(starts, place) - 1
+        with Path(files[index]).open("rb") as raw:
+            raw.seek(place - starts[index])
+            data = raw.read(most // _EXCERPTS)
+        if place > starts[index]:
+            data = data[data.find(b"\n") + 1 :]  # what is left of a line; all of it where there are none
+        pieces.append(data[: data.rfind(b"\n") + 1] or data + b"\n")
+    return b"".join(pieces)
 
 
 def _expand(source: str) -> list[str]:

@@ -8,6 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyarrow import parquet
 
 from gptvae_cli.config import UNITS, Unit
 from gptvae_cli.errors import DataError, ExitCode, GPTVAEError
-from gptvae_cli.sources import expand
+from gptvae_cli.sources import excerpt, expand, is_plain
 from gptvae_cli.text import Repairs, read_texts
 
 
@@ -207,6 +208,31 @@ def test_damaged_parquet_is_read_or_bad_input_of_one_line(tmp_path: Path) -> Non
 
 
 # Extras and folders ---------------------------------------------------------------------------------------------------
+
+
+def test_an_excerpt_is_of_whole_lines_from_all_files(tmp_path: Path) -> None:
+    files = []
+    for name, count in (("a", 3000), ("b", 10), ("c", 5000)):
+        files.append(str(tmp_path / f"{name}.txt"))
+        Path(files[-1]).write_text("".join(f"{name} {i:06} é\n" for i in range(count)))
+    lines = [line for file in files for line in Path(file).read_text().splitlines()]
+    found = excerpt(files, 20_000).decode().splitlines()
+    assert set(found) <= set(lines)
+    assert 10_000 < sum(len(line.encode()) + 1 for line in found) <= 20_000
+    places = [lines.index(line) for line in found]
+    assert places == sorted(places)
+    assert max(b - a for a, b in pairwise(places)) < len(lines) / 32
+    assert excerpt([files[1]], 10**6).decode().splitlines()[:10] == lines[3000:3010], "small files are read whole"
+    (tmp_path / "long.txt").write_bytes(b"x" * 10_000)
+    assert len(excerpt([str(tmp_path / "long.txt")], 6400)) == 64 * 101, "a line without end"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.LOG", "b", "c.txt.jsonl.txt"])
+def test_text_as_it_is_is_plain(name: str) -> None:
+    assert is_plain(name)
+    assert not any(
+        is_plain(name + end) for end in (".gz", ".zst", ".jsonl", ".csv", ".parquet", ".jsonl.gz", ".CSV.ZST")
+    )
 
 
 @pytest.mark.parametrize(("name", "package"), [("a.txt.zst", "zstandard"), ("b.parquet", "pyarrow")])
