@@ -25,7 +25,7 @@ EXAMPLES = """\
 gptvae evaluate test.txt
 gptvae evaluate test.txt --with-baseline
 gptvae evaluate test.txt --labels test.labels.txt
-gptvae evaluate test.txt --texts 0 --samples 500 --json | jq .nll_nats_per_text
+gptvae evaluate test.txt --texts 0 --json | jq .nll_nats_per_text
 """
 
 
@@ -70,7 +70,7 @@ def evaluate(
             min=0,
             max=2**63 - 1,
             envvar="GPTVAE_SEED",
-            help="Seed of the latents that are drawn.",
+            help="Seed of the latents that are drawn. [default: 0]",
             rich_help_panel=console.COMMON,
         ),
     ] = 0,
