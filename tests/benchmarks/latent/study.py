@@ -72,6 +72,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "floor 0.25": {"vae_kl_div_floor": 0.25, "target_rate": 0.0},
     "floor 0.5": {"vae_kl_div_floor": 0.5, "target_rate": 0.0},
     "rate 4": {"target_rate": 4.0},
+    "rate 5.3": {"target_rate": 5.3},
     "rate 6": {"target_rate": 6.0},
     "rate 16": {"target_rate": 16.0},
     "rate 32": {"target_rate": 32.0},
@@ -109,6 +110,15 @@ ARMS: dict[str, dict[str, Any]] = {
     "drop 0.3": {"dropout": 0.3},
     "none, drop 0.3": {"latents_dropout_prob": 1.0, "dropout": 0.3},
     "small, drop 0.3": {"dropout": 0.3, "dim": 192, "depth": 4, "enc_depth": 2, "heads": 3},
+    "small, drop 0.15": {"dropout": 0.15, "dim": 192, "depth": 4, "enc_depth": 2, "heads": 3},
+    "none, small, drop 0.15": {
+        "latents_dropout_prob": 1.0,
+        "dropout": 0.15,
+        "dim": 192,
+        "depth": 4,
+        "enc_depth": 2,
+        "heads": 3,
+    },
     "none, small": {"latents_dropout_prob": 1.0, "dim": 192, "depth": 4, "enc_depth": 2, "heads": 3},
 }
 """Fields of `TrainConfig`, `ModelConfig` and `DataConfig` that differ from the defaults. `arms.txt` tells of the arms
