@@ -172,7 +172,8 @@ class Corpus:
         # A corpus may be sorted; but what comes through a pipe is gone.
         again = _excerpt(sources, config) if rest and mark is not None else iter(beginning)
         tokenizer, reason = _make_tokenizer(config, again)
-        salt = 0 if config.valid_share is None else _even_salt([text for text, _ in beginning], config.valid_share)
+        by_text = config.valid_share is not None and config.unit != "window"
+        salt = _even_salt([text for text, _ in beginning], config.valid_share or 0.0) if by_text else 0
         pairs_of_all = chain(beginning, rest, pairs)
         del beginning, again  # or they would stay in memory until all is read
         read = _Reader(folder, tokenizer, config, repairs, salt)
@@ -293,7 +294,7 @@ class _Reader:
                     self._window(text, share)
             else:
                 held_out = np.array(
-                    [share is not None and _hash_share(text, self.salt) < share for text in encoded], dtype=bool
+                    [share is not None and _share(_hash(text), self.salt) < share for text in encoded], dtype=bool
                 )
                 self._rows("", [text for text, _ in piece], held_out)
                 if self.config.latents_from:
@@ -487,9 +488,13 @@ def _make_tokenizer(config: DataConfig, pairs: Iterator[tuple[str, str]]) -> tup
     return tokenizer, reason
 
 
-def _hash_share(text: bytes, salt: int) -> float:
+def _hash(data: bytes, salt: int = 0) -> bytes:
+    return hashlib.blake2b(data, digest_size=8, salt=bytes([salt])).digest()
+
+
+def _share(text_hash: bytes, salt: int) -> float:
     """A number in [0, 1) that depends on the text and the salt alone: equal texts are held out together."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8, salt=bytes([salt])).digest(), "big") / 2**64
+    return int.from_bytes(_hash(text_hash, salt) if salt else text_hash, "big") / 2**64
 
 
 def _even_salt(texts: Sequence[str], share: float) -> int:
@@ -498,10 +503,11 @@ def _even_salt(texts: Sequence[str], share: float) -> int:
     Nearly always it is 0. But where one text makes up half of a corpus, half of it should not be held out, and of a
     few texts it should not be none.
     """
-    encoded = [text.encode("utf-8") for text in texts[:: len(texts) // _SALT_TEXTS + 1]]
-    wanted = share * len(encoded)
+    # Each is read once, however many salts are tried: a text may be a book.
+    hashes = [_hash(text.encode("utf-8")) for text in texts[:: len(texts) // _SALT_TEXTS + 1]]
+    wanted = share * len(hashes)
     for salt in range(_SALTS):
-        held_out = sum(_hash_share(text, salt) < share for text in encoded)
+        held_out = sum(_share(text_hash, salt) < share for text_hash in hashes)
         if max(1.0, wanted / 2) <= held_out <= max(1.0, 2 * wanted):
             return salt
     return 0

@@ -86,7 +86,8 @@ def measured(
         seed: of the latents that are drawn.
         precision: bfloat16 computes under autocast.
         banned: tokens that a reconstruction never holds.
-        running: each text goes on where the one before ended, windows: a word may be in two of them, and counts once.
+        running: texts are windows, and one that is as long as the model reads goes on in the next: a word may be in
+            two of them, and counts once. (So does one too few where a file ends as a window does, once in T files.)
         on_progress: called with the texts measured so far.
     """
     model, config, tokenizer = checkpoint.model, checkpoint.header.model, checkpoint.tokenizer
@@ -106,7 +107,9 @@ def measured(
         words_N = np.array([len(text.split()) for text in texts])
         if running:
             begins_N = np.array([text[:1].strip() != "" for text in texts])
-            goes_on_N = np.array([within_a_word, *(text[-1:].strip() != "" for text in texts)])
+            full = (len(row) == config.max_seq_len for row in targets)
+            ends_within = (whole and text[-1:].strip() != "" for whole, text in zip(full, texts, strict=True))
+            goes_on_N = np.array([within_a_word, *ends_within])
             words_N -= begins_N & goes_on_N[:-1]
             within_a_word = bool(goes_on_N[-1])
         # A text that was cut may end within a character, which the decoded one shows as U+FFFD.

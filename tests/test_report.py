@@ -199,14 +199,15 @@ def test_a_word_that_two_windows_share_counts_once(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, piece_texts: int
 ) -> None:
     monkeypatch.setattr(report, "_PIECE_TEXTS", piece_texts)
-    text = "A running text  has words of\nmany sizes, extraordinarily " + "long" * 20 + " ones and a b c d e f g."
+    text = "A running text  has words of\nmany sizes, extraordinarily " + "long" * 20 + " ones and a b c d e f g h."
     found = Gathered()
-    rows = list(Encoder(checkpoint, "window").rows([text]))
+    # And where one text ends and another begins, the words are two.
+    rows = list(Encoder(checkpoint, "window").rows([text, "Others follow"]))
     assert len(rows) > 5
     for piece in measured(checkpoint, rows, samples=1, running=True):
         found.add(piece)
     values = report.report(found, samples=1, seed=0).values
-    assert (values["words"], values["bytes"]) == (len(text.split()), len(text))
+    assert (values["words"], values["bytes"]) == (len(text.split()) + 2, len(text) + len("Others follow"))
 
 
 def test_information_is_judged_by_what_the_texts_can_show(checkpoint: Checkpoint) -> None:
