@@ -27,6 +27,7 @@ from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
 from gptvae_cli.device import resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.noise import latent_noise
+from gptvae_cli.text import Part
 from gptvae_cli.tokenizer import Tokenizer, pieces
 
 Floats = npt.NDArray[np.float32]
@@ -133,7 +134,10 @@ class Encoder:
         return encodings[0].mean_Z
 
     def rows(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """What the model reads of texts: their tokens with BOS and EOS, or those of their windows."""
+        """What the model reads of texts: their tokens with BOS and EOS, or those of their windows.
+
+        Running texts may come in parts, as `read_texts` gives them.
+        """
         return self._windows(texts) if self.unit == "window" else self._whole(texts)
 
     def _whole(self, texts: Iterable[str]) -> Iterator[list[int]]:
@@ -153,15 +157,17 @@ class Encoder:
     def _windows(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """Consecutive windows of each text, with BOS and without EOS, as in training."""
         size = self.config.max_seq_len - 1
+        ids: list[int] = []
         for text in texts:
-            ids: list[int] = []
             for piece in pieces(text):
                 ids += self.checkpoint.tokenizer.encode_batch([piece])[0]
                 whole = len(ids) - len(ids) % size
                 yield from ([self.config.bos_id, *ids[i : i + size]] for i in range(0, whole, size))
                 del ids[:whole]
-            if ids or not text:
-                yield [self.config.bos_id, *ids]
+            if not isinstance(text, Part):
+                if ids or not text:
+                    yield [self.config.bos_id, *ids]
+                ids.clear()
 
     @torch.inference_mode()
     def _posteriors(self, rows: Sequence[Sequence[int]]) -> list[Encoding]:

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import BinaryIO, TextIO
 
 from gptvae_cli.config import Errors, Unit
 from gptvae_cli.errors import DataError
 from gptvae_cli.sources import STDIN, ending, expand, opened, reading_errors
+from gptvae_cli.tokenizer import PIECE_CHARS, pieces
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -29,6 +30,12 @@ _PARQUET_ROWS, _PARQUET_BUFFER = 256, 2**20
 _PLAIN = "plain lines go through stdin: < FILE"
 _LONGEST_CELL = 2**24
 """Characters of a cell of CSV: a quote that nothing closes would take in all that follows."""
+
+
+class Part(str):
+    """A piece of a running text, whose rest follows."""
+
+    __slots__ = ()
 
 
 @dataclass
@@ -54,6 +61,7 @@ def read_texts(
     errors: Errors = "strict",
     repairs: Repairs | None = None,
     stdin: BinaryIO | None = None,
+    in_parts: bool = False,
 ) -> Iterator[str]:
     r"""The texts of files, folders, patterns and stdin, in order; see `sources.expand` for what a name stands for.
 
@@ -71,7 +79,7 @@ def read_texts(
     become a space; with `window`, the records of a file are joined into one text with a blank line between them. Blank
     lines are no records.
 
-    Memory holds one line, paragraph or record at a time, or one file.
+    Memory holds one line, paragraph or record at a time, or one file; of a running text `in_parts`, one part.
 
     Args:
         sources: names, or `-` for stdin; none is stdin.
@@ -81,6 +89,8 @@ def read_texts(
             holds half of a surrogate pair.
         repairs: counts these.
         stdin: stands for standard input; None is the process's own.
+        in_parts: a text of `window` comes in the pieces that `tokenizer.pieces` cuts it into, all but the last a
+            `Part`.
 
     Raises:
         DataError: at once for a source that is missing or stands for no file; while reading for one that cannot be
@@ -92,7 +102,7 @@ def read_texts(
         stdin = getattr(sys.stdin, "buffer", None)
         if stdin is None:
             raise DataError("cannot read stdin: it is closed", hint="name a file")
-    form = _Form(unit, field, errors, Repairs() if repairs is None else repairs)
+    form = _Form(unit, field, errors, Repairs() if repairs is None else repairs, in_parts and unit == "window")
     return chain.from_iterable(_read_file(file, form, stdin) for file in files)
 
 
@@ -104,6 +114,7 @@ class _Form:
     field: str
     errors: Errors
     repairs: Repairs
+    in_parts: bool
 
     def replaced(self, text: str) -> str:
         """A text whose bytes that are not UTF-8 arrive as lone surrogates, decoded with U+FFFD."""
@@ -116,18 +127,18 @@ def _read_file(file: str, form: _Form, stdin: BinaryIO | None) -> Iterator[str]:
     name = "stdin" if file == STDIN else file
     with reading_errors(name):
         if ending(file) == ".parquet":
-            yield from _of_records(_rows(file, form), form.unit)
+            yield from _of_records(_rows(file, form), form)
             return
         with _decoded(file, stdin) as stream:
             form_of_records = {".jsonl": _records, ".csv": _cells}.get(ending(file, unpacked=True))
             if form_of_records is not None:
-                yield from _of_records(form_of_records(_lines(stream, name, form), name, form), form.unit)
+                yield from _of_records(form_of_records(_lines(stream, name, form), name, form), form)
             elif form.unit == "line":
                 yield from _lines(stream, name, form)
             elif form.unit == "paragraph":
                 yield from _paragraphs(_lines(stream, name, form))
             else:
-                yield _valid(stream.read(), name, 1, form).removeprefix("\ufeff").removesuffix("\n")
+                yield from _whole(_chunks(stream, name, form), form)
 
 
 @contextmanager
@@ -142,6 +153,40 @@ def _decoded(file: str, stdin: BinaryIO | None) -> Iterator[TextIO]:
             text.detach()  # or it would close stdin, which is not ours
 
 
+# Whole files ----------------------------------------------------------------------------------------------------------
+
+
+def _chunks(stream: TextIO, name: str, form: _Form) -> Iterator[str]:
+    """What a file holds, in pieces of any length."""
+    line, column = 1, 0  # where a chunk begins
+    last = ""  # its line end, which is not text at the end of a file
+    while chunk := stream.read(PIECE_CHARS):
+        while _ESCAPED_BYTE.match(chunk[-1]) and (more := stream.read(PIECE_CHARS)):
+            chunk += more  # bytes that are one U+FFFD together stay together
+        valid = _valid(chunk, name, line, form, column)
+        if (line, column) == (1, 0):
+            valid = valid.removeprefix("\ufeff")
+        yield last + valid.removesuffix("\n")
+        last = "\n" if valid.endswith("\n") else ""
+        column = _bytes(chunk.rpartition("\n")[2]) + (0 if "\n" in chunk else column)
+        line += chunk.count("\n")
+
+
+def _whole(chunks: Iterator[str], form: _Form) -> Iterator[str]:
+    """One text of all chunks, or its parts."""
+    if not form.in_parts:
+        yield "".join(chunks)
+        return
+    rest = ""
+    for chunk in chunks:
+        rest += chunk
+        while len(rest) > PIECE_CHARS:
+            part = Part(next(pieces(rest)))
+            yield part
+            rest = rest[len(part) :]
+    yield rest
+
+
 # Lines ----------------------------------------------------------------------------------------------------------------
 
 
@@ -154,8 +199,8 @@ def _lines(stream: TextIO, name: str, form: _Form) -> Iterator[str]:
         yield line.removesuffix("\n")
 
 
-def _valid(text: str, name: str, number: int | None, form: _Form) -> str:
-    """What begins with line `number` of a file, or the text of a row, without bytes that are not UTF-8.
+def _valid(text: str, name: str, number: int | None, form: _Form, column: int = 0) -> str:
+    """What begins at byte `column` of line `number` of a file, or the text of a row, without bytes that are not UTF-8.
 
     Raises:
         DataError: for errors of `strict` and the first such byte, with its place in its line or text.
@@ -168,13 +213,15 @@ def _valid(text: str, name: str, number: int | None, form: _Form) -> str:
     before, hint = text[: escaped.start()], "--errors replace puts U+FFFD there"
     if number is None:
         raise DataError(f"{name}: {what} (byte {_bytes(before) + 1} of the text)", hint=hint)
-    if number == 1 and text.startswith("\udc93NUMPY"):
+    first = (number, column) == (1, 0)
+    if first and text.startswith("\udc93NUMPY"):
         raise DataError(f"{name} holds latents, not texts", hint="gptvae generate --latent reads them")
     number += before.count("\n")
     line = before.rpartition("\n")[2]
-    encoding = "utf-16" if number == 1 and text[0] in "\udcfe\udcff" else "latin1"
+    column = _bytes(line) + 1 + (0 if "\n" in before else column)
+    encoding = "utf-16" if first and text[0] in "\udcfe\udcff" else "latin1"
     raise DataError(
-        f"{name}, line {number}: {what} (byte {_bytes(line) + 1} of the line)",
+        f"{name}, line {number}: {what} (byte {column} of the line)",
         hint=f"convert it, e.g. iconv -f {encoding} -t utf-8 < OLD > NEW; {hint}",
     )
 
@@ -198,13 +245,14 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
 # Records --------------------------------------------------------------------------------------------------------------
 
 
-def _of_records(records: Iterator[str], unit: Unit) -> Iterator[str]:
+def _of_records(records: Iterator[str], form: _Form) -> Iterator[str]:
     """Texts of a unit: records with the line ends of a text."""
     texts = (record.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n") for record in records)
-    if unit == "line":
+    if form.unit == "line":
         yield from (text.replace("\n", " ") for text in texts)
-    elif unit == "window":
-        yield "\n\n".join(texts)
+    elif form.unit == "window":
+        joined = chain.from_iterable(("\n\n", text) for text in texts)
+        yield from _whole(islice(joined, 1, None), form)  # without the first blank line
     else:
         yield from texts
 

@@ -30,7 +30,7 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 _MOST_WORDS, _MOST_TOKENS = 2**18, 2**22
 """Words that are remembered, and tokens of them: about 50 MB. Where there are no spaces, a word is a whole text."""
-_OFFSETS_AT_ONCE = 2**18
+_OFFSETS_AT_ONCE, _TOKENS_AT_ONCE = 2**18, 2**20
 
 # A space, and what may stand before the next one. The byte-level BPE never joins a space to what is before it unless
 # that is white too, so the tokens of a text are those of these pieces, one after another.
@@ -178,10 +178,27 @@ class TokenWriter:
 
     def append(self, tokens: Tokens, lengths_N: Ints) -> None:
         """Rows, one after another in `tokens`."""
-        self.tokens.write(tokens.astype(self.dtype, copy=False).tobytes())
         self.offsets.write((self.count + np.cumsum(lengths_N)).astype("<i8").tobytes())
         self.rows += len(lengths_N)
+        self.extend(tokens)
+
+    def extend(self, tokens: Tokens) -> None:
+        """Some tokens of a row that `end_row` ends."""
+        self.tokens.write(tokens.astype(self.dtype, copy=False).tobytes())
         self.count += len(tokens)
+
+    def end_row(self) -> None:
+        """Ends what `extend` began."""
+        self.append(np.zeros(0, self.dtype), np.zeros(1, np.int64))
+
+    def move_tail(self, count: int, other: TokenWriter) -> None:
+        """Moves the last tokens of a row that is not ended to one of another writer, of as many kinds of tokens."""
+        size = self.dtype.itemsize
+        stop, self.count = self.count, self.count - count
+        for start in range(self.count, stop, _TOKENS_AT_ONCE):
+            self.tokens.seek(size * start)
+            other.extend(np.frombuffer(self.tokens.read(size * min(_TOKENS_AT_ONCE, stop - start)), self.dtype))
+        self.tokens.truncate(self.tokens.seek(size * self.count))
 
     def pop(self) -> Tokens:
         """Takes the last row back."""

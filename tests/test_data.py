@@ -324,5 +324,5 @@ def test_windows_of_several_files_hold_out_the_end_of_each(tmp_path: Path) -> No
         file.write_text(file.stem * 100)
     config = DataConfig(unit="window", tokenizer="bytes", valid="0.25")
     corpus = Corpus.build([str(file) for file in files], config, tmp_path / "cache")
-    assert contents(corpus, corpus.train) == ["a" * 75, "\n\n" + "b" * 75]
-    assert contents(corpus, corpus.valid) == ["a" * 25, "\n\n" + "b" * 25]
+    assert contents(corpus, corpus.train) == ["a" * 75 + "\n\n" + "b" * 75]
+    assert contents(corpus, corpus.valid) == ["a" * 25 + "\n\n" + "b" * 25]

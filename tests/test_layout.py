@@ -20,6 +20,7 @@ ROWS: list[set[str]] = [
         *("files", "shuffle", "bleu", "bootstrap", "probe"),
     },
     {"latent", "fused", "tokens"},
+    {"ingest"},
     {"corpus"},
     {"conditioning"},
     {"decoding"},

@@ -18,6 +18,7 @@ from gptvae_cli.config import PathKind, SampleConfig, Unit
 from gptvae_cli.decoding import Request
 from gptvae_cli.errors import CheckpointError, ConfigError, DeviceError
 from gptvae_cli.sampling import Draw, Encoder, Encoding, Floats, Written
+from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer
 from tests.cli.conftest import LONGEST, WIDTH, make_model
 
@@ -192,6 +193,16 @@ def test_a_window_does_not_reach_into_the_next_text(checkpoint: Checkpoint) -> N
     assert len(together) == len(apart) == 5, "an empty text has a latent, too"
     for one, other in zip(apart, together, strict=True):
         assert_allclose(one.mean_Z, other.mean_Z, atol=1e-5, rtol=1e-5)
+
+
+def test_a_running_text_in_parts_has_the_windows_of_the_whole(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    lines = "".join(f"{i} times\n" for i in range(20_000))
+    for name, text in (("a", lines), ("b", ""), ("c", "c" * 2**17), ("d", "short")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    whole, parts = (list(read_texts([str(tmp_path)], unit="window", in_parts=each)) for each in (False, True))
+    assert len(whole) == 4 < len(parts)
+    rows = [list(Encoder(checkpoint, "window").rows(texts)) for texts in (whole, parts)]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("unit", ["line", "paragraph", "file", "window"])

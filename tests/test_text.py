@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import json
 import os
 import re
 import subprocess
@@ -18,7 +19,8 @@ from pyarrow import csv as arrow_csv
 
 from gptvae_cli.config import UNITS, Unit
 from gptvae_cli.errors import DataError
-from gptvae_cli.text import Repairs, read_texts
+from gptvae_cli.text import Part, Repairs, read_texts
+from gptvae_cli.tokenizer import pieces
 
 
 def read(data: bytes, unit: Unit = "line") -> list[str]:
@@ -190,12 +192,12 @@ def split(text: str) -> list[str]:
 
 def spoilt() -> Iterator[bytes]:
     """A text with bytes that are not UTF-8 at every place: within characters, line ends and the mark, at the edges
-    of the file and, with a long line in front, of the buffer."""
+    of the file and, with a long line in front, of what is read at once."""
     text = "\ufeffé\r\n中\r😀\0\n\ufffdz".encode()
     for bad in (b"\xff", b"\x80", b"\xc3", b"\xe4\xb8", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf5"):
         for place in range(len(text) + 1):
             yield text[:place] + bad + text[place:]
-    for length in range(8180, 8196):
+    for length in (*range(8180, 8196), *range(65_528, 65_540)):
         yield b"a" * length + "é\r\n中".encode() + b"\xf0\x9f\x98"
 
 
@@ -241,6 +243,36 @@ def test_the_second_of_two_files_is_named(tmp_path: Path) -> None:
         list(read_texts([c, b], unit="line"))
     texts = read_texts([str(tmp_path)], unit="line", errors="replace")
     assert list(texts) == ["a", "b\ufffd", "\ufffd", "c"], "two files do not make a character"
+
+
+LONG = {
+    "lines": "".join(f"{i} {'é中😀'[i % 3] * (i % 90)}\r\n" for i in range(5000)) + "\n",
+    "words": "the cat sat on the mat " * 10_000,
+    "one word": "x" * 200_000 + "\n",
+    "as long as a part": "y" * 2**16 + "\n",
+    "a character longer": "y" * (2**16 + 1) + "\n",
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_running_text_comes_in_the_parts_that_it_is_tokenised_in(tmp_path: Path, text: str, ending: str) -> None:
+    """Each but the last says that more follows; and a text that is empty is one."""
+    files = [tmp_path / f"{name}.{ending}" for name in ("long", "empty", "short")]
+    whole = text.replace("\r\n", "\n").removesuffix("\n")
+    for file, data in zip(files, (text, "", "short"), strict=True):
+        # Of records there may be many; here it is lines.
+        records = (json.dumps({"text": line}) + "\n" for line in data.splitlines(keepends=True))
+        file.write_bytes((data if ending == "txt" else "".join(records)).encode())
+    if ending == "jsonl":
+        whole = "\n\n".join(whole.split("\n"))
+    names = list(map(str, files))
+    parts = list(read_texts(names, unit="window", in_parts=True))
+    assert parts == [*pieces(whole), "", "short"]
+    assert [type(part) for part in parts] == [Part] * (len(parts) - 3) + [str] * 3
+    assert list(read_texts(names, unit="window")) == [whole, "", "short"]
+    if ending == "txt":
+        assert list(read_texts(names, unit="file", in_parts=True)) == [whole, "", "short"], "only windows have parts"
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -129,6 +129,28 @@ def test_the_last_row_can_be_taken_back(tmp_path: Path) -> None:
     assert as_lists((store.read(*store.spans(np.arange(2))), np.array([1, 1]))) == [[1], [7]]
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 7])
+def test_the_tail_of_a_row_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """And both rows go on behind it."""
+    monkeypatch.setattr("gptvae_cli.tokens._TOKENS_AT_ONCE", 3)
+    one, other = (TokenWriter(tmp_path, name, 300) for name in ("one", "other"))
+    one.append(np.array([9], np.uint16), np.array([1]))
+    one.extend(np.arange(3, dtype=np.uint16))
+    one.extend(np.arange(3, 7, dtype=np.uint16))
+    other.extend(np.array([8], np.uint16))
+    one.move_tail(count, other)
+    for writer in (one, other):
+        writer.extend(np.array([10 + writer.count], np.uint16))
+        writer.end_row()
+        writer.close()
+    expected = {"one": [[9], [*range(7 - count), 18 - count]], "other": [[8, *range(7 - count, 7), 11 + count]]}
+    for name, rows in expected.items():
+        store = TokenStore(tmp_path, name)
+        assert (
+            as_lists((store.read(*store.spans(np.arange(len(store)))), store.spans(np.arange(len(store)))[1])) == rows
+        )
+
+
 @pytest.mark.parametrize("count", [0, 1, 6, 7, 8])
 def test_lengths_come_in_pieces_without_a_seam(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr("gptvae_cli.tokens._OFFSETS_AT_ONCE", 3)

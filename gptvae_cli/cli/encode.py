@@ -84,6 +84,7 @@ def encode(
         field=field or header.data.field,
         errors=errors or header.data.errors,
         repairs=repairs,
+        in_parts=True,
     )
     if sample:
         seed = console.pick_seed(seed, quiet=quiet)

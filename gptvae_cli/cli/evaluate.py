@@ -99,7 +99,7 @@ def evaluate(
 
     def read(names: list[str]) -> Iterator[str]:
         chosen = errors or header.data.errors
-        return read_texts(names, unit=unit, field=field, errors=chosen, repairs=repairs)
+        return read_texts(names, unit=unit, field=field, errors=chosen, repairs=repairs, in_parts=True)
 
     stream = read(corpus or [])
     lines: Iterable[str] = stream
