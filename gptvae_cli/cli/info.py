@@ -10,7 +10,6 @@ import typer
 
 from gptvae_cli.cli import console
 from gptvae_cli.errors import ConfigError
-from gptvae_cli.options import UNSET
 
 if TYPE_CHECKING:
     from gptvae_cli.header import Layout
@@ -32,11 +31,11 @@ def info(
             metavar="MODEL", help="A run folder or a .safetensors file. [default: $GPTVAE_MODEL, else ./gptvae-run]"
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All there is, as one JSON object.")] = False,
     model: console.ModelOption = None,
     debug: console.DebugOption = False,
 ) -> None:
-    """Show what a model is and how it was trained."""
+    """Show what a model is and how it was trained; with --json all that its file says of it."""
     from gptvae_cli.header import locate_model, read_layout, reading
 
     if file is not None and model is not None:
@@ -48,7 +47,8 @@ def info(
     if as_json:
         console.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     else:
-        console.write_text("".join(f"{name:<28}  {value}\n" for name, value in _lines(summary)))
+        # A value may come from a stranger, and hold line breaks or worse.
+        console.write_text("".join(f"{name:<8}  {console.one_line(text)}\n" for name, text in _rows(summary) if text))
 
 
 def _summary(path: str, layout: Layout) -> dict[str, Any]:
@@ -84,26 +84,63 @@ def _tokenizer_kind(text: str) -> str:
     return "bpe" if model.get("merges") else "bytes"
 
 
-def _lines(values: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values for people, what is nested below its name; all of it may come from a stranger."""
-    for name, value in values.items():
-        label = indent + console.one_line(name)
-        if isinstance(value, dict) and len(indent) < 6:
-            yield label, ""
-            yield from _lines(value, indent + "  ")
-        else:
-            yield label, console.one_line(UNSET.get(name, "-") if value is None else _shown(value))
+def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What people ask first, named. What stands in `training` may be anything, and is left out where it is not what a
+    run writes."""
+    from gptvae_cli.config import DataConfig, TrainConfig, to_dict
+
+    model, data, training = summary["model"], summary["data"], summary["training"]
+    version = _told(training, gptvae=", by gptvae {}")
+    yield "model", f"{summary['file']}, {summary['file_bytes'] / 1e6:.1f} MB{version}"
+    layers = f"encoder of {model['enc_depth']} and decoder of {model['depth']} layers, {model['dim']} wide"
+    preset = f"{summary['preset']}: " if summary["preset"] else ""
+    yield "size", f"{preset}{summary['parameters']:,} parameters, {layers}"
+    latent = f"{model['dim_latent']} dimensions, conditioning {model['conditioning']}"
+    yield "latent", latent if summary["has_latent"] else "none: the model is a baseline"
+    tokenizer = summary["tokenizer"]
+    kind = {"bytes": "bytes", "bpe": f"a BPE of {tokenizer['num_tokens']:,} tokens"}
+    own = f"a tokenizer of {tokenizer['num_tokens']:,} tokens from a file"
+    yield "texts", f"unit {data['unit']}, up to {model['max_seq_len']:,} tokens; {kind.get(tokenizer['kind'], own)}"
+    yield "corpus", _told(training.get("corpus"), texts="{:,} texts", characters="{:,} characters")
+    yield (
+        "training",
+        _told(
+            training,
+            steps="{:,} steps",
+            epochs="{:,.3g} epochs",
+            seconds="{:,.0f} seconds",
+            device="{}",
+            threads="{:,} thread(s)",
+            precision="{}",
+        ),
+    )
+    chosen = {**data, **(training["train"] if isinstance(training.get("train"), dict) else {})}
+    defaults = to_dict(DataConfig()) | to_dict(TrainConfig())
+    changed = (name for name, default in defaults.items() if chosen.get(name) not in (None, default))
+    yield "options", " ".join(f"--{name.replace('_', '-')} {_shown(chosen[name])}" for name in changed)
+    figures = training.get("validation")
+    yield "held out", _told(figures, texts="{:,} texts", tokens="{:,} tokens; in nats a text:")
+    if summary["has_latent"]:
+        rows = {
+            "cross_entropy": "cross-entropy {:.2f}",
+            "cross_entropy_shuffled": "{:.2f} with another text's latent",
+            "cross_entropy_without": "{:.2f} without one",
+        }
+        yield "", _told(figures, **rows)
+        rows = {"kl": "KL {:.2f}", "mutual_information": "information {:.2f}"}
+        yield "", _told(figures, **rows, active_001="{:,} dimensions active", active_02="{:,} of them strongly")
+    else:
+        yield "", _told(figures, cross_entropy_without="cross-entropy {:.2f}")
+
+
+def _told(values: object, **phrases: str) -> str:
+    """The values that are there, each in its phrase."""
+    if not isinstance(values, dict):
+        return ""
+    kinds = {name: str if phrase.endswith("{}") else (int, float) for name, phrase in phrases.items()}
+    found = {name: values[name] for name, kind in kinds.items() if isinstance(values.get(name), kind)}
+    return ", ".join(phrases[name].format(value) for name, value in found.items())
 
 
 def _shown(value: object) -> str:
-    match value:
-        case str():
-            return value
-        case bool():
-            return "yes" if value else "no"
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:,.4g}"
-        case _:
-            return json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value)

@@ -40,7 +40,7 @@ import torch
 
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint, load, save_model
-from gptvae_cli.cli.info import _lines, _summary
+from gptvae_cli.cli.info import _rows, _summary
 from gptvae_cli.config import DataConfig, ModelConfig, SampleConfig, TrainConfig
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import ExitCode, GPTVAEError
@@ -335,7 +335,7 @@ class Target:
     def _model(self, data: bytes, use: bool) -> object:
         self.path["model"].write_bytes(data)
         # What `gptvae info` shows, of a header alone.
-        list(_lines(_summary("mutant", read_layout(self.path["model"]))))
+        list(_rows(_summary("mutant", read_layout(self.path["model"]))))
         checkpoint = load(self.path["model"], device=_CPU.device)
         if use:
             _use(checkpoint)
