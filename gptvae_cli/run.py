@@ -268,15 +268,17 @@ def start(
         shutil.rmtree(new_cache, ignore_errors=True)
         raise
     facts, tokenizer = corpus.facts, corpus.tokenizer
+    running = data.unit == "window"
+    texts = f"{facts.texts:,} running texts" if running else f"{facts.texts:,} texts"
+    kept, held_out = (f"{s.count:,} tokens" if running else f"{len(s):,}" for s in (corpus.train, corpus.valid))
     notes = [
-        f"corpus: {facts.texts:,} texts of {facts.characters:,} characters"
+        f"corpus: {texts} of {facts.characters:,} characters"
         + (f", {facts.empty:,} empty ones dropped" if facts.empty else "")
-        + f"; {len(corpus.train):,} to train on, {len(corpus.valid):,} held out",
+        + f"; {kept} to train on, {held_out} held out",
         f"tokenizer: {tokenizer.kind}, {tokenizer.num_tokens:,} tokens ({facts.tokenizer_reason})",
     ]
     asked, share = data.valid_share, len(corpus.valid) / (len(corpus.train) + len(corpus.valid))
-    whole = data.unit != "window" and facts.texts >= _MANY
-    if asked is not None and whole and not asked / 2 <= share <= 2 * asked:
+    if asked is not None and not running and facts.texts >= _MANY and not asked / 2 <= share <= 2 * asked:
         notes.append(
             f"{share:.1%} of the texts are held out and not {asked:.1%}: many are equal, and equal ones stay together;"
             " --valid FILE names others"

@@ -455,6 +455,8 @@ def test_a_window_run_trains_and_goes_on(folder: Path, corpus: str) -> None:
     for name, tensor in undisturbed.learner.tensors().items():
         assert torch.equal(found[name], tensor), name
     assert undisturbed.model_config.max_seq_len == 32
+    tokens = undisturbed.corpus.train.count, undisturbed.corpus.valid.count
+    assert f"; {tokens[0]:,} tokens to train on, {tokens[1]:,} tokens held out" in undisturbed.notes[0]
 
 
 # Replacing a run ------------------------------------------------------------------------------------------------------
