@@ -55,24 +55,34 @@ def free_bits(kl_BZ: Tensor, floor: float, keep_B: Tensor | None = None) -> Tens
 def mutual_information(mean_NZ: Tensor, log_var_NZ: Tensor, sample_NZ: Tensor, *, chunk: int = 256) -> float:
     """Monte Carlo estimate of I(text; z) in nats, under the aggregate posterior of these N texts.
 
-    Averages log q(z_i | x_i) - log (1/N sum_j q(z_i | x_j)) over one sample z_i per text. It cannot exceed ln N,
-    so judge it against min(KL, ln N).
+    It is the mean of `pointwise_information`. It cannot exceed ln N, so judge it against min(KL, ln N).
 
     Source: Hoffman and Johnson 2016, "ELBO surgery"; Dieng et al. 2019 (arXiv 1807.04863), eq. 8.
+    """
+    return float(pointwise_information(mean_NZ, log_var_NZ, sample_NZ, chunk=chunk).mean())
+
+
+def pointwise_information(mean_NZ: Tensor, log_var_NZ: Tensor, sample_NZ: Tensor, *, chunk: int = 256) -> Tensor:
+    """What one sample z_i tells of its text, log q(z_i | x_i) - log (1/N sum_j q(z_i | x_j)), in nats [N].
+
+    Args:
+        mean_NZ, log_var_NZ: posteriors of the texts.
+        sample_NZ: one sample of each.
+        chunk: samples that are looked at together.
     """
     mean_NZ, log_var_NZ, sample_NZ = mean_NZ.double(), log_var_NZ.double(), sample_NZ.double()
     inverse_var_NZ = (-log_var_NZ).exp()
     # The quadratic form sum_z (s - m)^2 / v is expanded into matrix products: N x N x Z would not fit.
     scale_N = (mean_NZ.square() * inverse_var_NZ + log_var_NZ).sum(-1)
-    total = 0.0
+    found = []
     for start in range(0, len(sample_NZ), chunk):
         sample_CZ = sample_NZ[start : start + chunk]
         log_density_CN = -0.5 * (
             sample_CZ.square() @ inverse_var_NZ.T - 2 * sample_CZ @ (mean_NZ * inverse_var_NZ).T + scale_N
         )
         own_C = log_density_CN.diagonal(offset=start)
-        total += float((own_C - torch.logsumexp(log_density_CN, dim=-1)).sum())
-    return total / len(sample_NZ) + math.log(len(sample_NZ))
+        found.append(own_C - torch.logsumexp(log_density_CN, dim=-1))
+    return torch.cat(found) + math.log(len(sample_NZ))
 
 
 def has_collapsed(information: float, most: float) -> bool:

@@ -34,7 +34,7 @@ from gptvae_cli.evaluation import (
     read_keys_of,
     write_greedily,
 )
-from gptvae_cli.latent import active_dimensions, entropy, has_collapsed, mutual_information
+from gptvae_cli.latent import active_dimensions, entropy, has_collapsed, pointwise_information
 from gptvae_cli.probe import PROTOCOL, probe
 
 Floats = npt.NDArray[np.float64]
@@ -284,7 +284,14 @@ def report(
         # Nothing as long as four words was written: BLEU is 0 by convention, and says nothing.
         values["bleu"] = None
         del intervals["bleu"]
-    values |= {"nll_samples": samples, "bleu_signature": bleu.SIGNATURE, **_information(model, sample, values)}
+    values |= {"nll_samples": samples, "bleu_signature": bleu.SIGNATURE}
+    information_N = pointwise_information(*(torch.from_numpy(sample[name]) for name in ("mean", "log_var", "sample")))
+    values |= _information(model, sample, float(information_N.mean()), values["kl_nats_per_text"])
+    # Of the texts' own terms alone, beside the same posteriors: a text that is drawn twice cannot be told from itself.
+    intervals |= bootstrap.intervals(
+        {"texts": np.ones(len(information_N)), "nats": information_N.numpy()},
+        lambda sums: {"mutual_information_nats": sums["nats"] / sums["texts"]},
+    )
     if labels is not None:
         values["probe"], intervals["probe.z_accuracy"], intervals["probe.words_accuracy"] = _probe(sample, labels, seed)
     return Report(values, intervals)
@@ -331,16 +338,15 @@ def figures(sums: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _information(model: Gathered, sample: Arrays, values: Mapping[str, Any]) -> dict[str, Any]:
+def _information(model: Gathered, sample: Arrays, information: float, kl: float) -> dict[str, Any]:
     """What the latent carries."""
     texts, most = len(sample["text"]), entropy(sample["read"])
-    information = mutual_information(*(torch.from_numpy(sample[name]) for name in ("mean", "log_var", "sample")))
     mean_NZ = torch.from_numpy(np.concatenate(model.means))
     return {
         "mutual_information_nats": information,
         "mutual_information_texts": texts,
         "mutual_information_most_nats": most,
-        "information_share": information / max(1e-9, min(values["kl_nats_per_text"], most)),
+        "information_share": information / max(1e-9, min(kl, most)),
         "collapsed": has_collapsed(information, most),
         "dim_latent": mean_NZ.shape[1],
         "active_001": active_dimensions(mean_NZ, 0.01),

@@ -23,6 +23,7 @@ from gptvae_cli.latent import (
     lerp,
     mutual_information,
     path,
+    pointwise_information,
     reparameterize,
     slerp,
 )
@@ -137,6 +138,21 @@ def test_mutual_information_of_a_gaussian_channel_is_its_closed_form(dimensions:
     sample_NZ = mean_NZ + deviation * normal(6000, dimensions, seed=4)
     expected = dimensions * 0.5 * math.log(1 + 1 / deviation**2)
     assert mutual_information(mean_NZ, log_var_NZ, sample_NZ) == pytest.approx(expected, abs=0.05)
+
+
+@pytest.mark.parametrize(("dimensions", "log_var"), [(2, -1.0), (8, -0.7)])
+def test_the_interval_of_information_is_that_of_other_texts(dimensions: int, log_var: float) -> None:
+    """Its estimates over many sets of texts spread as the terms of one set say."""
+    estimates, errors = [], []
+    for seed in range(300):
+        mean_NZ = normal(200, dimensions, seed=3 * seed)
+        log_var_NZ = log_var + 0.3 * normal(200, dimensions, seed=3 * seed + 1)
+        sample_NZ = mean_NZ + (log_var_NZ / 2).exp() * normal(200, dimensions, seed=3 * seed + 2)
+        terms_N = pointwise_information(mean_NZ, log_var_NZ, sample_NZ)
+        estimates.append(mutual_information(mean_NZ, log_var_NZ, sample_NZ))
+        errors.append(float(terms_N.std()) / math.sqrt(200))
+        assert float(terms_N.mean()) == pytest.approx(estimates[-1])
+    assert float(np.mean(errors)) == pytest.approx(float(np.std(estimates)), rel=0.15)
 
 
 def test_kl_is_the_entropy_and_cross_entropy_of_scipy() -> None:
