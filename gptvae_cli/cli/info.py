@@ -137,9 +137,14 @@ def _told(values: object, **phrases: str) -> str:
     """The values that are there, each in its phrase."""
     if not isinstance(values, dict):
         return ""
-    kinds = {name: str if phrase.endswith("{}") else (int, float) for name, phrase in phrases.items()}
-    found = {name: values[name] for name, kind in kinds.items() if isinstance(values.get(name), kind)}
-    return ", ".join(phrases[name].format(value) for name, value in found.items())
+
+    def fits(name: str, phrase: str) -> bool:
+        value = values.get(name)
+        return (
+            isinstance(value, str) if phrase.endswith("{}") else isinstance(value, (int, float)) and abs(value) < 2**53
+        )
+
+    return ", ".join(phrase.format(values[name]) for name, phrase in phrases.items() if fits(name, phrase))
 
 
 def _shown(value: object) -> str:

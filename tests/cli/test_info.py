@@ -145,7 +145,7 @@ def test_a_baseline_is_said_to_have_no_latent(forged: MakeForged, training: dict
     assert shown(info(path))["latent"].startswith("none") is not has_latent
 
 
-@pytest.mark.parametrize("value", [None, True, -1, 1e300, "text", [], [1], {}, {"texts": []}])
+@pytest.mark.parametrize("value", [None, True, -1, 1e300, 10**400, -(10**400), "text", [], [1], {}, {"texts": []}])
 def test_what_a_stranger_says_of_training_is_shown_or_left_out(forged: MakeForged, value: object) -> None:
     for name in (*TRAINING, "texts", "kl"):
         training = json.loads(json.dumps(TRAINING))
