@@ -186,7 +186,7 @@ class Model:
             if count < 0:
                 raise ConfigError(f"prior is {count}, it must be at least 0")
             rows = sampling.unconditioned(self._checkpoint, config.seed, count)
-        return list(self._write(rows, copies, config, prompt))
+        return self._write(rows, copies, config, prompt)
 
     def interpolate(
         self, a: str | npt.ArrayLike, b: str | npt.ArrayLike, *, steps: int = 7, path: PathKind = "slerp"
@@ -208,7 +208,7 @@ class Model:
         """
         points_NZ = np.stack([self._point(a, "a"), self._point(b, "b")])
         path_KZ = sampling.walk(points_NZ, steps, path)
-        return list(self._write(path_KZ, 1, SampleConfig(greedy=True), ""))
+        return self._write(path_KZ, 1, SampleConfig(greedy=True), "")
 
     def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
         self.header.require_latent("the model")
@@ -246,10 +246,9 @@ class Model:
             array = np.empty((0, self.dim_latent), np.float32)
         return checked_latents(array, name, width=self.dim_latent)
 
-    def _write(self, latents: Iterable[Floats | None], copies: int, config: SampleConfig, prompt: str) -> Iterator[str]:
+    def _write(self, latents: Iterable[Floats | None], copies: int, config: SampleConfig, prompt: str) -> list[str]:
         draws = sampling.repeated(latents, copies)
-        written = sampling.write(self._checkpoint, draws, config, unit=self.unit, prompt=prompt, dtype=self._dtype)
-        return (item.text for item in written)
+        return list(sampling.write(self._checkpoint, draws, config, unit=self.unit, prompt=prompt, dtype=self._dtype))
 
 
 def _checked_texts(texts: Iterable[str]) -> Iterator[str]:

@@ -9,7 +9,6 @@ Shapes: B batch, T tokens, N latents, Z latent width, K path steps.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,15 +212,6 @@ class Draw:
     latent_Z: Floats | None
 
 
-@dataclass(frozen=True)
-class Written:
-    """A text that was written from a latent, its prompt included."""
-
-    row: int
-    copy: int
-    text: str
-
-
 def prior(seed: int, count: int, width: int) -> Iterator[Floats]:
     """Draws of the standard normal; row i is the same whatever the count [Z]."""
     return (latent_noise(seed, row, 0, width) for row in range(count))
@@ -269,8 +259,8 @@ def write(
     prompt: str = "",
     dtype: torch.dtype = torch.float32,
     on_text: Callable[[str], None] | None = None,
-) -> Iterator[Written]:
-    """Writes a text from every latent, in their order.
+) -> Iterator[str]:
+    """Writes a text from every latent, in their order, the prompt included.
 
     Args:
         checkpoint: the model.
@@ -288,30 +278,25 @@ def write(
     if unit == "line" and ("\n" in prompt or "\r" in prompt):
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
     prompt_ids = tokenizer.encode_batch([prompt])[0]
-    waiting: deque[Draw] = deque()
-
-    def requests() -> Iterator[Request]:
-        for draw in draws:
-            waiting.append(draw)
-            latent_Z = None if draw.latent_Z is None else torch.tensor(draw.latent_Z)
-            yield Request(draw.row, draw.copy, prompt_ids, latent_Z)
-
+    requests = (
+        Request(draw.row, draw.copy, prompt_ids, None if draw.latent_Z is None else torch.tensor(draw.latent_Z))
+        for draw in draws
+    )
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for ids in decode(
             checkpoint.model,
-            requests(),
+            requests,
             sample,
             banned=tokenizer.line_break_ids() if unit == "line" else (),
             batch_size=1 if pieces else rows_together(device),
             on_token=pieces.add if pieces else None,
         ):
-            draw = waiting.popleft()
             # Decoded in one piece: a tokenizer may treat the beginning of a text in its own way.
             text = tokenizer.decode([*prompt_ids, *ids])
             if pieces:
                 pieces.finish(text)
-            yield Written(draw.row, draw.copy, text)
+            yield text
 
 
 class _Pieces:

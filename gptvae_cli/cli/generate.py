@@ -157,12 +157,13 @@ def generate(
             on_text=printer.piece if stream else None,
         )
         advance = stack.enter_context(console.progress("writing", "texts", quiet=quiet, total=total, beside_data=True))
-        for done, item in enumerate(written, 1):
+        for done, new in enumerate(written):
             if stream:
                 printer.end()
             else:
-                printer.write(item.text, row=item.row, copy=item.copy, seed=None if greedy else config.seed)
-            advance(done)
+                row, copy = divmod(done, copies)
+                printer.write(new, row=row, copy=copy, seed=None if greedy else config.seed)
+            advance(done + 1)
     console.note(encoder.note, quiet=quiet)
     console.note(repairs.note, quiet=quiet)
 

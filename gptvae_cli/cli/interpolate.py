@@ -108,9 +108,9 @@ def interpolate(
                 write(latent_Z)
     draws, greedily = sampling.repeated(path_KZ, 1), SampleConfig(greedy=True)
     with console.progress("writing", "texts", quiet=quiet, total=len(path_KZ), beside_data=True) as advance:
-        for written in sampling.write(checkpoint, draws, greedily, unit=unit, dtype=precision):
-            printer.write(written.text, step=written.row)
-            advance(written.row + 1)
+        for step, text in enumerate(sampling.write(checkpoint, draws, greedily, unit=unit, dtype=precision)):
+            printer.write(text, step=step)
+            advance(step + 1)
     console.note(encoder.note, quiet=quiet)
     console.note(repairs.note, quiet=quiet)
 
