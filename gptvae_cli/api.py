@@ -247,8 +247,10 @@ class Model:
         return checked_latents(array, name, width=self.dim_latent)
 
     def _write(self, latents: Iterable[Floats | None], copies: int, config: SampleConfig, prompt: str) -> list[str]:
-        draws = sampling.repeated(latents, copies)
-        return list(sampling.write(self._checkpoint, draws, config, unit=self.unit, prompt=prompt, dtype=self._dtype))
+        requests = sampling.repeated(latents, copies)
+        return list(
+            sampling.write(self._checkpoint, requests, config, unit=self.unit, prompt=prompt, dtype=self._dtype)
+        )
 
 
 def _checked_texts(texts: Iterable[str]) -> Iterator[str]:

@@ -38,14 +38,14 @@ SLOW_SECONDS = 0.3
 """What took as long to come is not kept waiting for others."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
-    """One text to write. Row and copy name its noise; the prompt has no BOS; the latent is [Z] or None."""
+    """One text to write: from a latent [Z], or None, behind a prompt without BOS. Row and copy name its noise."""
 
     row: int
     copy: int
-    prompt: Sequence[int]
     latent: Tensor | None
+    prompt: Sequence[int] = ()
 
 
 @dataclass(eq=False)

@@ -341,7 +341,7 @@ def write_greedily(
         banned: tokens that are never written.
         precision: bfloat16 computes under autocast.
     """
-    requests = (Request(row, 0, (), latent_Z) for row, latent_Z in enumerate(latents_NZ))
+    requests = (Request(row, 0, latent_Z) for row, latent_Z in enumerate(latents_NZ))
     with _evaluating(model, precision):
         greedily, together = SampleConfig(greedy=True), rows_together(model.device)
         return list(decode(model, requests, greedily, banned=banned, batch_size=together))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -203,15 +203,6 @@ def _growing_pools(items: Iterable[Item]) -> Iterator[list[Item]]:
 # Latents to texts -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Draw:
-    """A latent [Z] to write a text from, or None for no latent; row and copy name the noise of its tokens."""
-
-    row: int
-    copy: int
-    latent_Z: Floats | None
-
-
 def prior(seed: int, count: int, width: int) -> Iterator[Floats]:
     """Draws of the standard normal; row i is the same whatever the count [Z]."""
     return (latent_noise(seed, row, 0, width) for row in range(count))
@@ -226,18 +217,17 @@ def unconditioned(checkpoint: Checkpoint, seed: int, count: int) -> Iterator[Flo
     return prior(seed, count, header.model.dim_latent) if header.has_latent else iter([None] * count)
 
 
-def repeated(latents: Iterable[Floats | None], copies: int) -> Iterator[Draw]:
+def repeated(latents: Iterable[Floats | None], copies: int) -> Iterator[Request]:
     """Every latent several times, to be written with other token noise each time."""
-    return (Draw(row, copy, latent_Z) for row, latent_Z in enumerate(latents) for copy in range(copies))
+    for row, latent_Z in enumerate(latents):
+        tensor_Z = None if latent_Z is None else torch.tensor(latent_Z)
+        yield from (Request(row, copy, tensor_Z) for copy in range(copies))
 
 
-def sampled(encodings: Iterable[Encoding], copies: int, seed: int) -> Iterator[Draw]:
+def sampled(encodings: Iterable[Encoding], copies: int, seed: int) -> Iterator[Request]:
     """Several fresh draws of every posterior."""
-    return (
-        Draw(row, copy, encoding.sample(seed, row, copy))
-        for row, encoding in enumerate(encodings)
-        for copy in range(copies)
-    )
+    for row, encoding in enumerate(encodings):
+        yield from (Request(row, copy, torch.tensor(encoding.sample(seed, row, copy))) for copy in range(copies))
 
 
 def walk(points_NZ: Floats, steps: int, kind: PathKind) -> Floats:
@@ -252,7 +242,7 @@ def walk(points_NZ: Floats, steps: int, kind: PathKind) -> Floats:
 
 def write(
     checkpoint: Checkpoint,
-    draws: Iterable[Draw],
+    requests: Iterable[Request],
     sample: SampleConfig,
     *,
     unit: Unit,
@@ -260,14 +250,14 @@ def write(
     dtype: torch.dtype = torch.float32,
     on_text: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
-    """Writes a text from every latent, in their order, the prompt included.
+    """Writes the texts that are asked for, in their order, the prompt included.
 
     Args:
         checkpoint: the model.
-        draws: taken as there is room for them.
+        requests: taken as there is room for them.
         sample: how tokens are chosen.
         unit: a `line` never holds a line break.
-        prompt: what every text begins with.
+        prompt: what every text begins with, in place of a prompt of its own.
         dtype: bfloat16 computes under autocast.
         on_text: called with the pieces of a text as they come. Texts are then written one after another.
 
@@ -278,15 +268,11 @@ def write(
     if unit == "line" and ("\n" in prompt or "\r" in prompt):
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
     prompt_ids = tokenizer.encode_batch([prompt])[0]
-    requests = (
-        Request(draw.row, draw.copy, prompt_ids, None if draw.latent_Z is None else torch.tensor(draw.latent_Z))
-        for draw in draws
-    )
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for ids in decode(
             checkpoint.model,
-            requests,
+            (replace(request, prompt=prompt_ids) for request in requests),
             sample,
             banned=tokenizer.line_break_ids() if unit == "line" else (),
             batch_size=1 if pieces else rows_together(device),

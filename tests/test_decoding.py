@@ -39,7 +39,7 @@ def some_requests(count: int, *, latents: str = "mixed", width: int = 8, seed: i
         prompt = torch.randint(0, PAD, (length,), generator=generator).tolist()
         latent_Z = 3 * torch.randn(width, generator=generator)
         none = latents == "none" or (latents == "mixed" and row % 3 == 1)
-        requests.append(Request(row, 0, prompt, None if none else latent_Z))
+        requests.append(Request(row, 0, None if none else latent_Z, prompt))
     return requests
 
 
@@ -140,7 +140,7 @@ def test_the_plain_path_takes_a_batch_of_ragged_rows(tiny_model: TinyModel) -> N
 def test_a_row_without_a_latent_differs_from_a_latent_of_zero(tiny_model: TinyModel) -> None:
     """No latent is a condition of its own, not the middle of the prior."""
     model = tiny_model()
-    requests = [Request(0, 0, [1, 2], None), Request(1, 0, [1, 2], torch.zeros(8))]
+    requests = [Request(0, 0, None, [1, 2]), Request(1, 0, torch.zeros(8), [1, 2])]
     found = greedy_logits(model, requests, batch_size=2, cached=True, max_new=1)
     assert (found[0][1][0] - found[1][1][0]).abs().max() > 0.01
 
@@ -153,7 +153,7 @@ def test_a_row_beyond_the_window_goes_on_from_its_newer_half_and_its_latent(
     """x-transformers' own cache drops the latent there. Where it is added to BOS, that stays in front."""
     model = tiny_model(conditioning=conditioning)
     latent_Z, prompt = some_requests(1, latents="all")[0].latent, [3, 1, 4]
-    text = next(decode(model, [Request(0, 0, prompt, latent_Z)], GREEDY, banned=[EOS], cached=cached))
+    text = next(decode(model, [Request(0, 0, latent_Z, prompt)], GREEDY, banned=[EOS], cached=cached))
     assert len(text) == 40
     context, moves = [BOS, *prompt], 0
     for token in text:
@@ -171,7 +171,7 @@ def test_a_row_beyond_the_window_goes_on_from_its_newer_half_and_its_latent(
 def test_a_long_prompt_is_read_from_its_end(tiny_model: TinyModel) -> None:
     model, prompt = tiny_model(), [5, 3, 8] * WINDOW
     texts = [
-        next(decode(model, [Request(0, 0, tail, None)], GREEDY)) for tail in (prompt, [9, *prompt], prompt[-WINDOW:])
+        next(decode(model, [Request(0, 0, None, tail)], GREEDY)) for tail in (prompt, [9, *prompt], prompt[-WINDOW:])
     ]
     assert texts[0] == texts[1] == texts[2]
 
@@ -262,10 +262,10 @@ def test_sampled_text_does_not_depend_on_order_or_neighbours(model: GPTVAE) -> N
 )
 def test_seed_row_and_copy_each_name_another_text(model: GPTVAE, other: tuple[SampleConfig, int, int]) -> None:
     latent_Z = some_requests(1)[0].latent
-    first = next(decode(model, [Request(3, 0, [1], latent_Z)], SAMPLED))
+    first = next(decode(model, [Request(3, 0, latent_Z, [1])], SAMPLED))
     sample, row, copy = other
-    assert next(decode(model, [Request(3, 0, [1], latent_Z)], SAMPLED)) == first
-    assert next(decode(model, [Request(row, copy, [1], latent_Z)], sample)) != first
+    assert next(decode(model, [Request(3, 0, latent_Z, [1])], SAMPLED)) == first
+    assert next(decode(model, [Request(row, copy, latent_Z, [1])], sample)) != first
 
 
 def test_a_shorter_limit_gives_the_beginning_of_the_same_text(model: GPTVAE) -> None:

@@ -17,7 +17,7 @@ from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import PathKind, SampleConfig, Unit
 from gptvae_cli.decoding import Request
 from gptvae_cli.errors import CheckpointError, ConfigError, DeviceError
-from gptvae_cli.sampling import Draw, Encoder, Encoding, Floats
+from gptvae_cli.sampling import Encoder, Encoding, Floats
 from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer
 from tests.cli.conftest import LONGEST, WIDTH, make_model
@@ -54,8 +54,8 @@ def rows_of(count: int, seed: int = 0) -> list[Floats]:
     return list(3 * np.random.default_rng(seed).standard_normal((count, WIDTH), dtype=np.float32))
 
 
-def draws(count: int) -> list[Draw]:
-    return [Draw(row, 0, latent_Z) for row, latent_Z in enumerate(rows_of(count))]
+def requests(count: int) -> list[Request]:
+    return list(sampling.repeated(rows_of(count), 1))
 
 
 def posterior_alone(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[Floats, Floats]:
@@ -257,16 +257,17 @@ def test_the_prior_is_standard_normal() -> None:
 def test_copies_repeat_a_latent_under_numbers_of_their_own() -> None:
     latents = rows_of(2)
     found = list(sampling.repeated(latents, 3))
-    assert [(draw.row, draw.copy) for draw in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
-    for draw in found:
-        assert_array_equal(draw.latent_Z, latents[draw.row])
+    assert [(each.row, each.copy) for each in found] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    for each in found:
+        assert each.latent is not None
+        assert_array_equal(each.latent, latents[each.row])
 
 
 def test_sampled_copies_differ_and_are_reproducible(checkpoint: Checkpoint) -> None:
     def found(texts: Sequence[str], copies: int, seed: int) -> dict[tuple[int, int], Floats]:
         encodings = Encoder(checkpoint, "line").encode(texts)
-        draws = sampling.sampled(encodings, copies, seed)
-        return {(draw.row, draw.copy): draw.latent_Z for draw in draws if draw.latent_Z is not None}
+        drawn = sampling.sampled(encodings, copies, seed)
+        return {(each.row, each.copy): each.latent.numpy() for each in drawn if each.latent is not None}
 
     first = found(["a", "b"], 3, 1)
     assert list(first) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
@@ -300,12 +301,12 @@ def test_a_walk_starts_and_ends_at_its_points_exactly(kind: PathKind) -> None:
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_text_does_not_depend_on_its_neighbours(checkpoint: Checkpoint, config: SampleConfig) -> None:
     """70 texts do not fit in one batch of 64."""
-    together = list(sampling.write(checkpoint, draws(70), config, unit="line"))
+    together = list(sampling.write(checkpoint, requests(70), config, unit="line"))
     assert len(together) == 70
     assert len(set(together)) > 35, "the latent hardly shows"
     for row in (0, 3, 69):
-        assert list(sampling.write(checkpoint, [draws(70)[row]], config, unit="line")) == [together[row]]
-    backwards = list(sampling.write(checkpoint, draws(70)[::-1], config, unit="line"))
+        assert list(sampling.write(checkpoint, [requests(70)[row]], config, unit="line")) == [together[row]]
+    backwards = list(sampling.write(checkpoint, requests(70)[::-1], config, unit="line"))
     assert backwards[::-1] == together
 
 
@@ -321,29 +322,29 @@ def test_copies_of_a_latent_are_other_texts_unless_they_are_greedy(checkpoint: C
 def test_only_a_line_is_kept_free_of_line_breaks(checkpoint: Checkpoint, unit: Unit) -> None:
     """At a temperature where all tokens are about equally likely."""
     config = SampleConfig(seed=1, temperature=100, max_tokens=LONGEST)
-    written = "".join(sampling.write(checkpoint, draws(100), config, unit=unit))
+    written = "".join(sampling.write(checkpoint, requests(100), config, unit=unit))
     assert ("\n" in written, "\r" in written) == ((False, False) if unit == "line" else (True, True))
 
 
 @pytest.mark.parametrize("prompt", ["a\n", "\r", "a\nb"])
 def test_a_line_does_not_begin_with_a_line_break(checkpoint: Checkpoint, prompt: str) -> None:
     with pytest.raises(ConfigError, match="line break"):
-        next(sampling.write(checkpoint, draws(1), GREEDY, unit="line", prompt=prompt))
-    paragraph = next(sampling.write(checkpoint, draws(1), GREEDY, unit="paragraph", prompt=prompt))
+        next(sampling.write(checkpoint, requests(1), GREEDY, unit="line", prompt=prompt))
+    paragraph = next(sampling.write(checkpoint, requests(1), GREEDY, unit="paragraph", prompt=prompt))
     assert paragraph.startswith(prompt)
 
 
 @pytest.mark.parametrize("prompt", ["", "ab", "naïve 日", "x" * (2 * LONGEST)], ids=["none", "short", "wide", "long"])
 def test_a_text_is_its_prompt_and_what_follows(checkpoint: Checkpoint, prompt: str) -> None:
     config = SampleConfig(seed=2, max_tokens=5)
-    for text in sampling.write(checkpoint, draws(20), config, unit="line", prompt=prompt):
+    for text in sampling.write(checkpoint, requests(20), config, unit="line", prompt=prompt):
         assert text.startswith(prompt)
         assert len(text) <= len(prompt) + 5
 
 
 def test_a_prompt_changes_what_follows(checkpoint: Checkpoint) -> None:
     def follows(prompt: str) -> list[str]:
-        written = sampling.write(checkpoint, draws(20), GREEDY, unit="line", prompt=prompt)
+        written = sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt)
         return [text.removeprefix(prompt) for text in written]
 
     assert follows("a") != follows("b")
@@ -352,11 +353,11 @@ def test_a_prompt_changes_what_follows(checkpoint: Checkpoint) -> None:
 def test_latents_are_taken_as_there_is_room_for_them(checkpoint: Checkpoint) -> None:
     taken: list[int] = []
 
-    def endless() -> Iterator[Draw]:
+    def endless() -> Iterator[Request]:
         row = 0
         while True:
             taken.append(row)
-            yield Draw(row, 0, rows_of(1)[0])
+            yield Request(row, 0, torch.zeros(WIDTH))
             row += 1
 
     next(sampling.write(checkpoint, endless(), GREEDY, unit="line"))
@@ -368,7 +369,7 @@ def test_no_latents_give_no_texts(checkpoint: Checkpoint) -> None:
 
 
 def test_bfloat16_writes_texts(checkpoint: Checkpoint) -> None:
-    written = list(sampling.write(checkpoint, draws(5), GREEDY, unit="line", dtype=torch.bfloat16))
+    written = list(sampling.write(checkpoint, requests(5), GREEDY, unit="line", dtype=torch.bfloat16))
     assert len(written) == 5
 
 
@@ -380,8 +381,8 @@ def test_pieces_join_to_the_text(checkpoint: Checkpoint, prompt: str) -> None:
     """A model that nobody trained writes mostly bytes that are not UTF-8."""
     config = SampleConfig(seed=3, temperature=20)
     pieces: list[str] = []
-    written = sampling.write(checkpoint, draws(30), config, unit="line", prompt=prompt, on_text=pieces.append)
-    whole = list(sampling.write(checkpoint, draws(30), config, unit="line", prompt=prompt))
+    written = sampling.write(checkpoint, requests(30), config, unit="line", prompt=prompt, on_text=pieces.append)
+    whole = list(sampling.write(checkpoint, requests(30), config, unit="line", prompt=prompt))
     assert any("\ufffd" in text for text in whole)
     for found, text in zip(written, whole, strict=True):
         assert "".join(pieces) == found == text
@@ -407,7 +408,7 @@ def test_the_bytes_of_a_character_wait_until_it_is_complete(
 ) -> None:
     monkeypatch.setattr(sampling, "decode", scripted([MULTI_BYTE, b"x"]))
     pieces: list[str] = []
-    written = sampling.write(checkpoint, draws(2), GREEDY, unit="line", prompt="é", on_text=pieces.append)
+    written = sampling.write(checkpoint, requests(2), GREEDY, unit="line", prompt="é", on_text=pieces.append)
     assert next(written) == "é" + MULTI_BYTE.decode()
     assert pieces == ["én", *MULTI_BYTE.decode()[1:]]
     pieces.clear()
@@ -433,7 +434,7 @@ def test_invalid_bytes_become_the_replacement_character_once(
 ) -> None:
     monkeypatch.setattr(sampling, "decode", scripted([data]))
     pieces: list[str] = []
-    written = next(sampling.write(checkpoint, draws(1), GREEDY, unit="line", on_text=pieces.append))
+    written = next(sampling.write(checkpoint, requests(1), GREEDY, unit="line", on_text=pieces.append))
     assert written == "".join(pieces) == text
 
 

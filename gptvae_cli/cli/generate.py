@@ -139,17 +139,17 @@ def generate(
         encoder = sampling.Encoder(checkpoint, unit, precision)
         total = None
         if latents is not None:
-            draws = sampling.repeated(latents, copies)
+            requests = sampling.repeated(latents, copies)
         elif texts is None:
             total = (prior or 1) * copies
-            draws = sampling.repeated(sampling.unconditioned(checkpoint, config.seed, prior or 1), copies)
+            requests = sampling.repeated(sampling.unconditioned(checkpoint, config.seed, prior or 1), copies)
         elif sample:
-            draws = sampling.sampled(encoder.encode(texts), copies, config.seed)
+            requests = sampling.sampled(encoder.encode(texts), copies, config.seed)
         else:
-            draws = sampling.repeated((encoding.mean_Z for encoding in encoder.encode(texts)), copies)
+            requests = sampling.repeated((encoding.mean_Z for encoding in encoder.encode(texts)), copies)
         written = sampling.write(
             checkpoint,
-            draws,
+            requests,
             config,
             unit=unit,
             prompt=prompt,

@@ -106,9 +106,9 @@ def interpolate(
         with latents_to(latents_out, "npy", width) as write:
             for latent_Z in path_KZ:
                 write(latent_Z)
-    draws, greedily = sampling.repeated(path_KZ, 1), SampleConfig(greedy=True)
+    requests, greedily = sampling.repeated(path_KZ, 1), SampleConfig(greedy=True)
     with console.progress("writing", "texts", quiet=quiet, total=len(path_KZ), beside_data=True) as advance:
-        for step, text in enumerate(sampling.write(checkpoint, draws, greedily, unit=unit, dtype=precision)):
+        for step, text in enumerate(sampling.write(checkpoint, requests, greedily, unit=unit, dtype=precision)):
             printer.write(text, step=step)
             advance(step + 1)
     console.note(encoder.note, quiet=quiet)

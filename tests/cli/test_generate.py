@@ -74,7 +74,7 @@ def greedy_texts(models: Path, latents: npt.NDArray[np.float32], *, prompt: str 
     banned = [ord("\n"), ord("\r")] if unit == "line" else []
     texts = []
     for latent_Z in latents:
-        request = Request(0, 0, list(prompt.encode()), torch.tensor(latent_Z))
+        request = Request(0, 0, torch.tensor(latent_Z), list(prompt.encode()))
         (ids,) = decode(checkpoint.model, [request], SampleConfig(greedy=True), banned=banned, cached=False)
         texts.append((prompt.encode() + bytes(ids)).decode("utf-8", "replace"))
     return texts
@@ -418,7 +418,7 @@ def test_a_baseline_writes_texts_without_a_latent(generate: Generate, baseline: 
     arguments = ["generate", "--model", str(baseline)]
     result = CliRunner().invoke(app, [*arguments, "--prior", "2", "--prompt", "a", "--greedy"])
     checkpoint = load(baseline, device=torch.device("cpu"))
-    request = Request(0, 0, list(b"a"), None)
+    request = Request(0, 0, None, list(b"a"))
     banned = [ord("\n"), ord("\r")]
     (ids,) = decode(checkpoint.model, [request], SampleConfig(greedy=True), banned=banned, cached=False)
     assert lines(result) == 2 * ["a" + bytes(ids).decode("utf-8", "replace")]

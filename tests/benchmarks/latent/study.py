@@ -237,8 +237,8 @@ def examples(saved: Checkpoint, unit: Unit, test: Sequence[str]) -> dict[str, li
 
     points_NZ = np.stack([encoding.mean_Z for encoding in Encoder(saved, unit).encode(test[:3])])
     path_KZ = walk(points_NZ[:2], 6, "slerp")
-    draws = repeated([*points_NZ, *path_KZ], 1)
-    written = list(write(saved, draws, SampleConfig(greedy=True), unit=unit))
+    requests = repeated([*points_NZ, *path_KZ], 1)
+    written = list(write(saved, requests, SampleConfig(greedy=True), unit=unit))
     return {"texts": list(test[:3]), "written": written[:3], "path": written[3:]}
 
 

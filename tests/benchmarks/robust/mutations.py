@@ -367,8 +367,8 @@ def _use(checkpoint: Checkpoint) -> None:
     """Encodes a text, and writes a short one."""
     encoder = sampling.Encoder(checkpoint, checkpoint.header.data.unit)
     means = [encoding.mean_Z for encoding in encoder.encode(["a text, naïve"])]
-    draws = sampling.repeated(means, 1)
-    list(sampling.write(checkpoint, draws, SampleConfig(max_tokens=3), unit=checkpoint.header.data.unit))
+    requests = sampling.repeated(means, 1)
+    list(sampling.write(checkpoint, requests, SampleConfig(max_tokens=3), unit=checkpoint.header.data.unit))
 
 
 def _write_model(path: Path) -> bytes:
