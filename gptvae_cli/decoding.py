@@ -134,31 +134,37 @@ def run(
     active: list[Row] = []
     slow = False
     while True:
-        # Joining costs a pass of its own over the new rows, so they join several at a time; and those that are there do
-        # not wait for others that are slow to come.
+        # Joining costs a pass of its own over the rows that join, so new ones do several at a time; and those that are
+        # there do not wait for others that are slow to come. A row that outgrew its window leaves, and joins again.
+        joining: list[Row] = []
+        window = model.max_seq_len
         if len(active) <= (0 if slow else batch_size - max(1, batch_size // 4)):
             joining, slow = _arrived(waiting, batch_size - len(active))
-            if joining:
-                for row in joining:
-                    row.context = model.conditioning.window(row.context, model.max_seq_len)
-                active += joining
-                _advance(joining, choose(engine.join(joining), joining), on_token)
-                yield from _take_ended(engine, active, eos_id)
-                continue
-        if not active:
+        if not joining and (joining := [row for row in active if len(row.context) > model.max_seq_len]):
+            window = (model.max_seq_len + 1) // 2
+            engine.leave([active.index(row) for row in joining])
+            active = [row for row in active if row not in joining]
+        if joining:
+            for row in joining:
+                row.context = model.conditioning.window(row.context, window)
+            active += joining
+            logits_BV = engine.join(joining)
+        elif active:
+            logits_BV = engine.step(active)
+        else:
             return
-        if overgrown := [row for row in active if len(row.context) > model.max_seq_len]:
-            engine.leave([active.index(row) for row in overgrown])
-            active = [row for row in active if row not in overgrown]
-            for row in overgrown:
-                row.context = model.conditioning.window(row.context, (model.max_seq_len + 1) // 2)
-            active += overgrown
-            logits_BV = engine.join(overgrown)
-            _advance(overgrown, choose(logits_BV, overgrown), on_token)
-            yield from _take_ended(engine, active, eos_id)
-            continue
-        _advance(active, choose(engine.step(active), active), on_token)
-        yield from _take_ended(engine, active, eos_id)
+        chosen = joining or active
+        for row, token in zip(chosen, choose(logits_BV, chosen).tolist(), strict=True):
+            row.context.append(token)
+            row.new.append(token)
+            if on_token is not None:
+                on_token(row.index, token)
+        ended = [i for i, row in enumerate(active) if row.new[-1] == eos_id or len(row.new) >= row.max_new]
+        if ended:
+            done = [active[i] for i in ended]
+            engine.leave(ended)
+            active = [row for row in active if row not in done]
+            yield from done
 
 
 def _arrived(waiting: Iterator[Row], most: int) -> tuple[list[Row], bool]:
@@ -171,24 +177,6 @@ def _arrived(waiting: Iterator[Row], most: int) -> tuple[list[Row], bool]:
         if began - before > SLOW_SECONDS:
             return arrived, True
     return arrived, False
-
-
-def _advance(rows: Sequence[Row], tokens_B: Tensor, on_token: Callable[[int, int], None] | None) -> None:
-    for row, token in zip(rows, tokens_B.tolist(), strict=True):
-        row.context.append(token)
-        row.new.append(token)
-        if on_token is not None:
-            on_token(row.index, token)
-
-
-def _take_ended(engine: _Engine, active: list[Row], eos_id: int | None) -> Iterator[Row]:
-    ended = [i for i, row in enumerate(active) if row.new[-1] == eos_id or len(row.new) >= row.max_new]
-    if ended:
-        rows = [active[i] for i in ended]
-        engine.leave(ended)
-        for i in reversed(ended):
-            del active[i]
-        yield from rows
 
 
 # Choosing a token ----------------------------------------------------------------------------------------------------
