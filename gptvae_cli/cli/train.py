@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shlex
 import signal
@@ -40,7 +41,6 @@ from gptvae_cli.options import default_in_words, environment_layer, file_layer, 
 
 if TYPE_CHECKING:
     from gptvae_cli.run import Job
-    from gptvae_cli.training import StepReport
 
 _PROCESS_BEGAN = time.monotonic()
 _SAME_WISH_SECONDS = 1.0
@@ -236,9 +236,8 @@ def train(
                     precision=precision,
                     on_progress=on_progress,
                 )
-        if not quiet:
-            for note in job.notes:
-                console.note(note)
+        for note in job.notes:
+            console.note(note, quiet=quiet)
         watch(job, quiet=quiet)
         _finish(job, quiet=quiet)
         console.write_text(f"{folder / 'model.safetensors'}\n")
@@ -325,34 +324,28 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
     """
     from gptvae_cli.cli.display import TrainingDisplay
 
-    example, well = 0, True
-
-    def show(report: StepReport) -> None:
-        nonlocal example, well
-        display.update(report)
-        if report.figures is not None and not report.done:
-            if report.diagnosis is not None and (well or report.treatment is not None):
-                rising = report.beta < job.learner.config.vae_kl_loss_weight
-                early = ", which is usual while beta rises" if rising else ""
-                console.note(f"at {report.progress:.0%}: {report.diagnosis}{early}", quiet=quiet)
-            if report.treatment is not None:
-                console.note(f"so {report.treatment}", quiet=quiet)
-            if report.diagnosis is None and not well:
-                console.note(f"at {report.progress:.0%}: the latent is being used", quiet=quiet)
-            well = report.diagnosis is None
-        if width is not None and report.figures is not None and not quiet and not report.done:
-            display.show_example(*job.reconstructions(1, start=example)[0])
-            example += 1
-
-    title = f"gptvae train, {job.folder}"
-    width = None if job.learner.config.without_latent else job.model_config.dim_latent
+    config = job.learner.config
+    width = None if config.without_latent else job.model_config.dim_latent
+    examples, well = itertools.count(), True
     with (
         _graceful() as caught,
-        TrainingDisplay(console.stderr, title, width, quiet=quiet) as display,
+        TrainingDisplay(console.stderr, f"gptvae train, {job.folder}", width, quiet=quiet) as display,
     ):
         for report in job.run(should_stop=lambda: bool(caught), seconds=lambda: time.monotonic() - began):
             try:
-                show(report)
+                display.update(report)
+                if report.figures is None or report.done:
+                    continue
+                if report.diagnosis is not None and (well or report.treatment is not None):
+                    early = ", which is usual while beta rises" if report.beta < config.vae_kl_loss_weight else ""
+                    console.note(f"at {report.progress:.0%}: {report.diagnosis}{early}", quiet=quiet)
+                if report.treatment is not None:
+                    console.note(f"so {report.treatment}", quiet=quiet)
+                if report.diagnosis is None and not well:
+                    console.note(f"at {report.progress:.0%}: the latent is being used", quiet=quiet)
+                well = report.diagnosis is None
+                if width is not None and not quiet:
+                    display.show_example(*job.reconstructions(1, start=next(examples))[0])
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
