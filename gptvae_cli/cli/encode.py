@@ -68,10 +68,10 @@ def encode(
     console.refuse_stdout("--std-out", std_out)
     if out is not None and std_out is not None and os.path.realpath(out) == os.path.realpath(std_out):
         raise ConfigError(f"--out and --std-out are both {std_out}", hint="name two files")
-    read = expand(files or [])
-    console.refuse_input("--out", out, read)
-    console.refuse_input("--std-out", std_out, read)
-    if not files or "-" in files:
+    sources = expand(files or ["-"])
+    console.refuse_input("--out", out, sources)
+    console.refuse_input("--std-out", std_out, sources)
+    if "-" in sources:
         console.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
     path = locate_model(model)
     header = read_header(path)
@@ -79,7 +79,7 @@ def encode(
     unit = unit or header.data.unit
     repairs = Repairs()
     texts = read_texts(
-        files or [],
+        sources,
         unit=unit,
         field=field or header.data.field,
         errors=errors or header.data.errors,
