@@ -41,6 +41,11 @@ class Precision:
     dtype: torch.dtype
     reason: str
 
+    @property
+    def name(self) -> str:
+        """The type as `--dtype` calls it."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 def resolve_device(name: str) -> Device:
     """The device that `auto`, `cpu`, `cuda` or `cuda:n` means on this machine.

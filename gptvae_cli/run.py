@@ -170,7 +170,7 @@ class Job:
             "train": to_dict(self.learner.config),
             "tokenizer": self.corpus.tokenizer.to_json(),
             "counters": counters_dict(self.learner.counters),
-            "precision": _dtype_name(self.precision),
+            "precision": self.precision.name,
         }
         save_state(self.folder / STATE_NAME, self.learner.tensors(), metadata)
 
@@ -183,7 +183,7 @@ class Job:
             "train": to_dict(self.learner.config),
             "learning_rate": self.learner.lr,
             "device": self.learner.model.device.type,
-            "precision": _dtype_name(self.precision),
+            "precision": self.precision.name,
             "threads": torch.get_num_threads(),
             "corpus": asdict(self.corpus.facts),
             "steps": counters.step,
@@ -325,11 +325,7 @@ def _rows(store: TokenStore, source: TokenStore | None, model: ModelConfig, data
 
 
 def _place(device: Device, precision: Precision) -> str:
-    return f"device: {device.device} ({device.reason}), {_dtype_name(precision)} ({precision.reason})"
-
-
-def _dtype_name(precision: Precision) -> str:
-    return str(precision.dtype).removeprefix("torch.")
+    return f"device: {device.device} ({device.reason}), {precision.name} ({precision.reason})"
 
 
 def resume(
@@ -380,7 +376,7 @@ def resume(
     trim_log(folder / METRICS_NAME, learner.counters.step)
     counters = learner.counters
     notes = [f"resumed at step {counters.step:,}, after {counters.seconds:.0f} s", _place(device, precision)]
-    if (before := state.metadata.get("precision", _dtype_name(precision))) != _dtype_name(precision):
+    if (before := state.metadata.get("precision", precision.name)) != precision.name:
         notes.append(f"until here it computed in {before}: its steps are not those of an undisturbed run")
     if state.note:
         notes.append(state.note)

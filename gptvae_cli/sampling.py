@@ -61,8 +61,7 @@ def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto", threa
     precision = resolve_dtype(dtype, where.device, training=False)
     note = None
     if where.device.type != "cpu" or precision.dtype != torch.float32:  # the rest is what everybody expects
-        name = str(precision.dtype).removeprefix("torch.")
-        note = f"computing on {where.device}, {where.reason}; in {name}, {precision.reason}"
+        note = f"computing on {where.device}, {where.reason}; in {precision.name}, {precision.reason}"
     return Opened(load(path, device=where.device), precision.dtype, note)
 
 
