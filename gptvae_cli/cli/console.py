@@ -166,10 +166,11 @@ def command(text: str, *, quiet: bool = False) -> None:
         stderr.print(Text(one_line(text)), soft_wrap=True)
 
 
-def heading(text: str) -> None:
+def heading(text: str, *, quiet: bool = False) -> None:
     """A heading over the notes that follow."""
-    stderr.print()
-    stderr.print(Text(one_line(text), style="bold"), soft_wrap=True)
+    if not quiet:
+        stderr.print()
+        stderr.print(Text(one_line(text), style="bold"), soft_wrap=True)
 
 
 def pair(text: str, written: str) -> None:

@@ -60,37 +60,34 @@ def demo(
 
     first, last = _EXAMPLES[:2]
     model = str(run)
-    _say("Train: an encoder that turns a name into 32 numbers, and a decoder that turns them back", quiet=quiet)
+    console.heading(
+        "Train: an encoder that turns a name into 32 numbers, and a decoder that turns them back", quiet=quiet
+    )
     _show("train", names, "--out", run, "--max-time", max_time, "--target-rate", _RATE, quiet=quiet)
     train.train(
         [str(names)], out=str(run), max_time=max_time, target_rate=float(_RATE), force=force, device=device, quiet=quiet
     )
 
     # From here on nothing has to be said that training has not said: where this computes, say.
-    _say(f"Encode: {', '.join(_EXAMPLES)}, each to one row of a NumPy array", quiet=quiet)
+    console.heading(f"Encode: {', '.join(_EXAMPLES)}, each to one row of a NumPy array", quiet=quiet)
     _show("encode", three, "--model", run, "--out", latents, quiet=quiet)
     encode.encode([str(three)], out=str(latents), model=model, device=device, quiet=True)
 
-    _say("Generate: three names from each of these rows", quiet=quiet)
+    console.heading("Generate: three names from each of these rows", quiet=quiet)
     _show("generate", "--latent", latents, "-n", "3", "--model", run, "--seed", "1", quiet=quiet)
     generate.generate(latent=str(latents), copies=3, model=model, seed=1, device=device, quiet=True)
 
-    _say(f"Interpolate: the names between {first} and {last}", quiet=quiet)
+    console.heading(f"Interpolate: the names between {first} and {last}", quiet=quiet)
     _show("interpolate", "--from", first, "--to", last, "--model", run, quiet=quiet)
     interpolate.interpolate(start=first, end=last, model=model, device=device, quiet=True)
 
-    _say("Generate: ten names from random latents, which nobody may bear", quiet=quiet)
+    console.heading("Generate: ten names from random latents, which nobody may bear", quiet=quiet)
     _show("generate", "--prior", "10", "--model", run, "--seed", "1", quiet=quiet)
     generate.generate(prior=10, model=model, seed=1, device=device, quiet=True)
 
-    _say("Your turn", quiet=quiet)
+    console.heading("Your turn", quiet=quiet)
     console.command(f"gptvae generate --text YOURNAME -n 5 --model {shlex.quote(model)}", quiet=quiet)
     console.command("gptvae train YOURTEXT.txt", quiet=quiet)
-
-
-def _say(what: str, *, quiet: bool) -> None:
-    if not quiet:
-        console.heading(what)
 
 
 def _show(*words: str | Path, quiet: bool) -> None:
