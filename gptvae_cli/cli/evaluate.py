@@ -301,10 +301,9 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     yield ""
     if values["nll_samples"] is None:
         yield "likelihood; the model has no latent, it was trained without one"
-        yield line("NLL", "nll_nats_per_text", unit=_NATS)
     else:
         yield f"likelihood, importance-weighted with {values['nll_samples']:,} samples a text"
-        yield line("NLL", "nll_nats_per_text", unit=_NATS)
+    yield line("NLL", "nll_nats_per_text", unit=_NATS)
     for each in ("token", "word"):
         key = f"perplexity_per_{each}"
         yield line(f"perplexity per {each}", key, "{:.2f}" if intervals[key][1] < 1e5 else "{:.1e}")
