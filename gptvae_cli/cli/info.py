@@ -53,10 +53,12 @@ def info(
 
 def _summary(path: str, layout: Layout) -> dict[str, Any]:
     from gptvae_cli.config import to_dict
-    from gptvae_cli.header import ModelHeader
+    from gptvae_cli.header import ModelHeader, json_object
     from gptvae_cli.sizing import preset_of
+    from gptvae_cli.tokenizer import kind_of
 
     header = ModelHeader.from_metadata(layout.metadata)
+    tokenizer = json_object(header.tokenizer, "its tokenizer")
     summary = {
         "file": path,
         "file_bytes": layout.size_bytes,
@@ -65,23 +67,13 @@ def _summary(path: str, layout: Layout) -> dict[str, Any]:
         "preset": preset_of(header.model),
         "has_latent": header.has_latent,
         "model": to_dict(header.model),
-        "tokenizer": {"kind": _tokenizer_kind(header.tokenizer), "num_tokens": header.model.num_tokens},
+        "tokenizer": {"kind": kind_of(tokenizer.get("model")), "num_tokens": header.model.num_tokens},
         "data": to_dict(header.data),
         "training": header.training,
     }
     # Python reads and writes infinities and NaN, which JSON does not know.
     clean: dict[str, Any] = json.loads(json.dumps(summary), parse_constant=lambda name: None)
     return clean
-
-
-def _tokenizer_kind(text: str) -> str:
-    """As `Tokenizer.kind`, without the library, which takes a tenth of a second to load."""
-    from gptvae_cli.header import json_object
-
-    model = json_object(text, "its tokenizer").get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        return "file"
-    return "bpe" if model.get("merges") else "bytes"
 
 
 def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
