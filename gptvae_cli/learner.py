@@ -73,9 +73,9 @@ class Learner:
         others = [p for name, p in self.named.items() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": decayed, "weight_decay": config.weight_decay, "times": 1.0},
-                {"params": others, "weight_decay": 0.0, "times": 1.0},
-                {"params": embeddings, "weight_decay": 0.0, "times": EMBEDDINGS_FASTER},
+                {"params": decayed, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+                {"params": others, "weight_decay": 0.0, "lr_scale": 1.0},
+                {"params": embeddings, "weight_decay": 0.0, "lr_scale": EMBEDDINGS_FASTER},
             ],
             lr=self.lr,
             betas=(0.9, 0.98),

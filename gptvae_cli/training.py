@@ -268,7 +268,7 @@ def _step(
     weights = now.weights
     learning_rate = learner.lr * learning_rate_factor(progress, warmup=config.warmup, decay=config.decay)
     for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate * group["times"]
+        group["lr"] = learning_rate * group["lr_scale"]
     step_tokens, step_rows = sum(batch.target_tokens for batch in batches), sum(len(b.tokens_BT) for b in batches)
     step_kl_Z = None
     parts = [

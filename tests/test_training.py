@@ -472,7 +472,7 @@ def test_the_learning_rate_follows_progress_and_ends_near_zero(
     rates = [min(1, i / 20 / 0.1, (1 - i / 20) / 0.5) * 1e-3 for i in range(20)]
     assert [report.learning_rate for report in reports] == pytest.approx(rates)
     assert [report.beta for report in reports] == pytest.approx([min(1, i / 20 / 0.4) for i in range(20)])
-    last = [group["lr"] / group["times"] for group in learner.optimizer.param_groups]
+    last = [group["lr"] / group["lr_scale"] for group in learner.optimizer.param_groups]
     assert last == pytest.approx([rates[-1]] * 3)
 
 
