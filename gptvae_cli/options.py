@@ -141,20 +141,16 @@ def file_layer(path: Path) -> Layer:
     labels: dict[str, str] = {}
     for table, content in tables.items():
         if table not in TABLES or not isinstance(content, dict):
-            home = next((name for name, kind in TABLES.items() if table in keys(kind)), None)
             raise ConfigError(
                 f"{path} has {table!r} at its top, its tables are {', '.join(TABLES)}",
-                hint=f"it belongs below [{home}]" if home else did_you_mean(table, TABLES) or _FORM,
+                hint=_home(table) or did_you_mean(table, TABLES) or _FORM,
             )
         hints = get_type_hints(TABLES[table])
         for key, value in content.items():
             if key not in hints:
-                home = next((name for name, kind in TABLES.items() if key in keys(kind)), None)
                 raise ConfigError(
                     f"{path}, [{table}] has no key {key!r}",
-                    hint=f"it belongs below [{home}]"
-                    if home
-                    else did_you_mean(key, hints) or f"known keys: {', '.join(hints)}",
+                    hint=_home(key) or did_you_mean(key, hints) or f"known keys: {', '.join(hints)}",
                 )
             labels[key] = f"{path}, [{table}] {key}"
             if key == "valid" and fits(value, float):
@@ -167,6 +163,11 @@ def file_layer(path: Path) -> Layer:
 
 
 _FORM = "gptvae train --print-config shows the form"
+
+
+def _home(key: str) -> str | None:
+    """A hint for a key that stands outside its table."""
+    return next((f"it belongs below [{name}]" for name, kind in TABLES.items() if key in keys(kind)), None)
 
 
 def keys(kind: type) -> list[str]:
