@@ -75,11 +75,12 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
             raise CheckpointError(f"no run to resume in {folder}", hint="start one without --resume")
         if not (resume or force) and any((folder / name).exists() for name in _FILES):
             raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
-        foreign = next((path for name in _FILES if is_no_file(path := folder / name)), None)
-        places = [folder / NEW_CACHE_NAME] if resume else [folder / NEW_CACHE_NAME, folder / CACHE_NAME]
-        if foreign := foreign or next(filter(None, map(_foreign, places)), None):
+        foreign = [path for name in _FILES if is_no_file(path := folder / name)]
+        caches = [NEW_CACHE_NAME] if resume else [NEW_CACHE_NAME, CACHE_NAME]
+        foreign += filter(None, (_foreign(folder / name) for name in caches))
+        if foreign:
             raise ConfigError(
-                f"{foreign} is in the way and is not of gptvae's making", hint="choose another folder with --out"
+                f"{foreign[0]} is in the way and is not of gptvae's making", hint="choose another folder with --out"
             )
         _remove_unfinished(folder)
         yield
