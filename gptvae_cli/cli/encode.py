@@ -86,8 +86,7 @@ def encode(
         repairs=repairs,
         in_parts=True,
     )
-    if sample:
-        seed = console.pick_seed(seed, quiet=quiet)
+    seed = console.pick_seed(seed, quiet=quiet) if sample else None
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import sampling
 
@@ -102,7 +101,7 @@ def encode(
             write_std = stack.enter_context(latents_to(std_out, "npy", header.model.dim_latent))
         advance = stack.enter_context(console.progress("encoding", "texts", quiet=quiet, beside_data=on_stdout))
         for row, encoding in enumerate(encoder.encode(texts)):
-            write(encoding.mean_Z if seed is None or not sample else encoding.sample(seed, row))
+            write(encoding.mean_Z if seed is None else encoding.sample(seed, row))
             if write_std is not None:
                 write_std(encoding.std_Z)
             advance(row + 1)
