@@ -290,7 +290,7 @@ def start(
     job.save_state()
     sample = list(islice(Epoch(job.rows, config.batch_tokens, config.seed, 0).spans(), _SAMPLE_BATCHES))
     batches = round(len(job.rows) * len(sample) / sum(map(len, sample)))
-    notes += [
+    job.notes += [
         f"model: {name} ({reason}): {sum(p.numel() for p in model.parameters()):,} parameters,"
         f" encoder {sizes.enc_depth} and decoder {sizes.depth} layers of {sizes.dim},"
         f" latent {sizes.dim_latent}, up to {sizes.max_seq_len} tokens",
@@ -299,12 +299,12 @@ def start(
         _place(device, precision),
     ]
     if note := Repairs(facts.replaced).note:
-        notes.append(note)
+        job.notes.append(note)
     if cut := job.rows.count_cut():
         texts = (
             "1 text is longer than the model and is" if cut == 1 else f"{cut:,} texts are longer than the model and are"
         )
-        notes.append(f"{texts} cut; --max-seq-len sets its length")
+        job.notes.append(f"{texts} cut; --max-seq-len sets its length")
     return job
 
 
@@ -383,7 +383,7 @@ def resume(
     job = Job(folder, corpus, data, learner, precision, notes)
     was, now = (share_done(limits, counters, len(job.rows)) for limits in (stored, config))
     if now >= 1:
-        notes.append("nothing is left to do; --max-time, --steps and --epochs say how far a run goes in all")
+        job.notes.append("nothing is left to do; --max-time, --steps and --epochs say how far a run goes in all")
     if counters.treated_at != UNTREATED and was > 0:
         counters.treated_at *= now / was  # it is a share of the run, which may now be a longer one
     return job
