@@ -150,10 +150,9 @@ class Stack:
         (ff_norm, _, _), feedforward, _ = feedforward_block
         ff_in, ff_out = [module for module in feedforward.modules() if isinstance(module, nn.Linear)]
         scale = self.head_width**-0.5
+        out = attention.to_out
         # x-transformers gives a single head no output product.
-        single = isinstance(attention.to_out, nn.Identity)
-        identity_KK = torch.eye(self.head_width, dtype=ff_in.weight.dtype, device=ff_in.weight.device)
-        out_DE = identity_KK if single else attention.to_out.weight
+        out_DE = torch.eye(self.head_width).to(ff_in.weight) if isinstance(out, nn.Identity) else out.weight
         return Layer(
             # x-transformers stores the gain as its distance from 1.
             attn_gamma_D=attn_norm.gamma + 1,
