@@ -131,7 +131,8 @@ def pick_seed(seed: int | None, *, quiet: bool) -> int:
 # FORCE_COLOR may colour a file, but nothing is to move there; on a dumb terminal, Rich sees to that itself.
 _movable = None if sys.stderr is not None and sys.stderr.isatty() else False
 stderr = Console(stderr=True, highlight=False, force_interactive=_movable)
-_PLAIN_SECONDS = 30.0
+PLAIN_SECONDS = 30.0
+"""Between lines of progress where there is no terminal."""
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tab and newline, DEL, C1
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"  # what turns the direction of writing, or the shape of digits
@@ -229,7 +230,7 @@ def progress(
 
         def report(done: int) -> None:
             nonlocal shown
-            if time.monotonic() - shown >= _PLAIN_SECONDS:
+            if time.monotonic() - shown >= PLAIN_SECONDS:
                 shown = time.monotonic()
                 note(f"{label}: {done:,} {things}" + (f" of {total:,}" if total else ""))
 

@@ -14,14 +14,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gptvae_cli.cli.console import sanitize
+from gptvae_cli.cli.console import PLAIN_SECONDS, sanitize
 
 if TYPE_CHECKING:
     from gptvae_cli.evaluation import Figures
     from gptvae_cli.training import StepReport
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_PLAIN_SECONDS = 30.0
 
 
 class TrainingDisplay:
@@ -68,7 +67,7 @@ class TrainingDisplay:
         self.losses.append(report.cross_entropy)
         if self.live:
             self.live.update(self._panel())
-        elif not self.quiet and (report.figures is not None or time.monotonic() - self.last_line > _PLAIN_SECONDS):
+        elif not self.quiet and (report.figures is not None or time.monotonic() - self.last_line > PLAIN_SECONDS):
             self.last_line = time.monotonic()
             self.console.print(Text(_plain_line(report, self.dim_latent)), soft_wrap=True)
 
