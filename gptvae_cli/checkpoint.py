@@ -259,7 +259,7 @@ def claimed_model(config: ModelConfig, tensors: Mapping[str, Tensor]) -> GPTVAE:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Looks for what a file should not hold: one NaN is soon everywhere.
+    """Refuses what a file should not hold: a single NaN would soon be everywhere.
 
     Raises:
         CheckpointError: where a tensor holds NaN or infinity.

@@ -87,7 +87,7 @@ class Rows:
         return self._texts(self.store, index_N)
 
     def spread(self, most: int) -> Ints:
-        """The numbers of so many rows, or of all, the same way apart [N]."""
+        """The numbers of `most` rows, or of all, evenly spaced [N]."""
         count = min(most, len(self))
         return np.arange(count) * len(self) // max(1, count)
 
@@ -222,7 +222,8 @@ def batches_of(
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:
-    """Rows of tokens, padded behind [B T]. One array for all: a tensor for each would take as long as tokenising."""
+    """Rows of tokens, padded behind [B T]. They are put into one array, since making a tensor of each row would take as
+    long as tokenising."""
     widths_B = np.array([len(row) for row in rows])
     real_BT = np.arange(widths_B.max()) < widths_B[:, None]
     tokens_BT = np.full(real_BT.shape, pad_id, dtype=np.int64)

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 _SLOTS = 128
-"""Places in a row of the cache at first; most texts need no more."""
+"""Positions that the cache has room for at first; most texts need no more."""
 SLOW_SECONDS = 0.3
-"""What took as long to come is not kept waiting for others."""
+"""An input that took longer than this to arrive is processed at once, and does not wait for others to share a batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +233,7 @@ class _Engine(Protocol):
         """Next-token logits of all rows, each of which has one new token [B V]."""
 
     def leave(self, places: Sequence[int]) -> None:
-        """Forgets the rows at these places; those behind them move up."""
+        """Drops the rows at these places; the rows behind them move up."""
 
 
 class PlainDecoder:
@@ -279,7 +279,7 @@ class CachedDecoder:
         self.to_logits_DV = self.stack.matrix(model.decoder.to_logits.weight)
         self.turns_S11C = self.stack.turns(model.max_seq_len + 1)
         self.room = fused.Heads(self.stack, (0,))
-        # Where every row stands is known without asking the device.
+        # The position of each row, kept on the host so that nothing has to wait for the device.
         self.positions: list[int] = []
         heads, width = self.stack.heads, self.stack.head_width
         self.cache_LXBHSK = torch.zeros(
@@ -315,7 +315,7 @@ class CachedDecoder:
         used = max(self.positions) + 1
         self._grow(count, used, self.model.max_seq_len + 1)
         x_BD = F.embedding(torch.tensor([row.context[-1] for row in rows], device=device), self.embedding_VD)
-        # All views that layers need are made here: for one row they would be most of the time.
+        # All views that the layers need are made here, once: for a single row, making them takes most of the time.
         cache_LXBHSK = self.cache_LXBHSK[:, :, :count]
         slots = cache_LXBHSK[..., :used, :].flatten(0, 1).unbind()
         if len(self.room.qkv_NE) != count:
@@ -357,8 +357,8 @@ class CachedDecoder:
         return self.stack.product(self.stack.final_norm(x_BD).to(self.stack.dtype), self.to_logits_DV)
 
     def _grow(self, rows: int, slots: int, most: int) -> None:
-        """Makes room for so many rows of so many slots, or for twice as many as there were, up to as many as may be
-        needed at most: texts may be far shorter than the model could write."""
+        """Makes room for at least this many rows and slots. Slots are doubled, up to `most`, since most texts are far
+        shorter than the model could write."""
         layers, two, old_rows, heads, old_slots, width = self.cache_LXBHSK.shape
         if rows <= old_rows and slots <= old_slots:
             return
@@ -380,7 +380,8 @@ def _right_padded(contexts: Sequence[Sequence[int]], device: torch.device) -> Te
 
 
 def _stack_latents(rows: Sequence[Row], model: GPTVAE) -> tuple[Tensor, list[bool]]:
-    """Latents [B Z], zeros where there is none, and whether there is one. They come to the model's device together."""
+    """Latents [B Z], zeros where a row has none, and which rows have one. They are moved to the model's device in one
+    copy."""
     given = [row.latent for row in rows if row.latent is not None]
     nothing_Z = torch.zeros_like(given[0]) if given else torch.zeros(model.dim_latent)
     latents_BZ = torch.stack([nothing_Z if row.latent is None else row.latent for row in rows])

@@ -102,12 +102,14 @@ def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Preci
 def tune_cpu(threads: int | None) -> int:
     """Prepares this process for computing on its CPU, and returns how many threads torch uses.
 
-    Three settings are for the whole process, and their gains in `tests/benchmarks/speed/`: denormal numbers count as
-    zero, since a CPU is slow at them; freed memory stays with the process, since giving back and getting again the
-    pages of every large tensor costs a training step a sixth of its time; and what oneDNN, which multiplies bfloat16,
-    compiles for every shape of matrices is kept for more of them than its 1,024, which batches of texts of many
-    lengths exceed soon, if they take no more than a quarter of the memory: two hundred shapes of batches fill 3 GB. The
-    last is read at its first product: call this before there was one.
+    Three more settings hold for the whole process; what each gains is in `tests/benchmarks/speed/`:
+
+    - Denormal numbers count as zero, since a CPU computes with them slowly.
+    - Freed memory stays with the process: returning the pages of every large tensor and getting them again costs a
+      sixth of a training step.
+    - oneDNN, which multiplies bfloat16, compiles code for every shape of matrices. It keeps 1,024 of these kernels,
+      which batches of many lengths soon exceed; here it keeps more, in at most a quarter of the memory (two hundred
+      shapes of batches fill 3 GB). oneDNN reads this at its first product, so call this before there was one.
 
     Args:
         threads: torch's own choice for None.
@@ -136,20 +138,21 @@ def _memory() -> int:
 
 
 def tokens_together(device: torch.device, dtype: torch.dtype = torch.float32) -> int:
-    """How many tokens to infer from at once: on a CPU, whose caches then hold a layer's numbers, this is faster by a
-    quarter than eight times as many; a GPU wants few kernels."""
+    """Tokens of one batch, for inference. On a CPU the activations of a layer then fit in its caches, a quarter faster
+    than batches eight times as large; a GPU wants few kernels."""
     if device.type != "cpu":
         return 8192
     return 2048 if dtype == torch.bfloat16 else 1024
 
 
 def rows_together(device: torch.device) -> int:
-    """How many texts to write at once. More of them take a GPU hardly longer, whose time goes into starting kernels."""
+    """How many texts to write at once. A GPU takes hardly longer for more of them: its time goes into launching
+    kernels."""
     return 64 if device.type == "cpu" else 256
 
 
 def _cuda_gpus() -> tuple[int, str | None]:
-    """How many GPUs there are, and why none can be used where that is so."""
+    """How many GPUs there are, and, where none can be used, why."""
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return 0, f"this torch ({torch.__version__}) is built without CUDA"
     with warnings.catch_warnings(record=True) as caught:  # torch tells of an outdated driver in a warning
@@ -161,7 +164,7 @@ def _cuda_gpus() -> tuple[int, str | None]:
 
 
 def _failure(device: torch.device) -> str | None:
-    """Why a device that is there cannot compute: torch may have no kernels for it, others may hold it or its memory."""
+    """Why a GPU that is there cannot compute, or None: torch may lack kernels for it, another process may hold it."""
     try:
         with warnings.catch_warnings():  # torch warns of the first of these at length
             warnings.simplefilter("ignore")
@@ -185,7 +188,7 @@ def _gpu_dtype(name: DType, gpu: torch.device) -> Precision:
 def _cpu_bfloat16_speed() -> float:
     """How many times as fast as float32 this CPU multiplies matrices of bfloat16; takes some twenty milliseconds.
 
-    Of one thread, and in its own seconds, so that it does not matter what else the machine does.
+    Measured in the CPU time of one thread, so that it does not matter what else the machine does.
     """
     squares = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     best = dict.fromkeys(squares, float("inf"))

@@ -78,7 +78,7 @@ class Stack:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within, passes without gradients share what the first of them reads of the weights, in its type."""
+        """Within, passes without gradients share one copy of the weights, made by the first of them in its dtype."""
         self._keeps_frozen = True
         try:
             yield
@@ -90,8 +90,8 @@ class Stack:
         return [self._read(attention, feedforward) for attention, feedforward in self._blocks]
 
     def turns(self, length: int) -> Tensor:
-        """What the complex numbers of queries and keys are multiplied by, for positions 0 to `length` - 1: 1 where a
-        head is not rotated. In float32 [S C]."""
+        """The rotary factors `exp(i * angle)` of positions 0 to `length` - 1, by which queries and keys, as complex
+        numbers, are multiplied; 1 where a head is not rotated. In float32 [S C]."""
         if self._turns is None or len(self._turns) < length or self._turns.device != self.device:
             # They are kept for training too, which cannot use what was made in inference mode.
             with torch.inference_mode(False):
@@ -173,11 +173,11 @@ class Stack:
 
 
 class Heads:
-    """Room for the queries, keys and values of some positions, and the views of it that are used again and again.
+    """A buffer for the queries, keys and values of some positions, and the views of it that every layer uses.
 
     Args:
-        stack: whose heads they are of.
-        shape: of the positions: rows, or rows and tokens.
+        stack: whose heads they belong to.
+        shape: of the positions: (rows,) or (rows, tokens).
     """
 
     def __init__(self, stack: Frozen, shape: tuple[int, ...]) -> None:
@@ -200,7 +200,7 @@ class FrozenLayer(NamedTuple):
 
 class Frozen:
     """A stack for inference: its weights are read once, it works in place, and a layer is as few operations as can be,
-    which for one row cost as much as its products.
+    since for a single row starting one costs as much as its arithmetic.
 
     Products are in `dtype`, that of autocast or of the parameters; rotations are float32 at least; the residual stream
     has the type of the parameters.
@@ -235,8 +235,8 @@ class Frozen:
         self._final_gamma_D = stack.final_gamma_D().detach()
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """A matrix of `nn.Linear`, as its products want it: transposing it in memory takes as long as writing ten
-        tokens, and speeds up products with many rows."""
+        """The matrix of an `nn.Linear`, transposed for `product`. Where there are many rows it is transposed in memory,
+        too, which speeds products up, and takes as long as writing ten tokens."""
         weight = weight.detach().to(self.dtype).T
         return weight.contiguous() if self._many else weight
 

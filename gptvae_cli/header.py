@@ -86,7 +86,10 @@ class ModelHeader:
         return not (isinstance(train, dict) and train.get("latents_dropout_prob") == 1)
 
     def require_latent(self, name: str | Path) -> None:
-        """Keeps latents away from a model that would make nonsense of them, and is called this.
+        """Keeps latents away from a model that was trained without one, and would make nonsense of them.
+
+        Args:
+            name: what the error calls the model.
 
         Raises:
             CheckpointError: for a model without a latent.

@@ -1,5 +1,5 @@
-"""What a run learns and carries along: weights, auxiliary head, optimizer and counters, and their way into a state and
-back."""
+"""What a run learns and carries along: weights, auxiliary head, optimizer and counters; and how they are saved in a
+state and restored from it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import BagOfWords
 
 EMBEDDINGS_FASTER = 10.0
-"""The learning rate of embeddings over that of the rest: a step has news for few of their rows. On Tatoeba's sentences
-ten minutes came half a nat a text further for it (`tests/benchmarks/latent/defaults.txt`)."""
+"""The learning rate of embeddings, as a multiple of that of the rest: a step has gradients for few of their rows. On
+Tatoeba's sentences ten minutes came half a nat a text further with it (`tests/benchmarks/latent/defaults.txt`)."""
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Learner:
         return result
 
     def check_finite(self) -> None:
-        """Looks at what the last step made, before it is saved: no loss has shown it yet.
+        """Checks what the last step made, before it is saved: no loss has been computed from it yet.
 
         Raises:
             DivergedError: where a weight or a moment of the optimizer is not a finite number.

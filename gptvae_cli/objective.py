@@ -27,7 +27,7 @@ from gptvae_cli.model import GPTVAE
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same on another device; a GPU copies it while the CPU goes on, for which its pages must not be moved."""
+    """The same on another device. It is pinned first for a GPU, which can then copy it while the CPU goes on."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
@@ -159,9 +159,9 @@ def summed_cross_entropy(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | 
 
 
 _LOGITS_TOGETHER = {"cpu": (2**23, 2**18), "cuda": (2**26, 2**26)}
-"""How many a product makes, and how many of these are normalised at once. On a CPU the first are many, since every
-product is followed by adding to the gradient of all weights, and the second stay in the cache; a GPU wants few kernels,
-within a quarter of a gigabyte."""
+"""How many logits one product makes, and how many of them are normalised at once. On a CPU the first number is large,
+since after every product the gradient of all weights is added to, and the second fits in the cache; a GPU wants few
+kernels, and the logits take a quarter of a gigabyte there."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -50,7 +50,7 @@ def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto", threa
     Args:
         path: of the model file, see `header.locate_model`.
         device: `auto`, `cpu`, `cuda` or `cuda:n`.
-        dtype: `auto` is float32 on a CPU.
+        dtype: `auto` is float32.
         threads: CPU threads; torch's own choice for None.
 
     Raises:
@@ -109,7 +109,7 @@ class Encoder:
     def encode(self, texts: Iterable[str]) -> Iterator[Encoding]:
         """The posteriors of texts, in their order.
 
-        The first ones come after the first text, so that a slow pipe shows its results; pools then grow.
+        The first comes as soon as the first text is there, so that a slow pipe shows its results; pools then grow.
         """
         for pool in _growing_pools(self.rows(texts)):
             # Equal rows are computed once: a file may hold millions of empty lines.
@@ -184,7 +184,8 @@ class Encoder:
 
 
 def _growing_pools(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Cuts texts or rows into lists of 1, 2, 4 and so on, shorter ones where they hold much, or are slow to come."""
+    """Cuts texts or rows into lists of 1, 2, 4 and so on; a list ends early where it holds much, or where an item was
+    slow to come."""
     pool: list[Item] = []
     most, size, last = 1, 0, time.monotonic()
     for item in items:
@@ -208,10 +209,8 @@ def prior(seed: int, count: int, width: int) -> Iterator[Floats]:
 
 
 def unconditioned(checkpoint: Checkpoint, seed: int, count: int) -> Iterator[Floats | None]:
-    """What a model writes texts of its own from: draws of the prior, or, where it has no latent, None [Z].
-
-    Without a latent a row is named by its noise alone.
-    """
+    """What a model writes texts of its own from: draws of the prior [Z], or None for each where it has no latent, so
+    that texts differ by the noise of their tokens alone."""
     header = checkpoint.header
     return prior(seed, count, header.model.dim_latent) if header.has_latent else iter([None] * count)
 

@@ -39,7 +39,7 @@ EARLIEST_BEST = 0.1
 VALIDATION_TEXTS = 1000
 REPORT_SECONDS = 0.5
 _TRIAL_STEPS = 5
-"""To measure speed by; the first are slow."""
+"""Steps by which speed is measured, their median, as the first ones are slow."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def train(
     last_validation = furthest = 0.0
 
     def progress() -> float:
-        # The last validation has to fit in too, and a few texts to show; the first one says how long it takes.
-        # Never back: a validation may turn out faster than the one before.
+        # Time is kept for the last validation, and a few texts to show: twice as long as the validation before took.
+        # Progress never goes back, though a validation may turn out faster than the one before.
         nonlocal furthest
         furthest = max(furthest, share_done(config, counters, len(rows), to_come=2 * last_validation))
         return furthest
@@ -172,7 +172,7 @@ def train(
             figures, improved = validate() if due else (None, False)
             counters.seconds = earlier + session()
             if due:
-                # Not one more than before: where validating takes long, those that are missed stay missed.
+                # Not `validated + 1`: where validating takes long, validations that were missed are not made up for.
                 validated = bisect_right(VALIDATIONS, progress())
             wrong = diagnosis(figures) if figures is not None and not config.without_latent else None
             cure = None
