@@ -258,7 +258,7 @@ def refuse_terminal_stdin(example: str) -> None:
         NothingToReadError: where standard input is a terminal.
     """
     if sys.stdin is not None and sys.stdin.isatty():
-        raise NothingToReadError("nothing to read: standard input is a terminal", hint=f"{example}")
+        raise NothingToReadError("nothing to read: standard input is a terminal", hint=example)
 
 
 def refuse_terminal_stdout(example: str) -> None:
