@@ -129,22 +129,6 @@ def train(
         furthest = max(furthest, share_done(config, counters, len(rows), to_come=2 * last_validation))
         return furthest
 
-    def validate() -> tuple[Figures, bool]:
-        nonlocal last_validation
-        start = time.monotonic()
-        figures = measure(model, held_out, seed=config.seed, precision=precision, without_latent=config.without_latent)
-        if not all(math.isfinite(value) for value in asdict(figures).values() if value is not None):
-            raise diverged("validation is not finite", counters.step)
-        # Before beta has reached its final value a model is not comparable with later ones; without a latent it weighs
-        # nothing.
-        final = config.without_latent or recipe(config, progress(), counters.treated_at).beta_is_final
-        settled = (final and progress() >= EARLIEST_BEST) or done
-        improved = settled and score(figures, config) < counters.best
-        if improved:
-            counters.best = score(figures, config)
-        last_validation = time.monotonic() - start
-        return figures, improved
-
     model.train()
     if counters.step == 0:
         counters.start_up = session()
@@ -168,28 +152,37 @@ def train(
                 continue
             values = _read(sums, norm, counters.step)
             elapsed = max(1e-9, time.monotonic() - sums.began)
-            tokens, texts = sums.tokens, sums.texts
-            figures, improved = validate() if due else (None, False)
             counters.seconds = earlier + session()
+            figures, improved, wrong, cure = None, False, None, None
             if due:
+                start = time.monotonic()
+                figures = _validate(learner, held_out, precision)
+                # Before beta has reached its final value a model is not comparable with later ones; without a latent it
+                # weighs nothing.
+                final = config.without_latent or recipe(config, progress(), counters.treated_at).beta_is_final
+                settled = (final and progress() >= EARLIEST_BEST) or done
+                improved = settled and score(figures, config) < counters.best
+                if improved:
+                    counters.best = score(figures, config)
+                last_validation = time.monotonic() - start
+                counters.seconds = earlier + session()
                 # Not `validated + 1`: where validating takes long, validations that were missed are not made up for.
                 validated = bisect_right(VALIDATIONS, progress())
-            wrong = diagnosis(figures) if figures is not None and not config.without_latent else None
-            cure = None
-            at, before = progress(), counters.treated_at
-            if wrong is not None and not done and treatable(config, counters.step, at, before):
-                cure, counters.treated_at = treatment(config, again=before != UNTREATED), at
+                wrong = None if config.without_latent else diagnosis(figures)
+                if wrong is not None and not done and treatable(config, counters.step, progress(), counters.treated_at):
+                    cure = treatment(config, again=counters.treated_at != UNTREATED)
+                    counters.treated_at = progress()
             yield StepReport(
                 step=counters.step,
                 progress=1.0 if done else progress(),
                 seconds=counters.seconds,
-                tokens_per_second=tokens / elapsed,
-                texts_per_second=texts / elapsed,
+                tokens_per_second=sums.tokens / elapsed,
+                texts_per_second=sums.texts / elapsed,
                 learning_rate=learning_rate,
                 beta=beta,
-                cross_entropy=values[0] / tokens,
-                kl=values[1] / texts,
-                bag_of_words=values[2] / tokens,
+                cross_entropy=values[0] / sums.tokens,
+                kl=values[1] / sums.texts,
+                bag_of_words=values[2] / sums.tokens,
                 gradient_norm=values[3],
                 figures=figures,
                 diagnosis=wrong,
@@ -201,6 +194,15 @@ def train(
             if done or stop:
                 return
         counters.epoch += 1
+
+
+def _validate(learner: Learner, held_out: Sequence[Batch], precision: torch.dtype) -> Figures:
+    """Figures of the held-out texts; raises a `DivergedError` where one is not finite."""
+    seed, without = learner.config.seed, learner.config.without_latent
+    figures = measure(learner.model, held_out, seed=seed, precision=precision, without_latent=without)
+    if not all(math.isfinite(value) for value in asdict(figures).values() if value is not None):
+        raise diverged("validation is not finite", learner.counters.step)
+    return figures
 
 
 def share_done(config: TrainConfig, counters: Counters, texts: int, *, to_come: float = 0.0) -> float:
