@@ -94,7 +94,7 @@ def train(
     on_collapse: Annotated[
         OnCollapse | None, _option("on_collapse", "A latent that is not being used: change the run, or say so.", _RUN)
     ] = None,
-    strict: Annotated[bool, _flag("--strict", "Exit with 5 if the latent is not being used.")] = False,
+    strict: Annotated[bool | None, _flag("--strict", "Exit with 5 if the latent is not being used.")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A TOML file of these options.", rich_help_panel=_RUN)
     ] = None,
@@ -193,7 +193,7 @@ def train(
     Options with a default can also stand in a TOML file or in the environment, as GPTVAE_DIM for --dim. Flags override
     the file, the file overrides the environment.
     """
-    plan = _Plan({**locals(), "strict": strict or None})
+    plan = _Plan(locals())
     if resume and force:
         raise ConfigError("--resume goes on with a run, --force replaces it, both were given", hint="leave one out")
     if print_config:
