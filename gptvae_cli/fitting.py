@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptvae_cli import sizing
-from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig, TrainConfig
+from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, ModelConfig, SizeConfig, TrainConfig
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Rows
 from gptvae_cli.device import Device, Precision
@@ -25,7 +25,7 @@ def fit_preset(
     corpus: Corpus,
     data: DataConfig,
     config: TrainConfig,
-    shape: Mapping[str, Any],
+    sizes: SizeConfig,
     device: Device,
     precision: Precision,
 ) -> tuple[str, str]:
@@ -33,12 +33,12 @@ def fit_preset(
 
     Args:
         corpus, data, config: what to learn, and until when.
-        shape: as `fit_sizes` takes it.
+        sizes: that were asked for.
         device, precision: where and in what to compute. A CPU's speed is measured where it decides; that takes seconds.
     """
     if device.device.type != "cpu":
         return sizing.choose_preset_on_gpu(config.max_time)
-    model = fit_sizes(corpus, data, sizing.MEASURED, shape)
+    model = fit_sizes(corpus, data, sizing.MEASURED, sizes)
     rows = Rows(corpus.train, model, window=data.unit == "window", source=corpus.train_source)
     tokens = math.inf if config.steps is None else config.steps * config.batch_tokens
     if config.epochs is not None:
@@ -51,27 +51,33 @@ def fit_preset(
     return sizing.choose_preset(tokens)
 
 
-def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, shape: Mapping[str, Any]) -> ModelConfig:
+def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, sizes: SizeConfig) -> ModelConfig:
     """The sizes of a preset, a length that fits the corpus, and the default conditioning.
 
     Args:
         corpus, data: what to learn.
         preset: a name from `sizing.PRESETS`.
-        shape: fields of `ModelConfig` that were asked for, and win.
+        sizes: that were asked for, and win.
 
     Raises:
-        ConfigError: for a name that there is not, and for sizes that cannot be.
+        ConfigError: for sizes that do not go together.
     """
-    sizes = asdict(sizing.preset(preset)) | {"dim_latent": sizing.LATENT_WIDTH, "conditioning": sizing.CONDITIONING}
     stores = [corpus.train] if corpus.train_source is None else [corpus.train, corpus.train_source]
     long_length = max(_long_length(store.lengths()) for store in stores) + 2
+    fitted: dict[str, Any] = {
+        **asdict(sizing.PRESETS[preset]),
+        "dim_latent": sizing.LATENT_WIDTH,
+        "conditioning": sizing.CONDITIONING,
+        "max_seq_len": sizing.choose_max_seq_len(long_length, data.unit),
+        **sizes.shape,
+    }
     tokenizer = corpus.tokenizer
     return ModelConfig(
         num_tokens=tokenizer.num_tokens,
         pad_id=tokenizer.pad_id,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
-        **{"max_seq_len": sizing.choose_max_seq_len(long_length, data.unit), **sizes, **shape},
+        **fitted,
     )
 
 

@@ -23,7 +23,7 @@ from gptvae_cli.checkpoint import (
     save_model,
     save_state,
 )
-from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
+from gptvae_cli.config import DataConfig, ModelConfig, SizeConfig, TrainConfig, to_dict
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
@@ -224,8 +224,7 @@ def start(
     data: DataConfig,
     config: TrainConfig,
     *,
-    shape: Mapping[str, Any],
-    preset: str,
+    sizes: SizeConfig,
     device: Device,
     precision: Precision,
     stdin: BinaryIO | None = None,
@@ -236,9 +235,7 @@ def start(
     Args:
         folder: claimed, see `claimed`.
         sources: the corpus.
-        data, config: as they were asked for.
-        shape: fields of `ModelConfig` that were asked for; the others are fitted.
-        preset: a name from `sizing.PRESETS`, or `auto`.
+        data, config, sizes: as they were asked for; sizes that were not are fitted.
         device, precision: where and in what to compute.
         stdin: stands for standard input.
         on_progress: called with the characters read so far.
@@ -254,12 +251,12 @@ def start(
     earlier = Corpus.recall(folder / CACHE_NAME, sources, data)
     try:
         corpus = earlier or _read_corpus(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
-        name, reason = preset, "asked for"
+        preset, reason = str(sizes.preset), "asked for"
         if preset == "auto":
-            name, reason = fit_preset(corpus, data, config, shape, device, precision)
-        sizes = fit_sizes(corpus, data, name, shape)
+            preset, reason = fit_preset(corpus, data, config, sizes, device, precision)
+        fitted = fit_sizes(corpus, data, preset, sizes)
         torch.manual_seed(config.seed)
-        model = GPTVAE.from_config(sizes).to(device.device)
+        model = GPTVAE.from_config(fitted).to(device.device)
         # Only now, with a corpus and a model in hand, does an earlier run have to go.
         remove_run(folder, keep_cache=earlier is not None)
         if earlier is None:
@@ -291,9 +288,9 @@ def start(
     sample = list(islice(Epoch(job.rows, config.batch_tokens, config.seed, 0).spans(), _SAMPLE_BATCHES))
     batches = round(len(job.rows) * len(sample) / sum(map(len, sample)))
     job.notes += [
-        f"model: {name} ({reason}): {sum(p.numel() for p in model.parameters()):,} parameters,"
-        f" encoder {sizes.enc_depth} and decoder {sizes.depth} layers of {sizes.dim},"
-        f" latent {sizes.dim_latent}, up to {sizes.max_seq_len} tokens",
+        f"model: {preset} ({reason}): {sum(p.numel() for p in model.parameters()):,} parameters,"
+        f" encoder {fitted.enc_depth} and decoder {fitted.depth} layers of {fitted.dim},"
+        f" latent {fitted.dim_latent}, up to {fitted.max_seq_len} tokens",
         f"batches: {config.batch_tokens:,} tokens, about {batches:,} an epoch,"
         f" {100 * padding_share(sample):.1f} % padding",
         _place(device, precision),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptvae_cli.config import ConditioningName, ModelConfig, Unit, did_you_mean
-from gptvae_cli.errors import FieldError
+from gptvae_cli.config import ConditioningName, ModelConfig, Unit
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,6 @@ def choose_preset_on_gpu(seconds: float | None) -> tuple[str, str]:
         seconds: of training; None is without a limit.
     """
     return "medium" if seconds is not None and seconds < 1800 else "large", "a GPU trains it"
-
-
-def preset(name: str) -> Preset:
-    """The preset of a name.
-
-    Raises:
-        ConfigError: for a name that there is not.
-    """
-    if name not in PRESETS:
-        raise FieldError("preset", name, f"auto or one of {', '.join(PRESETS)}", hint=did_you_mean(name, PRESETS))
-    return PRESETS[name]
 
 
 def preset_of(config: ModelConfig) -> str | None:

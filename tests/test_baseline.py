@@ -15,7 +15,7 @@ import torch
 from gptvae_cli import run
 from gptvae_cli.baseline import Baseline
 from gptvae_cli.checkpoint import load_state
-from gptvae_cli.config import DataConfig, TrainConfig
+from gptvae_cli.config import DataConfig, SizeConfig, TrainConfig
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError
 from gptvae_cli.folder import claimed
@@ -23,7 +23,7 @@ from gptvae_cli.header import read_header
 
 CPU = Device(torch.device("cpu"), "asked for")
 FLOAT32 = Precision(torch.float32, "exact")
-TINY = {"dim": 32, "depth": 1, "enc_depth": 1, "heads": 2, "attn_dim_head": 16, "dim_latent": 8}
+TINY = SizeConfig(preset="nano", dim=32, depth=1, enc_depth=1, heads=2, attn_dim_head=16, dim_latent=8)
 CONFIG = TrainConfig(steps=4, max_time=None, batch_tokens=128, kl_warmup=0.0, lr=0.004, seed=5)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,9 +38,7 @@ def train(folder: Path, config: TrainConfig = CONFIG) -> Path:
     corpus = folder.parent / "corpus.txt"
     corpus.write_text("".join(f"{word} number {i}\n" for i in range(20) for word in ("cat", "a bird")))
     with claimed(folder, resume=False, force=True):
-        job = run.start(
-            folder, [str(corpus)], DataConfig(), config, shape=TINY, preset="nano", device=CPU, precision=FLOAT32
-        )
+        job = run.start(folder, [str(corpus)], DataConfig(), config, sizes=TINY, device=CPU, precision=FLOAT32)
         clock = chain([10.0], repeat(40.0))
         list(job.run(should_stop=never, seconds=lambda: next(clock)))
     return folder / "model.safetensors"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gptvae_cli import __version__
 from gptvae_cli.checkpoint import load, load_state, save_state
-from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, to_dict
+from gptvae_cli.config import DataConfig, ModelConfig, PresetName, SizeConfig, TrainConfig, to_dict
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import (
     BusyError,
@@ -65,8 +65,8 @@ def begin(
     sources: list[str],
     *,
     data: dict[str, Any] | None = None,
-    shape: dict[str, int] | None = None,
-    preset: str = "nano",
+    shape: dict[str, Any] | None = None,
+    preset: PresetName = "nano",
     stdin: io.BytesIO | None = None,
     **train: Any,
 ) -> Job:
@@ -75,8 +75,7 @@ def begin(
         sources,
         DataConfig(**{"tokenizer": "bytes", **(data or {})}),
         TrainConfig(**{"max_time": None, "batch_tokens": 256, "steps": 10, **train}),
-        shape=TINY if shape is None else shape,
-        preset=preset,
+        sizes=SizeConfig(preset=preset, **(TINY if shape is None else shape)),
         device=CPU,
         precision=FLOAT32,
         stdin=stdin,
@@ -156,9 +155,9 @@ def test_the_sizes_fit_what_the_machine_can_do_in_the_time(
 
 
 def test_measuring_the_speed_leaves_no_trace_in_the_run(tmp_path: Path, corpus: str) -> None:
+    presets: tuple[PresetName, ...] = ("auto", "micro")
     fitted, named = (
-        begin(tmp_path / preset, [corpus], shape=TINY, preset=preset, steps=None, max_time=600.0)
-        for preset in ("auto", "micro")
+        begin(tmp_path / preset, [corpus], preset=preset, steps=None, max_time=600.0) for preset in presets
     )
     theirs = named.learner.tensors()
     for key, tensor in fitted.learner.tensors().items():
@@ -484,11 +483,10 @@ def test_a_new_run_removes_only_what_gptvae_made(folder: Path, corpus: str) -> N
         ({"data": {"latents_from": "nowhere.txt"}}, DataError),
         ({"data": {"valid": "nowhere.txt"}}, DataError),
         ({"data": {"tokenizer": "nowhere.json"}}, DataError),
-        ({"preset": "giant"}, ConfigError),
         ({"shape": {"dim": 0}}, ConfigError),
         ({"shape": {"heads": 1, "dim": 48}}, ConfigError),
     ],
-    ids=["missing", "one-text", "not-utf8", "no-sources", "no-valid", "no-tokenizer", "preset", "dim", "heads"],
+    ids=["missing", "one-text", "not-utf8", "no-sources", "no-valid", "no-tokenizer", "dim", "heads"],
 )
 def test_what_cannot_start_loses_nothing(
     folder: Path, corpus: str, change: dict[str, Any], error: type[GPTVAEError]

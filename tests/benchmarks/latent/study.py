@@ -38,7 +38,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptvae_cli.config import STOCK_RECIPE, DataConfig, TrainConfig
+from gptvae_cli.config import STOCK_RECIPE, DataConfig, SizeConfig, TrainConfig
 from gptvae_cli.sizing import CONDITIONING
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
             [str(files["train"])],
             DataConfig(unit=unit, valid=str(files["valid"]), vocab_size=ARMS[arm].get("vocab_size")),
             TrainConfig(**{"max_time": 60 * minutes, "seed": seed, **train}),
-            shape={name: value for name, value in ARMS[arm].items() if name in SHAPE},
-            preset="micro",
+            sizes=SizeConfig(preset="micro", **{name: value for name, value in ARMS[arm].items() if name in SHAPE}),
             device=device,
             precision=precision,
             seconds=lambda: time.process_time() - began,
@@ -272,8 +271,7 @@ def trained(
     data: DataConfig,
     config: TrainConfig,
     *,
-    shape: Mapping[str, int],
-    preset: str,
+    sizes: SizeConfig,
     device: Device,
     precision: Precision,
     seconds: Callable[[], float],
@@ -281,7 +279,7 @@ def trained(
     """Trains to the end of the run, and returns it with its best model.
 
     Args:
-        folder, sources, data, config, shape, preset, device, precision: as `run.start` takes them.
+        folder, sources, data, config, sizes, device, precision: as `run.start` takes them.
         seconds: since the run began, on the clock that `max_time` is of.
     """
     from gptvae_cli.checkpoint import load
@@ -289,7 +287,7 @@ def trained(
     from gptvae_cli.run import start
 
     with claimed(folder, resume=False, force=False):
-        job = start(folder, sources, data, config, shape=shape, preset=preset, device=device, precision=precision)
+        job = start(folder, sources, data, config, sizes=sizes, device=device, precision=precision)
         for report in job.run(should_stop=lambda: False, seconds=seconds):
             if report.figures is not None:
                 print(f"  {report.progress:4.0%} {report.figures}", file=sys.stderr, flush=True)

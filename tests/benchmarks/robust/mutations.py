@@ -41,7 +41,7 @@ import torch
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint, load, save_model
 from gptvae_cli.cli.info import _rows, _summary
-from gptvae_cli.config import DataConfig, ModelConfig, SampleConfig, TrainConfig
+from gptvae_cli.config import DataConfig, ModelConfig, SampleConfig, SizeConfig, TrainConfig
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import ExitCode, GPTVAEError
 from gptvae_cli.header import FORMAT_VERSION, ModelHeader, read_layout
@@ -397,9 +397,9 @@ def _write_run(folder: Path) -> bytes:
     corpus = folder.parent / "corpus.txt"
     corpus.write_text("".join(f"text number {i}\n" for i in range(30)))
     folder.mkdir()
-    sizes = {"dim": 8, "depth": 1, "enc_depth": 1, "heads": 2, "attn_dim_head": 8, "dim_latent": WIDTH}
+    sizes = SizeConfig(preset="nano", dim=8, depth=1, enc_depth=1, heads=2, attn_dim_head=8, dim_latent=WIDTH)
     data, config = DataConfig(tokenizer="bytes"), TrainConfig(steps=3, max_time=None, batch_tokens=64)
-    job = start(folder, [str(corpus)], data, config, shape=sizes, preset="nano", device=_CPU, precision=_FLOAT32)
+    job = start(folder, [str(corpus)], data, config, sizes=sizes, device=_CPU, precision=_FLOAT32)
     for _ in job.run(should_stop=lambda: False, seconds=lambda: 1.0):
         pass
     (folder / "state.prev.safetensors").unlink()  # or it would take the place of every mutant

@@ -43,7 +43,7 @@ from torch import Tensor
 from x_transformers import gpt_vae as stock_module
 
 from gptvae_cli import sizing
-from gptvae_cli.config import DataConfig, TrainConfig
+from gptvae_cli.config import DataConfig, PresetName, SizeConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 from gptvae_cli.evaluation import measure_texts
@@ -158,7 +158,7 @@ def _finish(
     return Finish(side, limit, *took, steps, parameters, bits, of_kl)
 
 
-def race_stock(train: bytes, valid: bytes, limit: float, preset: str, seed: int, loading: float) -> Finish:
+def race_stock(train: bytes, valid: bytes, limit: float, preset: PresetName, seed: int, loading: float) -> Finish:
     """Trains the stock class as its script does, with sizes of a preset, for so many seconds."""
     clock = Clock(loading)
     torch.manual_seed(seed)
@@ -168,7 +168,7 @@ def race_stock(train: bytes, valid: bytes, limit: float, preset: str, seed: int,
         rotary_pos_emb=True,
         vae_kl_loss_weight=1.0,
         dim_latent=1,
-        **asdict(sizing.preset(preset)),
+        **asdict(sizing.PRESETS[preset]),
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     text = torch.frombuffer(bytearray(train), dtype=torch.uint8)
@@ -193,7 +193,7 @@ def race_stock(train: bytes, valid: bytes, limit: float, preset: str, seed: int,
     return _finish("stock", limit, took, steps, model, nats, len(valid))
 
 
-def race_ours(train: bytes, valid: bytes, limit: float, preset: str, seed: int, loading: float) -> Finish:
+def race_ours(train: bytes, valid: bytes, limit: float, preset: PresetName, seed: int, loading: float) -> Finish:
     """Trains gptvae by its defaults, with sizes of a preset, in a run of so many seconds."""
     clock = Clock(loading)
     device = resolve_device("cpu")
@@ -205,8 +205,7 @@ def race_ours(train: bytes, valid: bytes, limit: float, preset: str, seed: int, 
             [str(corpus)],
             DataConfig(unit="window"),
             TrainConfig(max_time=limit, seed=seed),
-            shape={},
-            preset=preset,
+            sizes=SizeConfig(preset=preset),
             device=device,
             precision=resolve_dtype("auto", device.device, training=True),
             seconds=clock.seconds,
@@ -226,7 +225,7 @@ def race(text: bytes, minutes: float, seed: int, loading: float) -> list[Finish]
     """Stock, and then gptvae in ever longer runs, until one is as good."""
     cut = len(text) * 9 // 10
     train, valid = text[:cut], text[cut:]
-    preset = "micro"
+    preset: PresetName = "micro"
     print(f"stock, {minutes:g} minutes", file=sys.stderr, flush=True)
     finishes = [race_stock(train, valid, 60 * minutes, preset, seed, loading)]
     for share in SHARES:
