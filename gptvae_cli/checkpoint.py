@@ -77,6 +77,7 @@ def load(path: Path, *, device: torch.device) -> Checkpoint:
         _check_digest(metadata, tensors)
         tokenizer = load_tokenizer(header.tokenizer, header.model)
         _check_fit(tensors, model_tensors(claimed_model(header.model, tensors)))
+        check_finite(tensors)
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: draw nothing for them
             model = GPTVAE.from_config(header.model)
         fill_model(model, tensors)
@@ -149,13 +150,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies what `model_tensors` gave into a model of the same architecture, on any device.
-
-    Raises:
-        CheckpointError: for a missing, unexpected, misshapen or mistyped tensor, or one that is not finite.
-    """
-    _check_fit(tensors, model_tensors(model))
-    check_finite(tensors)
+    """Copies what `model_tensors` gave into a model of the same architecture, on any device."""
     for name, target in model_tensors(model).items():
         target.copy_(tensors[name])
 
