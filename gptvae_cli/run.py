@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -227,7 +227,6 @@ def start(
     sizes: SizeConfig,
     device: Device,
     precision: Precision,
-    stdin: BinaryIO | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Job:
     """A new run: reads the corpus, fits the sizes that were not given, and builds the model.
@@ -237,7 +236,6 @@ def start(
         sources: the corpus.
         data, config, sizes: as they were asked for; sizes that were not are fitted.
         device, precision: where and in what to compute.
-        stdin: stands for standard input.
         on_progress: called with the characters read so far.
 
     Raises:
@@ -250,7 +248,7 @@ def start(
     new_cache = folder / NEW_CACHE_NAME
     earlier = Corpus.recall(folder / CACHE_NAME, sources, data)
     try:
-        corpus = earlier or _read_corpus(sources, data, new_cache, stdin=stdin, on_progress=on_progress)
+        corpus = earlier or _read_corpus(sources, data, new_cache, on_progress)
         preset, reason = str(sizes.preset), "asked for"
         if preset == "auto":
             preset, reason = fit_preset(corpus, data, config, sizes, device, precision)
@@ -305,9 +303,11 @@ def start(
     return job
 
 
-def _read_corpus(sources: Sequence[str], data: DataConfig, cache: Path, **options: Any) -> Corpus:
+def _read_corpus(
+    sources: Sequence[str], data: DataConfig, cache: Path, on_progress: Callable[[int], None] | None
+) -> Corpus:
     try:
-        return Corpus.build(sources, data, cache, **options)
+        return Corpus.build(sources, data, cache, on_progress=on_progress)
     except OSError as error:  # of reading, `text` makes errors of its own
         raise _unwritable(cache, error) from error
 
@@ -332,7 +332,6 @@ def resume(
     sources: Sequence[str],
     device: Device,
     precision: Precision,
-    stdin: BinaryIO | None = None,
 ) -> Job:
     """A run as its last state left it.
 
@@ -341,7 +340,6 @@ def resume(
         limits: fields of `TrainConfig` that say when to stop, where they were given anew.
         sources: the corpus, where it was given again: it must be the same; none takes the cache.
         device, precision: where and in what to compute.
-        stdin: stands for standard input.
 
     Raises:
         CheckpointError: for a state or cache that is missing, damaged or of another shape.
@@ -361,7 +359,7 @@ def resume(
     config = replace(stored, **limits)
     require_log(folder, config.log)
     corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
-    if sources and not corpus.is_of(sources, data, stdin=stdin):
+    if sources and not corpus.is_of(sources, data):
         raise DataError(
             f"{', '.join(sources)} is not the corpus that {folder} was trained on",
             hint="--resume needs no corpus; another one needs a run of its own, --out FOLDER",

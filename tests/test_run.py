@@ -67,7 +67,6 @@ def begin(
     data: dict[str, Any] | None = None,
     shape: dict[str, Any] | None = None,
     preset: PresetName = "nano",
-    stdin: io.BytesIO | None = None,
     **train: Any,
 ) -> Job:
     return start(
@@ -78,12 +77,11 @@ def begin(
         sizes=SizeConfig(preset=preset, **(TINY if shape is None else shape)),
         device=CPU,
         precision=FLOAT32,
-        stdin=stdin,
     )
 
 
-def go_on(folder: Path, sources: list[str] | None = None, stdin: io.BytesIO | None = None, **limits: Any) -> Job:
-    return resume(folder, limits, sources=sources or [], device=CPU, precision=FLOAT32, stdin=stdin)
+def go_on(folder: Path, sources: list[str] | None = None, **limits: Any) -> Job:
+    return resume(folder, limits, sources=sources or [], device=CPU, precision=FLOAT32)
 
 
 def finish(job: Job, until: int | None = None) -> Job:
@@ -603,12 +601,15 @@ def test_limits_may_change_when_a_run_goes_on(folder: Path, corpus: str) -> None
     assert finish(go_on(folder, steps=None, epochs=None, max_time=1e-3)).learner.counters.step == 6
 
 
-def test_the_same_corpus_may_be_named_again_and_another_one_may_not(folder: Path, tmp_path: Path, corpus: str) -> None:
+def test_the_same_corpus_may_be_named_again_and_another_one_may_not(
+    folder: Path, tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     finish(begin(folder, [corpus]), until=3)
     moved = tmp_path / "moved.txt"
     moved.write_bytes("\r\n".join(LINES).encode())
     go_on(folder, [str(moved)])
-    go_on(folder, ["-"], stdin=io.BytesIO("\n".join(LINES).encode()))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\n".join(LINES).encode())))
+    go_on(folder, ["-"])
     moved.write_text("\n".join(LINES[1:]))
     before = contents(folder)
     with pytest.raises(DataError, match=r"moved\.txt is not the corpus that .*run was trained on") as caught:
