@@ -90,7 +90,7 @@ def interpolate(
         found = [start, end]
     else:
         data = replace(header.data, field=field or header.data.field, errors=errors or header.data.errors)
-        found = [_point(name, unit, data, header.model.dim_latent, repairs) for name in points or []]
+        found = [_point(name, unit, data, width, repairs) for name in points or []]
 
     with console.waiting("loading the model", quiet=quiet):
         import numpy as np
