@@ -58,7 +58,7 @@ def event_log(folder: Path, log: Log | None, *, step: int) -> Iterator[Callable[
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / EVENTS_NAME), purge_step=step + 1 if step else None, flush_secs=_FLUSH_SECONDS)
+    writer = SummaryWriter(str(folder / EVENTS_NAME), purge_step=step + 1, flush_secs=_FLUSH_SECONDS)
 
     def write(values: Mapping[str, Any]) -> None:
         for name, value in scalars(values).items():

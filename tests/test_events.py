@@ -65,7 +65,7 @@ def test_tensorboard_reads_what_metrics_hold(folder: Path, corpus: str) -> None:
 def test_a_resumed_run_goes_on_with_its_log(folder: Path, corpus: str) -> None:
     """A killed session has logged steps that its last state knows nothing of: they are taken again."""
     finish(begin(folder, [corpus], log="tensorboard"), until=4)
-    with event_log(folder, "tensorboard", step=0) as write:
+    with event_log(folder, "tensorboard", step=4) as write:
         write({"step": 6, "kl": 99.0})
     assert logged(folder)["training/kl"][6] == 99
     job = finish(go_on(folder))
@@ -74,6 +74,16 @@ def test_a_resumed_run_goes_on_with_its_log(folder: Path, corpus: str) -> None:
     assert 99 not in kl.values()
     assert kl == pytest.approx({line["step"]: line["kl"] for line in metrics(folder)})
     assert min(kl) <= 4 < max(kl) == 10
+
+
+@needs_tensorboard
+def test_a_run_that_was_killed_before_its_first_save_logs_its_steps_anew(folder: Path) -> None:
+    with event_log(folder, "tensorboard", step=0) as write:
+        write({"step": 1, "kl": 99.0})
+        write({"step": 2, "kl": 99.0})
+    with event_log(folder, "tensorboard", step=0) as write:
+        write({"step": 1, "kl": 1.0})
+    assert logged(folder)["training/kl"] == {1: 1.0}
 
 
 @needs_tensorboard
