@@ -199,10 +199,12 @@ def train(
     if print_config:
         console.write_text(plan.to_toml())
         return
-    named = (*plan.run.corpus, plan.data.valid, plan.data.latents_from)
+    corpus = plan.run.corpus or ([] if resume else ["-"])
+    named = [*corpus, plan.data.valid, plan.data.latents_from]
     if named.count("-") > 1:
-        raise ConfigError("standard input was named twice, and can be read once", hint="name files")
-    if "-" in named or not (plan.run.corpus or resume):
+        hint = "name files; without CORPUS it is the corpus"
+        raise ConfigError("standard input was named twice, and can be read once", hint=hint)
+    if "-" in named:
         console.refuse_terminal_stdin("gptvae train corpus.txt")
 
     from gptvae_cli import run

@@ -737,7 +737,15 @@ def test_the_model_that_is_kept_is_named_where_it_is_not_the_last(
 
 
 def test_standard_input_is_read_once(train: Train, names: Path) -> None:
-    for arguments in (("-", "-"), ("-", "--valid", "-"), ("-", "--latents-from", "-"), (names, "-", "--valid", "-")):
+    """And no corpus is standard input, too."""
+    for arguments in (
+        ("-", "-"),
+        ("-", "--valid", "-"),
+        ("-", "--latents-from", "-"),
+        (names, "-", "--valid", "-"),
+        ("--valid", "-"),
+        ("--latents-from", "-"),
+    ):
         assert_fails(train(*arguments), 2, "standard input was named twice")
 
 
