@@ -288,17 +288,22 @@ class _Pieces:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> None:
         self.tokenizer, self.prompt_ids, self.on_text = tokenizer, prompt_ids, on_text
-        self.ids, self.shown = [*prompt_ids], 0
+        self.ids, self.shown, self.before, self.told = [*prompt_ids], 0, 0, 0
 
     def add(self, position: int, token: int) -> None:
         self.ids.append(token)
-        self._show(self.tokenizer.decode(self.ids).rstrip("\ufffd"))
+        # Not all of the tokens are decoded again, but those since the piece before the last one: a tokenizer may treat
+        # the beginning of a text in its own way.
+        known, text = (self.tokenizer.decode(self.ids[self.before : stop]) for stop in (self.told, None))
+        if not text.endswith("\ufffd"):
+            self._show(text[len(known) :])
+            self.before, self.told = self.told, len(self.ids)
 
     def finish(self, text: str) -> None:
-        self._show(text)
-        self.ids, self.shown = [*self.prompt_ids], 0
+        self._show(text[self.shown :])
+        self.ids, self.shown, self.before, self.told = [*self.prompt_ids], 0, 0, 0
 
-    def _show(self, text: str) -> None:
-        if len(text) > self.shown:
-            self.on_text(text[self.shown :])
-            self.shown = len(text)
+    def _show(self, piece: str) -> None:
+        if piece:
+            self.on_text(piece)
+            self.shown += len(piece)

@@ -438,6 +438,20 @@ def test_invalid_bytes_become_the_replacement_character_once(
     assert written == "".join(pieces) == text
 
 
+def test_a_piece_takes_no_longer_the_longer_the_text_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+
+    def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+        decoded.append(len(ids))
+        return "a" * len(ids)
+
+    monkeypatch.setattr(Tokenizer, "decode", decode)
+    pieces = sampling._Pieces(Tokenizer.bytes(), [], lambda text: None)
+    for position in range(100):
+        pieces.add(position, ord("a"))
+    assert max(decoded) == 2
+
+
 def test_a_text_that_was_slow_to_come_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quick ones are put together, more and more of them."""
     now = 0.0
