@@ -16,13 +16,13 @@ from torch.testing import assert_close
 
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig
 from gptvae_cli.corpus import Corpus
-from gptvae_cli.data import Epoch, Rows
+from gptvae_cli.data import Epoch, Rows, fixed_batches
 from gptvae_cli.doctor import recipe
 from gptvae_cli.errors import CheckpointError, DivergedError, ExitCode
-from gptvae_cli.evaluation import Figures, reconstruct
+from gptvae_cli.evaluation import Figures, measure, reconstruct
 from gptvae_cli.learner import EMBEDDINGS_FASTER, Counters, Learner, counters_dict
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.objective import BagOfWords, Batch, Weights, objective
+from gptvae_cli.objective import BagOfWords, Batch, Noise, Weights, objective
 from gptvae_cli.schedule import Dropout
 from gptvae_cli.training import StepReport, score, share_done, train, training_noise
 
@@ -193,10 +193,14 @@ def test_reports_average_over_every_step_since_the_one_before(
     assert whole.cross_entropy == pytest.approx(float(np.average(losses, weights=np.diff(tokens))), rel=1e-5)
 
 
-def test_accumulated_parts_make_the_step_that_one_pass_makes(make_rows: MakeRows) -> None:
-    """Without noise, and with the rows that a step sees fixed, only memory differs."""
+@pytest.mark.parametrize(
+    "changes", [{}, {"objective": "stock"}, {"latents_dropout_prob": 1.0}], ids=["elbo", "stock", "language model"]
+)
+def test_accumulated_parts_make_the_step_that_one_pass_makes(make_rows: MakeRows, changes: dict[str, Any]) -> None:
+    """Without noise, and with the rows that a step sees fixed, only memory differs. Beta counts from the first step."""
     rows = make_rows(SENTENCES[:4])
-    quiet = {"latents_dropout_prob": 0.0, "dropout": 0.0, "steps": 1, "warmup": 0.0, "decay": 0.0}
+    quiet = {"latents_dropout_prob": 0.0, "dropout": 0.0, "steps": 1, "warmup": 0.0, "decay": 0.0, "kl_warmup": 0.0}
+    quiet |= {"clip": 1e9, **changes}
     states = []
     for accumulate in (1, 4):
         learner = learner_of(config(batch_tokens=4 * 32, accumulate=accumulate, **quiet))
@@ -209,6 +213,40 @@ def test_accumulated_parts_make_the_step_that_one_pass_makes(make_rows: MakeRows
     for name, tensor in states[0][2].items():
         if name.startswith("optimizer.exp_avg."):
             assert_close(states[1][2][name], tensor, rtol=1e-3, atol=1e-7, msg=name)
+
+
+def test_every_part_of_every_step_has_noise_of_its_own(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal noise in all parts of a step, or in all steps, would still resume exactly and report alike."""
+    seen: list[bytes] = []
+
+    def record(*arguments: Any) -> Noise:
+        noise = training_noise(*arguments)
+        seen.append(noise.latent_BZ[0].numpy().tobytes())
+        return noise
+
+    monkeypatch.setattr("gptvae_cli.training.training_noise", record)
+    run(learner_of(config(steps=4, accumulate=2)), make_rows())
+    assert len(seen) > 4, "some steps have two parts"
+    assert len(set(seen)) == len(seen)
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(
+    make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows([f"{i:02}" + "x" * 20 for i in range(11)])
+    orders: dict[int, list[str]] = {}
+
+    def record(now: Any, step: int, part: int, batch: Batch, *rest: Any) -> Noise:
+        orders[now.config.seed] += [bytes(row[1:3]).decode() for row in batch.tokens_BT.tolist()]
+        return training_noise(now, step, part, batch, *rest)
+
+    monkeypatch.setattr("gptvae_cli.training.training_noise", record)
+    for seed in (0, 1):
+        orders[seed] = []
+        run(learner_of(config(epochs=2.0, batch_tokens=24, seed=seed)), rows)
+    epochs = [order[start : start + 11] for order in orders.values() for start in (0, 11)]
+    assert [sorted(epoch) for epoch in epochs] == [[f"{i:02}" for i in range(11)]] * 4
+    assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 def test_only_matrices_of_products_decay() -> None:
@@ -243,6 +281,19 @@ def test_weights_stay_float32_under_bfloat16(make_rows: MakeRows) -> None:
     assert {tensor.dtype for tensor in learner.tensors().values()} == {torch.float32}
 
 
+def test_a_step_in_bfloat16_is_computed_in_it(make_rows: MakeRows) -> None:
+    rows, train_config = make_rows(), config(steps=1, on_collapse="warn", bag_of_words=0.0)
+    learner, same = learner_of(train_config), learner_of(train_config)
+    (report,) = train(learner, rows, rows, precision=torch.bfloat16)
+    batch = next(Epoch(rows, 64, seed=0, epoch=0).batches())
+    noise = training_noise(recipe(train_config, 0.0), 0, 0, batch, shape(), Dropout(0.0, 0.0))
+    exact = objective(same.model, None, batch, noise, Weights("elbo", 0.0, 0.0, 0.0)).cross_entropy
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = objective(same.model, None, batch, noise, Weights("elbo", 0.0, 0.0, 0.0)).cross_entropy
+    assert report.cross_entropy == pytest.approx(rounded.item() / batch.target_tokens, rel=1e-6)
+    assert report.cross_entropy != pytest.approx(exact.item() / batch.target_tokens, rel=1e-6)
+
+
 @pytest.mark.requires_cuda
 def test_a_gpu_learns_what_the_cpu_learns(make_rows: MakeRows) -> None:
     rows, losses = make_rows(), []
@@ -255,6 +306,14 @@ def test_a_gpu_learns_what_the_cpu_learns(make_rows: MakeRows) -> None:
         for name, tensor in learner.tensors().items():
             assert torch.equal(again.tensors()[name], tensor), name
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_tokens_and_texts_per_second_are_of_the_same_seconds(make_rows: MakeRows) -> None:
+    learner = learner_of(config(steps=1, batch_tokens=512))
+    (report,) = run(learner, make_rows())
+    assert (learner.counters.texts, learner.counters.tokens) == (10, sum(len(text) + 1 for text in SENTENCES))
+    tokens_per_text = learner.counters.tokens / learner.counters.texts
+    assert report.tokens_per_second / report.texts_per_second == pytest.approx(tokens_per_text)
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
@@ -443,6 +502,16 @@ def test_no_schedule_is_over_because_a_corpus_took_long_to_read(
     assert sorted(report.beta for report in reports) == [report.beta for report in reports]
 
 
+def test_the_start_up_of_a_run_is_that_of_its_first_session(make_rows: MakeRows) -> None:
+    """That of a later one is time that the run took, else its schedules would begin anew."""
+    learner, clock = learner_of(config(max_time=100.0)), Clock(per_call=1.0)
+    learner.counters.step, learner.counters.seconds, learner.counters.start_up = 7, 60.0, 20.0
+    clock.now = 15.0
+    report = run(learner, make_rows(), seconds=clock)[0]
+    assert learner.counters.start_up == 20
+    assert report.progress >= (60 + 15 - 20) / (100 - 20)
+
+
 def test_start_up_counts_as_time_but_one_step_is_always_taken(make_rows: MakeRows) -> None:
     clock = Clock(per_call=1.0)
     clock.now = 1000.0
@@ -515,6 +584,25 @@ def test_slow_validations_do_not_eat_the_run(make_rows: MakeRows, monkeypatch: p
     assert steps[-1] == learner.counters.step
 
 
+def test_progress_never_goes_back_where_a_validation_was_faster_than_the_one_before(
+    make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last one will take is guessed from it. Beta and the learning rate would rise and fall again."""
+    monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 0.0)
+    clock, takes = Clock(per_call=1.0), [15.0, 10.0, 5.0]
+
+    def measure(*args: Any, **kwargs: Any) -> Figures:
+        clock.now += takes.pop(0) if takes else 1.0
+        return FIGURES
+
+    monkeypatch.setattr("gptvae_cli.training.measure", measure)
+    monkeypatch.setattr("gptvae_cli.training.time.monotonic", lambda: clock.now)
+    reports = run(learner_of(config(max_time=150.0)), make_rows(), seconds=clock)
+    assert not takes
+    progress = [report.progress for report in reports]
+    assert progress == sorted(progress)
+
+
 def test_a_resumed_run_validates_where_it_would_have(
     make_rows: MakeRows, measured: Callable[[list[Figures]], None]
 ) -> None:
@@ -523,6 +611,20 @@ def test_a_resumed_run_validates_where_it_would_have(
     found = validations(run(learner, rows, should_stop=lambda: learner.counters.step == 18))
     found += validations(run(learner, rows))
     assert found == [2, *range(4, 41, 4)]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_a_validation_has_the_seed_and_the_type_of_its_run(make_rows: MakeRows, precision: torch.dtype) -> None:
+    learner, rows = learner_of(config(steps=1, seed=7)), make_rows()
+    (report,) = train(learner, rows, rows, precision=precision)
+    found = {
+        (seed, dtype): measure(learner.model, fixed_batches(rows, 64, 1000), seed=seed, precision=dtype).cross_entropy
+        for seed in (0, 7)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert report.figures is not None
+    nearest = min(found, key=lambda key: abs(found[key] - report.figures.cross_entropy))  # type: ignore[union-attr]
+    assert nearest == (7, precision)
 
 
 def better(by: float, **changes: Any) -> Figures:
