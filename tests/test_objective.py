@@ -157,7 +157,14 @@ def test_stock_units_give_the_total_of_the_stock_class(
 
 @pytest.mark.parametrize(
     ("kind", "floor", "rate"),
-    [("elbo", 0.0, 0.0), ("stock", 0.0, 0.0), ("elbo", 0.0, 0.9), ("elbo", 0.0, 1.1), ("elbo", 0.5, 0.0)],
+    [
+        ("elbo", 0.0, 0.0),
+        ("stock", 0.0, 0.0),
+        ("elbo", 0.0, 0.9),
+        ("elbo", 0.0, 1.1),
+        ("elbo", 0.5, 0.0),
+        ("elbo", 1.0, 1.01),
+    ],
 )
 def test_micro_batches_add_up_to_the_step_that_one_batch_takes(
     tiny_model: TinyModel, kind: Any, floor: float, rate: float
