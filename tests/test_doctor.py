@@ -95,6 +95,7 @@ def test_one_text_shows_nothing() -> None:
 def test_it_treats_while_there_is_time_and_not_over_its_own_beginning() -> None:
     plan = config(on_collapse="treat")
     assert treatable(plan, 15, 0.05, UNTREATED)
+    assert treatable(plan, 210, LATEST, UNTREATED), "a validation falls on it"
     assert not treatable(plan, 300, LATEST + 0.01, UNTREATED)
     assert not treatable(plan, 30, 0.1, 0.05), "beta is still on its way"
     assert treatable(plan, 150, 0.5, 0.05)
@@ -127,6 +128,13 @@ def test_a_treatment_starts_the_schedules_over_on_what_is_left() -> None:
     assert (begun.weights.beta, begun.word_dropout, begun.beta_is_final) == (0, 0.4, False)
     assert (ended.weights.beta, ended.word_dropout, ended.beta_is_final) == (1, 0, True)
     assert (begun.weights.bag_of_words, ended.weights.bag_of_words) == (1, 0)
+
+
+def test_a_treatment_doubles_the_bag_of_words_that_did_not_do() -> None:
+    """And makes it 1 at least."""
+    assert treated(TrainConfig()).bag_of_words == 2 * TrainConfig().bag_of_words
+    assert treated(TrainConfig(bag_of_words=0.3)).bag_of_words == 1
+    assert treated(TrainConfig(bag_of_words=0.0)).bag_of_words == 1
 
 
 @pytest.mark.parametrize("plan", [config(), TrainConfig(), config(target_rate=20.0, word_dropout=0.9, kl_warmup=1.0)])
@@ -210,6 +218,8 @@ def test_a_treatment_outlives_a_pause(rows: Rows) -> None:
     assert [report.step for report in expected if report.treatment] == [2, 16, 24], (
         "none of them takes in so short a run"
     )
+    told = [report.treatment for report in expected if report.treatment]
+    assert ["once more" in each for each in told] == [False, True, True]
     for pause in (1, 2, 9):
         first = learner_of(plan)
         steps = 0
