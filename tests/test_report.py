@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,63 @@ def test_information_is_that_of_a_random_sample_where_there_are_many(
     assert values_of(checkpoint, TEXTS[::-1])["mutual_information_nats"] == pytest.approx(
         found["mutual_information_nats"], rel=1e-4
     )
+
+
+def test_of_a_sample_too_it_is_known_which_texts_are_equal(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most that it can show is the entropy of its own texts, which come in batches in another order."""
+    monkeypatch.setattr(report, "SAMPLE_TEXTS", 8)
+    texts = ["a", "bcdefg", "a", "hi", "bcdefg", "jklmno pqrs", "a", "t", "uv", "wxyz wxyz", "hi", "a"]
+    found = gather(checkpoint, texts)
+    assert found.sample is not None
+    shares = np.array([*Counter(found.sample["text"].tolist()).values()]) / 8
+    assert 1 < len(shares) < 8
+    values = report.report(found, samples=SAMPLES, seed=2).values
+    assert values["mutual_information_most_nats"] == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_active_dimensions_are_those_of_all_texts_and_not_of_a_sample(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    means_NZ = np.stack([encoding.mean_Z for encoding in Encoder(checkpoint, "line").encode(TEXTS)])
+    monkeypatch.setattr(report, "SAMPLE_TEXTS", 2)
+    found = values_of(checkpoint, TEXTS)
+    for name, least in (("active_001", 0.01), ("active_02", 0.2)):
+        assert found[name] == (means_NZ.var(axis=0) > least).sum(), name
+    assert found["active_001"] > 0
+
+
+def test_everything_is_computed_in_the_type_that_was_asked_for(checkpoint: Checkpoint) -> None:
+    """bfloat16 under autocast, recomputed figure by figure; what is written from the means, too."""
+    rows = list(Encoder(checkpoint, "line").rows(TEXTS))
+    batches = batches_of(rows, None, checkpoint.header.model.pad_id, 1024)
+    exact, rounded = (
+        list(measured(checkpoint, rows, samples=SAMPLES, seed=2, precision=dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    nll_N = importance_weighted(checkpoint.model, batches, SAMPLES, seed=2, precision=torch.bfloat16)
+    found = measure(checkpoint.model, batches, seed=2, precision=torch.bfloat16)
+    (columns,) = [piece.columns for piece in rounded]
+    assert columns["nll"].mean() == pytest.approx(float(nll_N.mean()), rel=1e-6)
+    assert columns["right"].mean() == pytest.approx(found.cross_entropy, rel=1e-6)
+    for name in ("nll", "right", "shuffled", "without", "kl"):
+        assert not np.allclose(columns[name], exact[0].columns[name], rtol=1e-6, atol=0), name
+
+
+@pytest.mark.parametrize("piece_texts", [2, 4096])
+def test_progress_counts_the_texts_of_all_pieces(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, piece_texts: int
+) -> None:
+    monkeypatch.setattr(report, "_PIECE_TEXTS", piece_texts)
+    monkeypatch.setattr(report, "tokens_together", lambda device: 40)
+    told: list[int] = []
+    rows = Encoder(checkpoint, "line").rows(TEXTS)
+    for piece in measured(checkpoint, rows, samples=1, on_progress=told.append):
+        assert told[-1] >= len(piece.keys_N)
+    assert told == sorted(set(told)), "it never goes back"
+    assert told[-1] == len(TEXTS)
+    assert len(told) > 3
 
 
 def test_a_text_that_is_there_often_is_as_often_in_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
