@@ -133,6 +133,19 @@ def test_equal_texts_are_not_learnt_by_heart() -> None:
     )
 
 
+def test_of_equal_texts_the_first_one_is_labelled() -> None:
+    latents, texts, labels = data()
+    texts = [f"{text} {i}" for i, text in enumerate(texts)]
+    once = probe(latents, texts, labels, seed=0)
+    wrong = [*labels[1:], labels[0]]
+    twice = probe(np.concatenate([latents, latents]), texts * 2, labels + wrong, seed=0)
+    assert (twice.texts, twice.latent.tolist(), twice.words.tolist()) == (
+        150,
+        once.latent.tolist(),
+        once.words.tolist(),
+    )
+
+
 def test_one_label_is_not_enough() -> None:
     latents, texts, _ = data()
     with pytest.raises(DataError, match="found 1 label") as caught:
