@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -126,8 +127,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Figures]], None]
         ({"max_time": 30.0}, None, "micro", "less than 5 million tokens"),
         ({"steps": 1000, "batch_tokens": 8192}, None, "small", "there is time for it"),
         ({"epochs": 2.0}, None, "micro", "less than 5 million tokens"),
+        ({"epochs": 4000.0}, None, "small", "there is time for it"),
     ],
-    ids=["fast", "slow", "few-steps", "seconds", "large-batches", "epochs"],
+    ids=["fast", "slow", "few-steps", "seconds", "large-batches", "epochs", "many-epochs"],
 )
 def test_the_sizes_fit_what_the_machine_can_do_in_the_time(
     monkeypatch: pytest.MonkeyPatch,
@@ -374,6 +376,46 @@ def test_metrics_are_one_json_object_a_line(folder: Path, corpus: str) -> None:
         figures = entry["figures"]
         assert figures["nll_bound"] == figures["cross_entropy"] + figures["kl"]
         assert {"time", "cross_entropy", "kl", "beta", "learning_rate", "seconds"} <= entry.keys()
+
+
+def test_the_log_has_a_line_for_every_few_seconds_too(
+    folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("gptvae_cli.run.METRICS_SECONDS", 0.0)
+    finish(begin(folder, [corpus], steps=20))
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == list(range(1, 21))
+    assert [entry["step"] for entry in entries if "figures" in entry] == [1, *range(2, 21, 2)]
+
+
+def test_a_state_is_saved_every_minute_and_not_after_every_step(
+    folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 0.0)
+    job = begin(folder, [corpus], steps=12)
+    saved: list[int] = []
+
+    def save_state() -> None:
+        saved.append(job.learner.counters.step)
+        Job.save_state(job)
+
+    monkeypatch.setattr(job, "save_state", save_state)
+    monkeypatch.setattr("gptvae_cli.run.time.monotonic", lambda: now)
+    for _ in job.run(should_stop=lambda: False, seconds=lambda: 1.0):
+        now += 25.0
+    assert saved == [4, 7, 10, 12]
+
+
+def test_the_padding_of_the_batches_is_told_in_percent(folder: Path, corpus: str) -> None:
+    """Of two texts of 9 and 29 tokens, with their specials 11 and 31, the first is padded by 20."""
+    Path(corpus).write_text("".join(f"{i:09}\n" if i % 2 else f"{i:029}\n" for i in range(2000)))
+    job = begin(folder, [corpus], batch_tokens=10**7, shape={**TINY, "max_seq_len": 40})
+    lengths = np.array([2 + length for part in job.corpus.train.lengths() for length in part])
+    share = 1 - lengths.sum() / (len(lengths) * 31)
+    assert 0.2 < share < 0.4
+    assert any(f", {100 * share:.1f} % padding" in note for note in job.notes)
 
 
 def test_what_was_decided_is_told_with_its_reason(folder: Path, corpus: str, tmp_path: Path) -> None:
