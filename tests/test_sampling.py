@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import PathKind, SampleConfig, Unit
-from gptvae_cli.decoding import Request
+from gptvae_cli.decoding import Request, decode
 from gptvae_cli.errors import CheckpointError, ConfigError, DeviceError
 from gptvae_cli.sampling import Encoder, Encoding, Floats
 from gptvae_cli.text import read_texts
@@ -368,9 +368,17 @@ def test_no_latents_give_no_texts(checkpoint: Checkpoint) -> None:
     assert list(sampling.write(checkpoint, [], GREEDY, unit="line")) == []
 
 
-def test_bfloat16_writes_texts(checkpoint: Checkpoint) -> None:
-    written = list(sampling.write(checkpoint, requests(5), GREEDY, unit="line", dtype=torch.bfloat16))
-    assert len(written) == 5
+def test_bfloat16_writes_the_texts_of_autocast(checkpoint: Checkpoint) -> None:
+    """Which are not all those of float32."""
+    written, exact = (
+        list(sampling.write(checkpoint, requests(30), GREEDY, unit="line", dtype=dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    banned = checkpoint.tokenizer.line_break_ids()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = list(decode(checkpoint.model, requests(30), GREEDY, banned=banned))
+    assert written == [checkpoint.tokenizer.decode(ids) for ids in expected]
+    assert written != exact
 
 
 # Texts in pieces ------------------------------------------------------------------------------------------------------
