@@ -356,12 +356,20 @@ def test_a_stream_shows_its_first_piece_before_the_text_is_done(generate: Genera
 # Model and machine ----------------------------------------------------------------------------------------------------
 
 
-def test_options_of_the_machine_are_taken(generate: Generate) -> None:
+def test_options_of_the_machine_are_taken(generate: Generate, models: Path) -> None:
     expected = lines(generate("--latent", "z.npy", "--greedy"))
     exact = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
     assert lines(generate("--latent", "z.npy", "--greedy", *exact)) == expected
-    rounded = generate("--latent", "z.npy", "--greedy", "--device", "cpu", "--dtype", "bfloat16")
-    assert len(lines(rounded)) == len(expected)
+    np.save("many.npy", np.concatenate([LATENTS, -LATENTS, 2 * LATENTS, LATENTS[:, ::-1]]))
+    many = ("--latent", "many.npy", "--greedy", "--device", "cpu")
+    rounded = generate(*many, "--dtype", "bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = load(models / "line.safetensors", device=torch.device("cpu"))
+        requests = [Request(row, 0, (), torch.tensor(z_Z.copy())) for row, z_Z in enumerate(np.load("many.npy"))]
+        banned = found.tokenizer.line_break_ids()
+        written = [*decode(found.model, requests, SampleConfig(greedy=True), banned=banned)]
+    assert lines(rounded) == [found.tokenizer.decode(ids) for ids in written]
+    assert lines(rounded) != lines(generate(*many)), "they are other texts"
     assert "in bfloat16" in rounded.stderr
 
 
