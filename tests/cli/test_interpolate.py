@@ -238,6 +238,16 @@ def test_opposite_points_are_joined_by_a_line(run: Interpolate) -> None:
     assert_allclose(np.load("path.npy"), np.stack([A, 0 * A, -A]), atol=1e-5)
 
 
+def test_what_is_read_is_not_replaced(run: Interpolate) -> None:
+    """By whatever name, and whatever it is read for."""
+    Path("link.npy").symlink_to("b.npy")
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    for point in ("a.npy", "b.npy", "link.npy"):
+        assert_fails(run("a.npy", "b.npy", "--latents-out", point), 2, f"--latents-out {point} is what is read")
+    assert_fails(run("--latent", "abc.npy", "--latents-out", "abc.npy"), 2, "--latents-out abc.npy is what is read")
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
 def test_a_place_that_cannot_be_written_is_named(run: Interpolate) -> None:
     result = run("a.npy", "b.npy", "--latents-out", "a.txt/path.npy")
     assert_fails(result, 1, "cannot write a.txt/path.npy")
@@ -269,4 +279,9 @@ def test_a_line_model_prints_one_line_a_step(run: Interpolate) -> None:
 def test_options_of_the_machine_are_taken(run: Interpolate) -> None:
     exact = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
     assert lines(run("a.txt", "b.txt", *exact)) == lines(run("a.txt", "b.txt"))
-    assert "in bfloat16" in run("a.txt", "b.txt", "--device", "cpu", "--dtype", "bfloat16").stderr
+    options = ("--latent", "abc.npy", "--steps", "30", "--latents-out", "path.npy", "--device", "cpu")
+    rounded = run(*options, "--dtype", "bfloat16")
+    assert "in bfloat16" in rounded.stderr
+    assert lines(rounded) != lines(run(*options))
+    generate = ("--latent", "path.npy", "--greedy", "--device", "cpu", "--dtype", "bfloat16")
+    assert lines(rounded) == lines(run(*generate, command="generate"))
