@@ -15,9 +15,12 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from gptvae_cli.checkpoint import load
+from gptvae_cli.checkpoint import load, save_model
 from gptvae_cli.cli.app import app
+from gptvae_cli.data import batches_of
+from gptvae_cli.evaluation import importance_weighted, write_greedily
 from gptvae_cli.header import read_header
+from gptvae_cli.sampling import Encoder
 from tests.cli.conftest import WIDTH, make_model
 from tests.cli.test_train import assert_fails
 
@@ -360,6 +363,51 @@ def test_latents_may_come_from_other_texts(evaluate: Evaluate, models: Path, tmp
     assert_fails(evaluate("--latents-from", "short.txt", model=aligned), 3, "short.txt holds 1 texts", "7")
 
 
+def test_a_record_field_is_the_text(evaluate: Evaluate) -> None:
+    records = "".join(json.dumps({"review": text}) + "\n" for text in TEXTS)
+    Path("texts.jsonl").write_text(records, encoding="utf-8")
+    found, expected = (
+        figures(evaluate("--json", "--field", "review", corpus="texts.jsonl")),
+        figures(evaluate("--json")),
+    )
+    assert found | {"corpus": ["texts.txt"]} == expected
+
+
+def test_a_collapse_is_told_and_nothing_else_is_called_so(evaluate: Evaluate, models: Path, tmp_path: Path) -> None:
+    found = load(models / "line.safetensors", device=torch.device("cpu"))
+    for parameter in found.model.to_latent_mean_log_variance.parameters():
+        torch.nn.init.zeros_(parameter)
+    save_model(tmp_path / "dead.safetensors", found.model, found.header)
+    for model, collapsed in (("line", False), (str(tmp_path / "dead"), True)):
+        assert figures(evaluate("--json", model=model))["collapsed"] == collapsed
+        assert ("collapsed: " in evaluate(model=model).stdout) == collapsed
+
+
+def test_bfloat16_is_what_a_model_is_measured_in(evaluate: Evaluate, models: Path) -> None:
+    found = load(models / "line.safetensors", device=torch.device("cpu"))
+    batches = batches_of(list(Encoder(found, "line").rows(TEXTS)), None, found.header.model.pad_id, 1024)
+    for name in ("float32", "bfloat16"):
+        nll_N = importance_weighted(found.model, batches, 3, precision=getattr(torch, name))
+        nll = figures(evaluate("--json", "--dtype", name))["nll_nats_per_text"]
+        assert nll == pytest.approx(float(nll_N.mean()), rel=1e-6), name
+
+
+@pytest.mark.parametrize("model", ["line", "paragraph"])
+def test_lines_are_written_back_without_line_breaks(
+    evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """As `generate` writes them."""
+    banned: list[tuple[int, ...]] = []
+
+    def record(*arguments: Any, **options: Any) -> Any:
+        banned.append(tuple(options["banned"]))
+        return write_greedily(*arguments, **options)
+
+    monkeypatch.setattr("gptvae_cli.report.write_greedily", record)
+    figures(evaluate("--json", model=model))
+    assert banned == [tuple(b"\n\r") if model == "line" else ()]
+
+
 def test_windows_are_texts_of_their_own(evaluate: Evaluate) -> None:
     Path("long.txt").write_text("0123456789" * 10)
     found = figures(evaluate("--json", model="window", corpus="long.txt"))
@@ -372,6 +420,7 @@ def test_windows_are_texts_of_their_own(evaluate: Evaluate) -> None:
     assert again["nll_nats_per_text"] == pytest.approx(found["nll_nats_per_text"]), "nothing is no text"
     assert_fails(evaluate(model="window", corpus="folder/empty.txt"), 3, "found no texts", hint=False)
     assert found["bytes"] == 100  # a window has no end
+    assert found["words"] == 1, "however many windows it is in"
 
 
 def test_standard_input_is_a_corpus(evaluate: Evaluate, models: Path) -> None:
