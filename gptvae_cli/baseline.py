@@ -5,6 +5,7 @@ It is a run of its own in RUN/baseline, which reads the corpus from RUN/cache.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -107,10 +108,17 @@ class Baseline:
         return run.Job(self.folder, self.corpus, self.header.data, Learner(model, self.config), precision, [])
 
 
-def _is_done(folder: Path) -> bool:
-    """Whether the run in a folder reached its limit, as its log then says."""
+def _is_done(folder: Path, step: int | None = None) -> bool:
+    """Whether the run in a folder reached its limit, as its log then says of its last step.
+
+    Args:
+        folder: of the run.
+        step: of its state, which may be that of a later session; None where it has none.
+    """
     log = folder / METRICS_NAME
-    return log.exists() and '"done": true' in log.read_text("utf-8")
+    lines = log.read_text("utf-8").splitlines() if log.exists() else []
+    done = [json.loads(line)["step"] for line in lines if '"done": true' in line]
+    return bool(done) and step in (None, done[-1])
 
 
 def _digest(header: ModelHeader) -> object:
@@ -119,13 +127,18 @@ def _digest(header: ModelHeader) -> object:
 
 def _config(folder: Path, header: ModelHeader) -> TrainConfig:
     """That of the model, without a latent, and with the time that the model learnt for, unless it was steps or epochs
-    that ended its run. The state says when training ended, and when it began, as the corpus had been read; the model
-    file only when its weights were the best."""
-    config = from_dict(TrainConfig, header.training.get("train", {}))
-    seconds = config.max_time or header.training.get("seconds")
-    if config.max_time is None and _is_done(folder):
+    that ended its run. The state says what its limits were, when training ended, and when it began, as the corpus had
+    been read. The model file is from when its weights were the best, and may be the later one of a run that was killed.
+    """
+    train, trained, step = header.training.get("train", {}), header.training.get("seconds"), None
+    if (folder / STATE_NAME).exists():
+        state = load_state(folder / STATE_NAME).metadata
+        train, counters = state["train"], state["counters"]
+        step = counters["step"]
+        seconds = max(trained or 0.0, counters["seconds"]) - counters["start_up"]
+    else:
+        seconds = train.get("max_time") or trained
+    config = from_dict(TrainConfig, train)
+    if config.max_time is None and _is_done(folder, step):
         seconds = None
-    elif (folder / STATE_NAME).exists():
-        counters = load_state(folder / STATE_NAME).metadata["counters"]
-        seconds = counters["seconds"] - counters.get("start_up", 0.0)
     return replace(config, latents_dropout_prob=1.0, strict=False, max_time=seconds)

@@ -33,6 +33,7 @@ class Counters:
         epoch: passes over the data that are complete.
         seconds: spent so far, in all sessions of the run.
         start_up: seconds of these before the first step.
+        validation: seconds that the last validation took.
         tokens, texts: trained on so far, repeats counted; the texts tell the place in the data of the next batch.
         best: score of the best model so far, nats per text, see `training.score`.
         treated_at: progress at which the last treatment of the collapse doctor began; infinity where there was none.
@@ -42,6 +43,7 @@ class Counters:
     epoch: int = 0
     seconds: float = 0.0
     start_up: float = 0.0
+    validation: float = 0.0
     tokens: int = 0
     texts: int = 0
     best: float = math.inf

@@ -380,5 +380,6 @@ def resume(
     if now >= 1:
         job.notes.append("nothing is left to do; --max-time, --steps and --epochs say how far a run goes in all")
     if counters.treated_at != UNTREATED and was > 0:
-        counters.treated_at *= now / was  # it is a share of the run, which may now be a longer one
+        # It is a share of the run, which may now be a longer one or a shorter.
+        counters.treated_at = min(now, counters.treated_at * (now / was))
     return job

@@ -120,13 +120,12 @@ def train(
     held_out = fixed_batches(valid, tokens_together(model.device, precision), VALIDATION_TEXTS)
     micro_tokens = max(1, config.batch_tokens // config.accumulate)
     weights_per_token = model.decoder.get_parameter("token_emb.emb.weight").numel() / rows.store.count
-    last_validation = furthest = 0.0
+    furthest = 0.0
 
     def progress() -> float:
-        # Time is kept for the last validation, and a few texts to show: twice as long as the validation before took.
-        # Progress never goes back, though a validation may turn out faster than the one before.
+        # It never goes back, though a validation may turn out faster than the one before.
         nonlocal furthest
-        furthest = max(furthest, share_done(config, counters, len(rows), to_come=2 * last_validation))
+        furthest = max(furthest, share_done(config, counters, len(rows)))
         return furthest
 
     model.train()
@@ -164,7 +163,7 @@ def train(
                 improved = settled and score(figures, config) < counters.best
                 if improved:
                     counters.best = score(figures, config)
-                last_validation = time.monotonic() - start
+                counters.validation = time.monotonic() - start
                 counters.seconds = earlier + session()
                 # Not `validated + 1`: where validating takes long, validations that were missed are not made up for.
                 validated = bisect_right(VALIDATIONS, progress())
@@ -205,17 +204,17 @@ def _validate(learner: Learner, held_out: Sequence[Batch], precision: torch.dtyp
     return figures
 
 
-def share_done(config: TrainConfig, counters: Counters, texts: int, *, to_come: float = 0.0) -> float:
+def share_done(config: TrainConfig, counters: Counters, texts: int) -> float:
     """Share of a run that is done, in [0, 1], by that of its limits which it is nearest to.
 
     Of time it is a share of what was left for learning as the first step began: a schedule is not over because a corpus
-    took long to read.
+    took long to read. Time is kept for the last validation, and a few texts to show: twice as long as the validation
+    before took.
 
     Args:
         config: has the limits.
         counters: of the run.
         texts: of a pass over its corpus.
-        to_come: seconds that are needed behind the last step.
     """
     if counters.step == 0:  # one is taken, however late it is
         return 0.0
@@ -226,7 +225,8 @@ def share_done(config: TrainConfig, counters: Counters, texts: int, *, to_come: 
         shares.append(counters.texts / texts / config.epochs)
     if config.max_time is not None:
         learning = config.max_time - counters.start_up
-        shares.append((counters.seconds - counters.start_up + to_come) / learning if learning > 0 else 1.0)
+        spent = counters.seconds - counters.start_up + 2 * counters.validation
+        shares.append(spent / learning if learning > 0 else 1.0)
     return min(1.0, max(shares))
 
 
@@ -246,8 +246,9 @@ def tokens_per_second(
 
 
 def score(figures: Figures, config: TrainConfig) -> float:
-    """What the best model has least of: the objective on held-out texts, nats per text, at the final beta. A
-    model whose latent is not being used is never better than one whose latent is, before a treatment or after it."""
+    """What the best model has least of: cross-entropy and beta times KL of held-out texts, nats per text, at the final
+    beta and whatever the objective is, free bits counted. A model whose latent is not being used is never better than
+    one whose latent is, before a treatment or after it."""
     if config.without_latent:
         return figures.cross_entropy_without
     value = figures.cross_entropy + config.vae_kl_loss_weight * figures.kl

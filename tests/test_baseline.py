@@ -14,7 +14,7 @@ import torch
 
 from gptvae_cli import run
 from gptvae_cli.baseline import Baseline
-from gptvae_cli.checkpoint import load_state
+from gptvae_cli.checkpoint import load_state, save_state
 from gptvae_cli.config import DataConfig, SizeConfig, TrainConfig
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError
@@ -91,6 +91,42 @@ def test_where_steps_ended_the_run_they_end_its_baseline(model: Path) -> None:
     assert not found.has_latent
     assert found.model == read_header(model).model
     assert baseline.finished()
+
+
+def go_on(model: Path, steps: int, *, until: int) -> None:
+    """Resumes a run with another limit, and interrupts it after some step."""
+    with claimed(model.parent, resume=True, force=False):
+        job = run.resume(model.parent, {"steps": steps}, sources=[], device=CPU, precision=FLOAT32)
+        list(job.run(should_stop=lambda: job.learner.counters.step >= until, seconds=lambda: 7.0))
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "until", "steps", "seconds"),
+    [(4, 1000, 6, 1000, 37.0), (4, 8, 8, 8, None), (100, 6, 6, 6, None)],
+    ids=["interrupted", "longer", "shorter"],
+)
+def test_the_limits_of_a_resumed_run_are_those_of_its_baseline(
+    model: Path, first: int, then: int, until: int, steps: int, seconds: float | None
+) -> None:
+    """Be its best model, which keeps those it was trained with, of an earlier session."""
+    if first > 4:
+        go_on(model, first, until=5)
+    best = model.read_bytes()
+    go_on(model, then, until=until)
+    model.write_bytes(best)
+    if first == 100:  # two sessions of 7 seconds
+        assert load_state(model.parent / "state.safetensors").metadata["counters"]["seconds"] == 54.0
+    assert of(model).config == replace(CONFIG, steps=steps, latents_dropout_prob=1.0, max_time=seconds)
+
+
+def test_a_model_that_is_newer_than_its_state_says_how_long_it_learnt(model: Path) -> None:
+    """Of a run that was killed: the first state is from before the first step."""
+    path = model.parent / "state.safetensors"
+    state = load_state(path)
+    for counters, seconds in (({"seconds": 0.0, "start_up": 0.0}, 40.0), ({"seconds": 35.0, "start_up": 10.0}, 30.0)):
+        save_state(path, state.tensors, state.metadata | {"counters": state.metadata["counters"] | counters})
+        (model.parent / "metrics.jsonl").unlink(missing_ok=True)
+        assert of(model).config.max_time == seconds
 
 
 def test_one_that_was_interrupted_is_finished(model: Path) -> None:

@@ -634,6 +634,17 @@ def test_a_treatment_stays_where_it_was_when_a_run_is_made_longer(
     assert counters.treated_at == pytest.approx(done[next(iter(limits))] / 2)
 
 
+def test_a_treatment_is_not_over_when_a_run_is_made_shorter(folder: Path, corpus: str) -> None:
+    """Of what was 0.65 of a hundred seconds, the last validation counted, nothing is after the end."""
+    job = finish(begin(folder, [corpus], steps=None, max_time=100.0), until=4)
+    counters = job.learner.counters
+    counters.start_up, counters.seconds, counters.validation, counters.treated_at = 0.0, 50.0, 7.5, 0.65
+    job.save_state()
+    for max_time, treated_at in ((100.0, 0.65), (80.0, 0.65 * 100 / 80), (66.0, 65 / 66), (52.0, 1.0)):
+        found = go_on(folder, steps=None, epochs=None, max_time=max_time).learner.counters
+        assert found.treated_at == pytest.approx(treated_at)
+
+
 def test_limits_may_change_when_a_run_goes_on(folder: Path, corpus: str) -> None:
     finish(begin(folder, [corpus], steps=4))
     job = finish(go_on(folder, steps=6, strict=True))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -483,8 +484,47 @@ def test_time_ends_a_run(make_rows: MakeRows) -> None:
     ],
 )
 def test_time_is_a_share_of_what_is_left_for_learning(step: int, seconds: float, start_up: float, share: float) -> None:
-    counters = Counters(step=step, seconds=seconds, start_up=start_up)
-    assert share_done(config(max_time=60.0), counters, 10, to_come=1.0) == pytest.approx(share)
+    counters = Counters(step=step, seconds=seconds, start_up=start_up, validation=0.5)
+    assert share_done(config(max_time=60.0), counters, 10) == pytest.approx(share)
+
+
+def test_progress_of_a_resumed_run_goes_on_where_it_was(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is kept for the last validation from the first step on, and not from the next validation."""
+    clock = Clock()
+
+    def measured(*arguments: object, **options: object) -> Figures:
+        clock.now += 30.0
+        return FIGURES
+
+    monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("gptvae_cli.training.measure", measured)
+    monkeypatch.setattr("gptvae_cli.training.time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def reports(learner: Learner, until: float) -> list[StepReport]:
+        found = []
+        for report in train(
+            learner,
+            make_rows(),
+            make_rows(),
+            precision=torch.float32,
+            seconds=clock,
+            should_stop=lambda: learner.counters.seconds >= until,
+        ):
+            clock.now += 3.0
+            found.append(report)
+        return found
+
+    first = learner_of(config(max_time=600.0))
+    before = reports(first, until=400.0)
+    again = learner_of(config(max_time=600.0))
+    again.restore(first.tensors(), json.loads(json.dumps(counters_dict(first.counters))))
+    clock.now = 5.0
+    after = reports(again, until=math.inf)
+    assert not before[-1].done
+    progress = [report.progress for report in before + after]
+    assert progress == sorted(progress)
+    assert again.counters.seconds <= 605.0
+    assert after[0].figures is None, "the last one is not made up for"
 
 
 def test_no_schedule_is_over_because_a_corpus_took_long_to_read(
