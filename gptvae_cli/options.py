@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -104,6 +104,15 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
             if environment.get(name) and key != "corpus":  # a list of paths has no form that all shells share
                 values[key], labels[key] = _parsed(key, environment[name], hints[key], name), name
     return Layer(_read_times(values, "GPTVAE_MAX_TIME"), labels)
+
+
+def misspelt(environment: Mapping[str, str]) -> Iterator[str]:
+    """A note on every variable that names no option of gptvae's, and looks as if it should."""
+    known = ["model", *(key for kind in TABLES.values() for key in keys(kind))]
+    for name in sorted(environment):
+        word = name.removeprefix("GPTVAE_").lower()
+        if name.startswith("GPTVAE_") and word not in known and (hint := did_you_mean(word, known)):
+            yield f"{name} is set and names no option; {hint}"
 
 
 def _parsed(key: str, text: str, hint: Any, name: str) -> object:

@@ -115,7 +115,8 @@ def _matches(pattern: str) -> list[str]:
         raise DataError(
             f"no file matches {pattern}", hint="a pattern stands for files: * and ? within a name, ** below"
         )
-    return [str(file) for file in files]
+    # A file of this name is not standard input.
+    return [f"./{file}" if str(file) == STDIN else str(file) for file in files]
 
 
 def _raise(error: OSError) -> None:

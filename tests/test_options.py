@@ -20,6 +20,7 @@ from gptvae_cli.options import (
     flags_layer,
     keys,
     merged,
+    misspelt,
     parse_seconds,
     to_toml,
 )
@@ -160,6 +161,20 @@ def test_the_environment_holds_every_option_but_the_corpus_in_its_type() -> None
 
 def test_an_empty_variable_is_not_set() -> None:
     assert environment_layer({"GPTVAE_DIM": "", "GPTVAE_STRICT": ""}).values == {}
+
+
+def test_a_variable_that_is_nearly_one_of_ours_is_told() -> None:
+    ours = {
+        "GPTVAE_MODEL": "m",
+        "GPTVAE_DIM": "8",
+        "GPTVAE_MAX_TIME": "1m",
+        "GPTVAE_CORPUS": "a",
+        "GPTVAE_DEVICE": "cpu",
+    }
+    others = {"GPTVAE_HOME_OF_MINE": "x", "MAX_TIME": "1", "GPTVAE_TEST_DATA": "x"}
+    assert list(misspelt(ours | others)) == []
+    (note,) = misspelt(ours | {"GPTVAE_TARGETRATE": "16"})
+    assert note == "GPTVAE_TARGETRATE is set and names no option; did you mean target_rate?"
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("yes", True), ("TRUE", True), ("0", False), ("no", False)])

@@ -67,6 +67,13 @@ def test_a_pattern_that_matches_no_file_is_named(tree: Path, pattern: str) -> No
     assert caught.value.hint
 
 
+def test_a_file_called_like_standard_input_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("-").write_text("of the file")
+    assert expand(["*"]) == ["./-"]
+    assert list(read_texts(["*"], unit="line", stdin=io.BytesIO(b"of stdin"))) == ["of the file"]
+
+
 # Packings -------------------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,16 @@ from gptvae_cli.config import (
     from_dict,
 )
 from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode, FieldError
-from gptvae_cli.options import default_in_words, environment_layer, file_layer, flags_layer, keys, merged, to_toml
+from gptvae_cli.options import (
+    default_in_words,
+    environment_layer,
+    file_layer,
+    flags_layer,
+    keys,
+    merged,
+    misspelt,
+    to_toml,
+)
 
 if TYPE_CHECKING:
     from gptvae_cli.run import Job
@@ -196,6 +205,8 @@ def train(
     plan = _Plan(locals())
     if resume and force:
         raise ConfigError("--resume goes on with a run, --force replaces it, both were given", hint="leave one out")
+    for remark in misspelt(os.environ):
+        console.note(remark, quiet=quiet)
     if print_config:
         console.write_text(plan.to_toml())
         return

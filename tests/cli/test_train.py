@@ -355,6 +355,13 @@ def print_config(*options: object) -> dict[str, Any]:
     return tomllib.loads(result.stdout)
 
 
+def test_a_variable_with_a_typo_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTVAE_TARGETRATE", "16")
+    result = CliRunner().invoke(app, ["train", "--print-config"])
+    assert result.stderr == "GPTVAE_TARGETRATE is set and names no option; did you mean target_rate?\n"
+    assert tomllib.loads(result.stdout)["train"]["target_rate"] == TrainConfig().target_rate
+
+
 def test_a_printed_configuration_reproduces_the_run(train: Train, names: Path, out: Path, tmp_path: Path) -> None:
     """Printed again from its file it is the same, and two runs of it are equal to the bit."""
     flags = [names, "--preset", "nano", "--dim-latent", "5", "--steps", "4", "--seed", "3", "--word-dropout", "0.1"]
