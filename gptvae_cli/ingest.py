@@ -206,17 +206,16 @@ class Ingest:
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, config: DataConfig, repairs: Repairs, salt: int) -> None:
+        self.tokenize, self.config, self.repairs, self.salt = BulkTokenizer(tokenizer), config, repairs, salt
+        self.blank_line, _ = self.tokenize(["\n\n"])
         names = ["train", "valid"] + (["train.source", "valid.source"] if config.latents_from else [])
         self.files = {name: TokenWriter(folder, name, tokenizer.num_tokens) for name in names}
-        self.tokenize, self.config, self.repairs = BulkTokenizer(tokenizer), config, repairs
-        self.salt = salt
         self.pool: ProcessPoolExecutor | None = None
         self.waiting: deque[tuple[_Write, Future[tuple[Tokens, Ints]]]] = deque()
         self.processes = 1 if tokenizer.kind == "bytes" else _processors()  # bytes are made as fast as they are sent
         self.texts = self.characters = 0
         self.digest = hashlib.blake2b(digest_size=16)
         self.is_running = config.unit == "window"
-        self.blank_line, _ = self.tokenize(["\n\n"])
         self.count = 0
         """Tokens of a running text so far."""
 

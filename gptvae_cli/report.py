@@ -358,9 +358,7 @@ def _probe(
     sample: Arrays, labels: Sequence[str], seed: int
 ) -> tuple[dict[str, Any], tuple[float, float], tuple[float, float]]:
     """The probes' figures, and the intervals of both accuracies over the held-out texts."""
-    order = np.argsort(sample["place"])  # the first of equal texts is that of the file
-    texts, places = sample["text"][order].tolist(), sample["place"][order]
-    found = probe(sample["mean"][order], texts, [labels[place] for place in places], seed=seed)
+    found = probe(sample["mean"], sample["text"].tolist(), [labels[place] for place in sample["place"]], seed=seed)
     columns = {"z": found.latent.astype(float), "words": found.words.astype(float)}
     held_out = len(found.latent)
     intervals = bootstrap.intervals(columns, lambda sums: {name: value / held_out for name, value in sums.items()})
