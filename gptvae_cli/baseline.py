@@ -5,7 +5,6 @@ It is a run of its own in RUN/baseline, which reads the corpus from RUN/cache.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +14,13 @@ import torch
 
 from gptvae_cli import run
 from gptvae_cli.checkpoint import load_state
-from gptvae_cli.config import TrainConfig, from_dict
+from gptvae_cli.config import TrainConfig
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, GPTVAEError
-from gptvae_cli.folder import CACHE_NAME, SHARED_CACHE, claimed, remove_run
-from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, read_header
-from gptvae_cli.learner import Learner
+from gptvae_cli.folder import CACHE_NAME, SHARED_CACHE, claimed, remove_run, step_of
+from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, read_header, stored_config
+from gptvae_cli.learner import Learner, stored_counters
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.tokenizer import Tokenizer
 
@@ -63,7 +62,7 @@ class Baseline:
         """Whether what is in the folder is this baseline, be it finished or not."""
         try:
             found = read_header(self.path)
-            config = from_dict(TrainConfig, found.training.get("train", {}))
+            config = stored_config(TrainConfig, "training", found.training.get("train"))
         except GPTVAEError:
             return False
         same = (found.model, found.data, found.tokenizer) == (
@@ -115,30 +114,43 @@ def _is_done(folder: Path, step: int | None = None) -> bool:
         folder: of the run.
         step: of its state, which may be that of a later session; None where it has none.
     """
-    log = folder / METRICS_NAME
-    lines = log.read_text("utf-8").splitlines() if log.exists() else []
-    done = [json.loads(line)["step"] for line in lines if '"done": true' in line]
-    return bool(done) and step in (None, done[-1])
+    try:
+        lines = (folder / METRICS_NAME).read_bytes().splitlines()
+    except OSError:
+        return False
+    done = [line for line in lines if b'"done": true' in line]
+    return bool(done) and step in (None, step_of(done[-1]))
 
 
 def _digest(header: ModelHeader) -> object:
-    return header.training.get("corpus", {}).get("digest")
+    corpus = header.training.get("corpus")
+    return corpus.get("digest") if isinstance(corpus, dict) else None
 
 
 def _config(folder: Path, header: ModelHeader) -> TrainConfig:
     """That of the model, without a latent, and with the time that the model learnt for, unless it was steps or epochs
     that ended its run. The state says what its limits were, when training ended, and when it began, as the corpus had
     been read. The model file is from when its weights were the best, and may be the later one of a run that was killed.
+
+    Raises:
+        CheckpointError: for a header or a state that does not say this.
     """
-    train, trained, step = header.training.get("train", {}), header.training.get("seconds"), None
+    seconds, step = _seconds(header.training.get("seconds")), None
     if (folder / STATE_NAME).exists():
         state = load_state(folder / STATE_NAME).metadata
-        train, counters = state["train"], state["counters"]
-        step = counters["step"]
-        seconds = max(trained or 0.0, counters["seconds"]) - counters["start_up"]
+        config = stored_config(TrainConfig, "training", state.get("train"))
+        counters = stored_counters(state.get("counters"))
+        step, seconds = counters.step, max(seconds, counters.seconds) - counters.start_up
     else:
-        seconds = train.get("max_time") or trained
-    config = from_dict(TrainConfig, train)
+        config = stored_config(TrainConfig, "training", header.training.get("train"))
+        seconds = config.max_time or seconds
     if config.max_time is None and _is_done(folder, step):
-        seconds = None
-    return replace(config, latents_dropout_prob=1.0, strict=False, max_time=seconds)
+        return replace(config, latents_dropout_prob=1.0, strict=False)
+    if not 0 < seconds < 2**31:
+        raise CheckpointError(f"{folder} does not say how long its model was trained", hint=_BY_HAND)
+    return replace(config, latents_dropout_prob=1.0, strict=False, max_time=float(seconds))
+
+
+def _seconds(value: object) -> float:
+    """A stranger's seconds, 0 for what is none."""
+    return value if isinstance(value, int | float) and 0 <= value < 2**31 else 0.0

@@ -160,6 +160,9 @@ class RunConfig:
     corpus: list[str] = field(default_factory=list)
     out: str = "gptvae-run"
 
+    def __post_init__(self) -> None:
+        _require(self.out != "", "out", self.out, "the name of a folder")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:
@@ -309,7 +312,7 @@ class TrainConfig:
             _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
         _require(0 < self.clip < float("inf"), "clip", self.clip, "above 0")
         for name in ("weight_decay", "vae_kl_loss_weight", "vae_kl_div_floor", "target_rate", "bag_of_words"):
-            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "0 or more")
+            _require(0 <= getattr(self, name) <= 1e9, name, getattr(self, name), "between 0 and 1e9")
         for name in ("warmup", "decay", "kl_warmup", "latents_dropout_prob"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         for name in ("word_dropout", "dropout"):
@@ -415,8 +418,8 @@ def fits(value: object, hint: Any) -> bool:
         return isinstance(value, list) and all(fits(item, get_args(hint)[0]) for item in value)
     if get_args(hint):
         return any(fits(value, option) for option in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float:  # a whole number may be larger than any of these
+        return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

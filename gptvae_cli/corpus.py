@@ -103,7 +103,8 @@ class Corpus:
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
-                f"the token cache {folder} is missing or damaged", hint="give the corpus again, with --force"
+                f"the token cache {folder} is missing or damaged",
+                hint="name the corpus again, with --resume or --force",
             ) from error
 
     @classmethod

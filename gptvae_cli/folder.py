@@ -24,7 +24,7 @@ from gptvae_cli.corpus import is_cache_file
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, GPTVAEError
 from gptvae_cli.events import remove_events
 from gptvae_cli.files import is_no_file, remove_file, remove_unfinished, sync, sync_folder, write_atomically
-from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME
+from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME, VERSION_KEY, read_layout
 from gptvae_cli.hub import COMPANION_NAMES, remove_companions
 
 CACHE_NAME = "cache"
@@ -70,18 +70,18 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
                 f"cannot lock {folder}: {error.strerror}", hint="choose a folder on another disk with --out"
             ) from error
         if not os.access(folder, os.W_OK):
-            raise GPTVAEError(f"cannot write to {folder}: permission denied", hint="choose another one with --out")
+            raise GPTVAEError(f"cannot write to {folder}: it is not writable", hint="choose another one with --out")
         if resume and not state_exists(folder / STATE_NAME):
             raise CheckpointError(f"no run to resume in {folder}", hint="start one without --resume")
-        if not (resume or force) and any((folder / name).exists() for name in _FILES):
-            raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
-        foreign = [path for name in _FILES if is_no_file(path := folder / name)]
+        foreign = [path for name in _FILES if is_no_file(path := folder / name) or _is_foreign(path)]
         caches = [NEW_CACHE_NAME] if resume else [NEW_CACHE_NAME, CACHE_NAME]
         foreign += filter(None, (_foreign(folder / name) for name in caches))
         if foreign:
             raise ConfigError(
                 f"{foreign[0]} is in the way and is not of gptvae's making", hint="choose another folder with --out"
             )
+        if not (resume or force) and any((folder / name).exists() for name in _FILES):
+            raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
         _remove_unfinished(folder)
         yield
     finally:
@@ -89,6 +89,18 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         if locked and not was_there and not any(folder.iterdir()):
             folder.rmdir()
         os.close(handle)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether another program wrote a file that has the name of one of ours; of a damaged one nobody can tell."""
+    try:
+        if path.name != METRICS_NAME:
+            return VERSION_KEY not in read_layout(path).metadata
+        with path.open("rb") as file:
+            first = json.loads(file.readline())
+        return not (isinstance(first, dict) and "step" in first)
+    except (CheckpointError, OSError, ValueError, RecursionError):
+        return False
 
 
 def _foreign(cache: Path) -> Path | None:
@@ -130,17 +142,32 @@ def place_cache(new: Path, folder: Path) -> None:
     sync_folder(folder)
 
 
+def replace_cache(new: Path, folder: Path) -> None:
+    """As `place_cache`, where a damaged one may be in its place.
+
+    Raises:
+        ConfigError: where something else is in its place.
+    """
+    cache = folder / CACHE_NAME
+    if foreign := _foreign(cache):
+        raise ConfigError(f"{foreign} is in the way and is not of gptvae's making", hint="move it elsewhere")
+    if cache.is_symlink():
+        cache.unlink()
+    shutil.rmtree(cache, ignore_errors=True)
+    place_cache(new, folder)
+
+
 def trim_log(path: Path, step: int) -> None:
     """Drops what the log says of steps after the state's, which will be taken again, and a last line that was cut."""
     if not path.exists():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    kept = [line for line in lines if line.endswith(b"\n") and step_of(line) <= step]
     if len(kept) < len(lines):
         write_atomically(path, lambda new: new.write_bytes(b"".join(kept)))
 
 
-def _step_of(line: bytes) -> int:
+def step_of(line: bytes) -> int:
     """The step that a line of the log is about; 0 for one of somebody else."""
     try:
         step = json.loads(line)["step"]

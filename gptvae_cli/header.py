@@ -145,6 +145,8 @@ def locate_model(path: str | None) -> Path:
     Raises:
         CheckpointError: where there is no such file, saying where it was looked for.
     """
+    if path == "":
+        raise ConfigError("the name of the model is empty", hint="leave it out for the default, or name one")
     environment = os.environ.get("GPTVAE_MODEL")
     place, origin = DEFAULT_RUN, "the default place"
     if path is not None:

@@ -93,7 +93,7 @@ def has_collapsed(information: float, most: float) -> bool:
         information: mutual information of latent and text, in nats.
         most: that the texts can show which it was estimated over, see `entropy`.
     """
-    return information < min(1.0, 0.5 * most)
+    return most > 0 and information < min(1.0, 0.5 * most)
 
 
 def entropy(keys_N: npt.NDArray[np.int64]) -> float:
@@ -103,7 +103,7 @@ def entropy(keys_N: npt.NDArray[np.int64]) -> float:
         keys_N: of the texts; equal texts have equal ones.
     """
     shares = np.unique(keys_N, return_counts=True)[1] / len(keys_N)
-    return float(-(shares * np.log(shares)).sum())
+    return max(0.0, float(-(shares * np.log(shares)).sum()))
 
 
 def active_dimensions(mean_NZ: Tensor, threshold: float) -> int:

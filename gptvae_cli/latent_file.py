@@ -17,7 +17,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from types import TracebackType
 from typing import IO, BinaryIO, NamedTuple, Self
@@ -31,6 +31,8 @@ from gptvae_cli.sources import reading_errors
 Floats = npt.NDArray[np.float32]
 
 _MAGIC = b"\x93NUMPY"
+_LARGEST = 1e15
+"""What a number of a latent may be at most; a standard normal has none above 10. Their squares still fit in float32."""
 _LONGEST_HEADER = 10_000
 """Bytes; numpy's own limit, below which parsing a literal is safe. An array of floats needs 118."""
 _PIECE_BYTES = 2**16
@@ -63,7 +65,7 @@ def read_latents(source: BinaryIO, name: str, *, width: int) -> Floats:
 
     Raises:
         DataError: for a file that is unreadable, not `.npy`, cut, too long, not of floats, not of this width, or
-            that holds a number that is not finite in float32.
+            that holds a number that is not finite, or beyond 1e15.
     """
     pieces = list(_pieces(source, name, width))
     return np.concatenate(pieces) if pieces else np.empty((0, width), np.float32)
@@ -82,7 +84,7 @@ def checked_latents(values: npt.NDArray[np.generic], name: str, *, width: int) -
     """An array in memory under the rules of `read_latents` [N Z].
 
     Raises:
-        DataError: for what is not of floats, not of this width, or holds a number that is not finite in float32.
+        DataError: for what is not of floats, not of this width, or holds a number that is not finite, or beyond 1e15.
     """
     _check_floats(values.dtype.str, name)
     count = _check_shape(values.shape, name, width)
@@ -126,13 +128,14 @@ def _lines(first: bytes, source: BinaryIO, name: str, width: int) -> Iterator[Fl
             numbers = found["latent"] if isinstance(found, dict) else found
             if not isinstance(numbers, list) or not all(type(each) in (int, float) for each in numbers):
                 raise ValueError("expected numbers")
-        except (ValueError, KeyError, RecursionError) as error:
+            values_1Z = np.array([numbers], dtype=np.float64)
+        except (ValueError, KeyError, RecursionError, OverflowError) as error:
             raise DataError(
                 f"{place} is no latent: expected a list of numbers, or an object that has one as 'latent'",
                 hint="gptvae encode --format jsonl writes such lines",
             ) from error
         _check_shape((len(numbers),), place, width)
-        yield _to_float32(np.array([numbers], dtype=np.float64), name, row)
+        yield _to_float32(values_1Z, name, row)
 
 
 class _Header(NamedTuple):
@@ -206,11 +209,11 @@ def _shape(shape: tuple[int, ...]) -> str:
 def _to_float32(values_nZ: npt.NDArray[np.floating], name: str, start: int) -> Floats:
     with np.errstate(over="ignore"):
         rows_nZ = np.ascontiguousarray(values_nZ, dtype=np.float32)
-    finite_nZ = np.isfinite(rows_nZ)
-    if not finite_nZ.all():
-        row, dimension = np.argwhere(~finite_nZ)[0]
+    usable_nZ = np.abs(rows_nZ) <= _LARGEST
+    if not usable_nZ.all():
+        row, dimension = np.argwhere(~usable_nZ)[0]
         value = values_nZ[row, dimension]
-        problem = "too large for float32" if np.isfinite(value) else "not a finite number"
+        problem = "too large for a latent" if np.isfinite(value) else "not a finite number"
         raise DataError(
             f"{name}, row {start + row}, dimension {dimension} (both from 0): {value} is {problem}",
             hint="remove the row, or encode its text again",
@@ -281,7 +284,8 @@ class LatentWriter:
                 self._finish()
         finally:
             if self._spool is not None:
-                self._spool.close()
+                with suppress(OSError):  # closing flushes once more, to the folder that is full
+                    self._spool.close()
 
     def _finish(self) -> None:
         stream = self._stream
@@ -294,9 +298,14 @@ class LatentWriter:
             with _spool_errors():
                 self._spool.seek(0)
             _write_all(stream, self._header())
-            while piece := self._spool.read(2**20):
+            while piece := self._read_spool():
                 _write_all(stream, piece)
         stream.flush()
+
+    def _read_spool(self) -> bytes:
+        assert self._spool is not None
+        with _spool_errors():
+            return self._spool.read(2**20)
 
     def _header(self) -> bytes:
         """Version 1.0, 128 bytes for every N below 10^20: what numpy writes for the same array."""

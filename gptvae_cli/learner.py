@@ -108,7 +108,7 @@ class Learner:
         Raises:
             CheckpointError: where a tensor is missing, of another shape or type, or not finite, or a counter is none.
         """
-        restored = _counters(counters)
+        restored = stored_counters(counters)
         keys = ("exp_avg", "exp_avg_sq", "step")
         stepped = restored.step > 0 or any(name.startswith("optimizer.") for name in tensors)
         wanted = {f"weights.{name}": parameter.shape for name, parameter in self.named.items()}
@@ -173,7 +173,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Siz
             raise CheckpointError(f"the state's tensor {name} is of {tensors[name].dtype}, this run needs float32")
 
 
-def _counters(values: object) -> Counters:
+def stored_counters(values: object) -> Counters:
     """The inverse of `counters_dict`.
 
     Raises:

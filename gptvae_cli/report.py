@@ -23,7 +23,7 @@ from gptvae_cli import bleu, bootstrap
 from gptvae_cli.checkpoint import Checkpoint
 from gptvae_cli.data import batches_of, plan_batches
 from gptvae_cli.device import tokens_together
-from gptvae_cli.errors import ConfigError
+from gptvae_cli.errors import CheckpointError, ConfigError
 from gptvae_cli.evaluation import (
     Keys,
     correct_tokens,
@@ -263,6 +263,7 @@ def report(
         samples, seed: as in `measured`.
 
     Raises:
+        CheckpointError: for figures that are not finite.
         ConfigError: where the baseline did not read the same texts: it cuts long ones elsewhere, or changes them.
         DataError, ConfigError: as `probe.probe`.
     """
@@ -270,6 +271,8 @@ def report(
     table = model.table(order)
     if baseline is not None:
         table["baseline"] = _baseline_column(model, baseline, order)
+    if not all(np.isfinite(column_N).all() for column_N in table.values()):
+        raise CheckpointError("a figure is not a finite number: the weights of the model are too large")
     error = float(table["nll"].std(ddof=1) / math.sqrt(model.texts))
     values: dict[str, Any] = {name: round(table[name].sum()) for name in _COUNTS}
     values |= {"seed": seed, **figures(bootstrap.totals(table)), "nll_standard_error_nats_per_text": error}

@@ -32,12 +32,13 @@ from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
 from gptvae_cli.fitting import fit_preset, fit_sizes
-from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run, trim_log
+from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run, replace_cache, trim_log
 from gptvae_cli.header import FORMAT_VERSION, METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
 from gptvae_cli.hub import foreign_companions, write_companions
 from gptvae_cli.learner import Learner, check_weights, counters_dict
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Repairs
+from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.tokens import TokenStore
 from gptvae_cli.training import StepReport, share_done, train
 
@@ -171,6 +172,7 @@ class Job:
             "tokenizer": self.corpus.tokenizer.to_json(),
             "counters": counters_dict(self.learner.counters),
             "precision": self.precision.name,
+            "corpus": self.corpus.facts.digest,
         }
         save_state(self.folder / STATE_NAME, self.learner.tensors(), metadata)
 
@@ -325,6 +327,33 @@ def _place(device: Device, precision: Precision) -> str:
     return f"device: {device.device} ({device.reason}), {precision.name} ({precision.reason})"
 
 
+def _reopened(folder: Path, sources: Sequence[str], data: DataConfig, tokenizer: Tokenizer, digest: object) -> Corpus:
+    """The corpus of a run that goes on: from its cache, or, where that is lost and it is named again, anew."""
+    another = DataError(
+        f"{', '.join(sources)} is not the corpus that {folder} was trained on",
+        hint="--resume needs no corpus; another one needs a run of its own, --out FOLDER",
+    )
+    try:
+        corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
+    except CheckpointError:
+        if not sources:
+            raise
+    else:
+        if sources and not corpus.is_of(sources, data):
+            raise another
+        return corpus
+    new_cache = folder / NEW_CACHE_NAME
+    try:
+        corpus = _read_corpus(sources, data, new_cache, None)
+        if (corpus.facts.digest, corpus.tokenizer.to_json()) != (digest, tokenizer.to_json()):
+            raise another
+        replace_cache(new_cache, folder)
+    except BaseException:
+        shutil.rmtree(new_cache, ignore_errors=True)
+        raise
+    return Corpus.open(folder / CACHE_NAME, tokenizer)
+
+
 def resume(
     folder: Path,
     limits: Mapping[str, Any],
@@ -358,12 +387,7 @@ def resume(
         check_weights(state.tensors, model_config, stored)
     config = replace(stored, **limits)
     require_log(folder, config.log)
-    corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
-    if sources and not corpus.is_of(sources, data):
-        raise DataError(
-            f"{', '.join(sources)} is not the corpus that {folder} was trained on",
-            hint="--resume needs no corpus; another one needs a run of its own, --out FOLDER",
-        )
+    corpus = _reopened(folder, sources, data, tokenizer, state.metadata.get("corpus"))
     model = GPTVAE.from_config(model_config).to(device.device)
     learner = Learner(model, config)
     with reading(folder / STATE_NAME):

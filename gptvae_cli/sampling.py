@@ -24,7 +24,7 @@ from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import padded, plan_batches
 from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
 from gptvae_cli.device import resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
-from gptvae_cli.errors import ConfigError, DataError
+from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.noise import latent_noise
 from gptvae_cli.text import Part
 from gptvae_cli.tokenizer import Tokenizer, pieces
@@ -179,6 +179,8 @@ class Encoder:
                 posterior = model.posterior(tokens_BT.to(model.device)).in_float32()
                 mean_BZ = posterior.mean_BZ.cpu().numpy()
                 std_BZ = (0.5 * posterior.log_var_BZ).exp().cpu().numpy()
+                if not (np.isfinite(mean_BZ).all() and np.isfinite(std_BZ).all()):
+                    raise CheckpointError("a latent is not a finite number: the weights of the model are too large")
                 encodings |= {int(i): Encoding(*both) for i, *both in zip(index, mean_BZ, std_BZ, strict=True)}
         return [encodings[i] for i in range(len(rows))]
 

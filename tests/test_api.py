@@ -219,7 +219,7 @@ def test_one_latent_needs_no_list(model: Model) -> None:
         (LATENTS > 0, "holds booleans"),
         (LATENTS.astype(object), "holds Python objects"),
         (HOLED, "row 2, dimension 3 (both from 0): nan"),
-        (np.full((1, WIDTH), 1e300), "too large for float32"),
+        (np.full((1, WIDTH), 1e300), "too large for a latent"),
         ("a text", "holds text"),
         (["a text"], "holds text"),
         ([[0.5] * WIDTH, [0.5]], "cannot be made an array"),

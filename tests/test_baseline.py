@@ -163,6 +163,30 @@ def test_without_a_state_the_time_is_that_of_the_configuration_or_of_the_header(
     assert Baseline(model, timed).config.max_time == 50.0
 
 
+STRANGE: list[object] = [None, True, 3, 1e999, "text", [], [1], {}, {"a": 1}, 10**400, -1.0]
+
+
+@pytest.mark.parametrize("key", ["corpus", "train", "seconds", "counters", "counters.seconds", "log"])
+def test_what_a_stranger_says_of_a_run_is_refused_or_taken(model: Path, key: str) -> None:
+    """With words for people, whatever it is: headers are read before anything is known of who wrote them."""
+    header, state = read_header(model), load_state(model.parent / "state.safetensors")
+    (model.parent / "metrics.jsonl").unlink()
+    for value in STRANGE:
+        training, metadata = dict(header.training), dict(state.metadata)
+        if key == "log":
+            (model.parent / "metrics.jsonl").write_text(json.dumps(value) + ' "done": true \xff')
+        elif key.startswith("counters"):
+            counters = dict(metadata["counters"])
+            metadata["counters"] = {**counters, "seconds": value} if key.endswith("seconds") else value
+            save_state(model.parent / "state.safetensors", state.tensors, metadata)
+        else:
+            training[key] = value
+        try:
+            Baseline(model, replace(header, training=training)).fits()
+        except CheckpointError as error:
+            assert error.hint or key != "seconds"
+
+
 def test_it_needs_the_corpus_of_the_model(model: Path, tmp_path: Path) -> None:
     alone = shutil.copy(model, tmp_path / "alone.safetensors")
     with pytest.raises(CheckpointError, match="cache is not there") as caught:

@@ -19,6 +19,7 @@ from gptvae_cli.latent import (
     active_dimensions,
     entropy,
     free_bits,
+    has_collapsed,
     kl_to_standard_normal,
     lerp,
     mutual_information,
@@ -186,6 +187,11 @@ def test_the_variance_is_that_of_these_texts_and_no_estimate_of_that_of_more() -
 def test_what_texts_can_show_is_their_entropy(counts: list[int]) -> None:
     keys_N = np.repeat(np.arange(len(counts)), counts)
     assert entropy(keys_N) == pytest.approx(float(scipy.stats.entropy(counts)))
+
+
+def test_of_texts_that_are_all_equal_nothing_can_be_said() -> None:
+    assert str(entropy(np.zeros(7, dtype=np.int64))) == "0.0"
+    assert not any(has_collapsed(information, 0.0) for information in (-1e-9, 0.0, 1e-9))
 
 
 def test_a_constant_dimension_is_not_active() -> None:

@@ -240,7 +240,7 @@ def test_a_number_that_is_not_finite_is_named_with_its_place(value: float, dtype
 def test_a_double_too_large_for_float32_is_refused() -> None:
     array = np.zeros((2, Z))
     array[1, 2] = -1e39
-    assert "row 1, dimension 2 (both from 0): -1e+39 is too large for float32" in refusal(saved(array))
+    assert "row 1, dimension 2 (both from 0): -1e+39 is too large for a latent" in refusal(saved(array))
     array[1, 2] = 1e-60
     assert read(saved(array))[1, 2] == 0
 
@@ -344,6 +344,11 @@ def test_a_stream_that_fails_is_bad_input() -> None:
 
 
 # Writing ----------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_number_of_any_length_is_no_reason_to_stop_working() -> None:
+    line = json.dumps([10**400] + [0] * (Z - 1)).encode()
+    assert "is no latent" in refusal(line)
 
 
 def write(stream: BinaryIO, *pieces: Array, width: int = Z) -> None:

@@ -193,6 +193,20 @@ def test_an_existing_run_is_not_touched_unless_told(folder: Path, name: str) -> 
         assert (folder / name).read_bytes() == b"precious", "only a new run replaces it"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.jsonl"])
+@pytest.mark.parametrize("force", [False, True])
+def test_files_of_another_program_are_left_alone(folder: Path, name: str, force: bool) -> None:
+    """The download of a model has the names that a run's files have."""
+    if name == "metrics.jsonl":
+        (folder / name).write_text('{"loss": 1.5, "epoch": 3}\n')
+    else:
+        save_file({"w": torch.zeros(2)}, folder / name, {"format": "pt"})
+    before = contents(folder)
+    with pytest.raises(ConfigError, match=f"{name} is in the way"), claimed(folder, resume=False, force=force):
+        raise AssertionError
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize("name", ["cache", "cache.part"])
 @pytest.mark.parametrize("force", [False, True])
 def test_a_cache_of_the_users_own_is_left_alone(folder: Path, force: bool, name: str) -> None:
@@ -319,7 +333,7 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_an_error(folder: Path) -> None:
     folder.chmod(0o500)
-    with pytest.raises(GPTVAEError, match="permission denied"), claimed(folder, resume=False, force=False):
+    with pytest.raises(GPTVAEError, match="it is not writable"), claimed(folder, resume=False, force=False):
         raise AssertionError
 
 
@@ -678,6 +692,35 @@ def test_a_run_goes_on_without_its_corpus_but_not_without_its_cache(folder: Path
     shutil.rmtree(folder / "cache")
     with pytest.raises(CheckpointError, match=r"token cache .* is missing or damaged"):
         go_on(folder)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_lost_cache_is_made_again_where_the_corpus_is_named(folder: Path, corpus: str, damage: str) -> None:
+    undisturbed = finish(begin(folder, [corpus]))
+    finish(begin(folder, [corpus]), until=3)
+    cache = contents(folder / "cache")
+    if damage == "gone":
+        shutil.rmtree(folder / "cache")
+    else:
+        (folder / "cache" / "train.tokens").write_bytes(b"")
+    other = Path(corpus).with_name("other.txt")
+    other.write_text("\n".join(LINES[1:]))
+    with pytest.raises(DataError, match=r"other\.txt is not the corpus"):
+        go_on(folder, [str(other)])
+    assert not (folder / "cache.part").exists()
+    found = finish(go_on(folder, [corpus])).learner.tensors()
+    assert contents(folder / "cache") == cache
+    for name, tensor in undisturbed.learner.tensors().items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_what_lies_in_a_lost_cache_and_is_not_ours_stays(folder: Path, corpus: str) -> None:
+    finish(begin(folder, [corpus]), until=3)
+    (folder / "cache" / "corpus.json").unlink()
+    (folder / "cache" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"thesis\.txt is in the way"):
+        go_on(folder, [corpus])
+    assert (folder / "cache" / "thesis.txt").exists()
 
 
 def test_a_damaged_state_gives_way_to_the_one_before_it(folder: Path, corpus: str) -> None:

@@ -324,15 +324,22 @@ def source(name: str, *, hint: str = "check the path") -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def output(name: str | None) -> Iterator[BinaryIO]:
+def output(name: str | None, *, binary: bool = False) -> Iterator[BinaryIO]:
     """Where data goes: standard output for None or `-`, else a file, which is there once it is complete.
 
     A file that was there is replaced then, and stays as it was if the command fails. Devices and pipes are written
     to as they are.
 
+    Args:
+        name: of the file.
+        binary: what is written is not for a terminal.
+
     Raises:
+        ConfigError: for a name that is empty, or binary that would go to a terminal.
         GPTVAEError: for a file that cannot be written.
     """
+    if name == "":
+        raise ConfigError("the name of the file to write is empty", hint="name one, or - for standard output")
     if is_stdout(name):
         yield sys.stdout.buffer
         return
@@ -343,6 +350,9 @@ def output(name: str | None) -> Iterator[BinaryIO]:
     part = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.part")
     with _naming(name):
         stream = io.BufferedWriter(_NamedFile(part, name))
+    if binary and stream.isatty():
+        stream.close()
+        raise ConfigError(f"{name} is a terminal, latents are binary", hint="name a file, or pipe them on")
     try:
         yield stream
         if in_place:

@@ -62,6 +62,8 @@ def encode(
     from gptvae_cli.sources import expand
     from gptvae_cli.text import Repairs, read_texts
 
+    if not files or "-" in files:
+        console.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
     on_stdout = console.is_stdout(out)
     if on_stdout and format == "npy":
         console.refuse_terminal_stdout("gptvae encode texts.txt > z.npy")
@@ -71,8 +73,6 @@ def encode(
     sources = expand(files or ["-"])
     console.refuse_input("--out", out, sources)
     console.refuse_input("--std-out", std_out, sources)
-    if "-" in sources:
-        console.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
     path = locate_model(model)
     header = read_header(path)
     header.require_latent(path)
@@ -114,7 +114,7 @@ def latents_to(name: str | None, format: Literal["npy", "jsonl"], width: int) ->
     """A function that writes latents to a file, or to standard output for None or `-`."""
     from gptvae_cli.latent_file import LatentWriter
 
-    with console.output(name) as stream:
+    with console.output(name, binary=format == "npy") as stream:
         if format == "npy":
             with LatentWriter(stream, width) as writer:
                 yield lambda latent_Z: writer.write(latent_Z[None])

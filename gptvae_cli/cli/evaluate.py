@@ -94,6 +94,10 @@ def evaluate(
         raise ConfigError("--baseline and --with-baseline exclude each other", hint="leave one of them out")
     compared = None if baseline is None else locate_model(baseline)
     headers = [header] if compared is None else [header, read_header(compared)]
+    for each in headers[1:]:
+        if (each.data.unit == "window") != (header.data.unit == "window"):
+            units = f"{compared} was trained on texts of unit {each.data.unit}, {path} on {header.data.unit}"
+            console.note(f"{units}: one of them knows no end of a text", quiet=quiet)
     _check(headers, unit, texts, labels=labels, latents_from=latents_from)
     repairs = Repairs()
 

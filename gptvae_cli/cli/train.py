@@ -205,6 +205,8 @@ def train(
     plan = _Plan(locals())
     if resume and force:
         raise ConfigError("--resume goes on with a run, --force replaces it, both were given", hint="leave one out")
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # as torchrun sets it
+        raise ConfigError("several processes cannot train one model yet", hint="gptvae train, without torchrun")
     for remark in misspelt(os.environ):
         console.note(remark, quiet=quiet)
     if print_config:

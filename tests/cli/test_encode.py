@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -19,9 +21,9 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from typer.testing import CliRunner, Result
 
-from gptvae_cli.checkpoint import load
+from gptvae_cli.checkpoint import load, save_model
 from gptvae_cli.cli.app import app
-from tests.cli.conftest import LONGEST, WIDTH
+from tests.cli.conftest import LONGEST, WIDTH, make_model
 from tests.cli.test_train import assert_fails
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,6 +76,39 @@ def posteriors(model: Path, texts: Sequence[str], *, ends: bool = True) -> tuple
             means.append(posterior.mean_BZ[0].numpy())
             stds.append(posterior.log_var_BZ[0].exp().sqrt().numpy())
     return np.stack(means), np.stack(stds)
+
+
+def test_latents_do_not_go_to_a_terminal_by_its_name(encode: Encode, texts: Path) -> None:
+    """Which is a file like any other."""
+    leader, follower = pty.openpty()
+    try:
+        for option in ("--out", "--std-out"):
+            others = () if option == "--out" else ("--out", "z.npy")
+            result = encode(texts, option, os.ttyname(follower), *others)
+            assert_fails(result, 2, os.ttyname(follower), "is a terminal")
+        os.set_blocking(leader, False)
+        with pytest.raises(BlockingIOError):
+            os.read(leader, 1)
+    finally:
+        os.close(leader)
+        os.close(follower)
+
+
+def test_an_empty_name_is_no_place_for_latents(encode: Encode, texts: Path) -> None:
+    assert_fails(encode(texts, "--out", ""), 2, "the name of the file to write is empty")
+    assert_fails(CliRunner().invoke(app, ["encode", str(texts), "--model", ""]), 2, "the name of the model is empty")
+
+
+def test_latents_that_are_no_numbers_are_the_models_fault(texts: Path, tmp_path: Path) -> None:
+    """Its weights are finite, and what they make of a text is not."""
+    path = make_model(tmp_path / "huge.safetensors")
+    found = load(path, device=torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in found.model.to_latent_mean_log_variance.parameters():
+            parameter.fill_(3e38)
+    save_model(path, found.model, found.header)
+    result = CliRunner().invoke(app, ["encode", str(texts), "--model", str(path), "--format", "jsonl"])
+    assert_fails(result, 3, "not a finite number", hint=False)
 
 
 # Latents --------------------------------------------------------------------------------------------------------------

@@ -355,6 +355,16 @@ def print_config(*options: object) -> dict[str, Any]:
     return tomllib.loads(result.stdout)
 
 
+def test_several_processes_are_refused(names: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert_fails(CliRunner().invoke(app, ["train", str(names), "--out", str(out)]), 2, "several processes")
+    assert not out.exists()
+
+
+def test_a_run_folder_has_a_name(names: Path) -> None:
+    assert_fails(CliRunner().invoke(app, ["train", str(names), "--out", ""]), 2, "out is ''")
+
+
 def test_a_variable_with_a_typo_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPTVAE_TARGETRATE", "16")
     result = CliRunner().invoke(app, ["train", "--print-config"])
