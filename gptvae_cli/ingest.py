@@ -307,7 +307,8 @@ class Ingest:
             if ends:
                 if share is not None:
                     self._separate(self.files["valid"])
-                    file.move_tail(max(1, round(self.count * share)), self.files["valid"])
+                    held_out = min(self.count, max(1, round(self.count * share)))  # a text may have no tokens
+                    file.move_tail(held_out, self.files["valid"])
                 self.count = 0
 
     def _separate(self, file: TokenWriter) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+import tokenizers
 
 from gptvae_cli.config import DataConfig, ModelConfig
 from gptvae_cli.corpus import Corpus
@@ -299,6 +300,19 @@ def test_running_texts_are_the_tokens_of_each_whole_text(
         assert found == [*tokens[1][ends[1]], *tokens[0], *tokens[2][ends[2]]]
     assert (corpus.facts.texts, corpus.facts.characters) == (2, sum(map(len, texts)) - 2)
     assert corpus.facts.digest == corpus_digest(list(map(str, files)), config)
+
+
+def test_a_running_text_may_have_no_tokens(tmp_path: Path) -> None:
+    """By a tokenizer of a user's own, which drops what is between words."""
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.save(str(tmp_path / "own.json"))
+    for name, text in (("1.txt", "   "), ("2.txt", "a a a a"), ("3.txt", "  "), ("4.txt", "b b")):
+        (tmp_path / name).write_text(text)
+    config = DataConfig(unit="window", tokenizer=str(tmp_path / "own.json"), valid="0.5")
+    corpus = Corpus.build([str(tmp_path / "*.txt")], config, tmp_path / "cache")
+    tokens = [store.read(np.array([0]), np.array([store.count])).tolist() for store in (corpus.train, corpus.valid)]
+    assert tokens == [[1, 1, 2], [1, 1, 2]]
 
 
 def be_killed(texts: Sequence[str], longest: int | None = None) -> NoReturn:
