@@ -180,10 +180,9 @@ def _whole(chunks: Iterator[str], form: _Form) -> Iterator[str]:
     rest = ""
     for chunk in chunks:
         rest += chunk
-        while len(rest) > PIECE_CHARS:
-            part = Part(next(pieces(rest)))
-            yield part
-            rest = rest[len(part) :]
+        if len(rest) > PIECE_CHARS:
+            *parts, rest = pieces(rest)
+            yield from map(Part, parts)
     yield rest
 
 
