@@ -62,8 +62,7 @@ class ModelConfig:
         heads: attention heads of every layer.
         attn_dim_head: width of one head; half of it is rotated by position.
         pad_id, bos_id, eos_id: the special tokens.
-        conditioning: how a latent enters the decoder, see `conditioning.py`; models from before there was a choice
-            have a `token`.
+        conditioning: how a latent enters the decoder, see `conditioning.py`.
     """
 
     num_tokens: int
@@ -77,7 +76,7 @@ class ModelConfig:
     pad_id: int
     bos_id: int
     eos_id: int
-    conditioning: ConditioningName = "token"
+    conditioning: ConditioningName
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -212,6 +211,9 @@ class DataConfig:
         _one_of("errors", self.errors, get_args(Errors))
         if self.vocab_size is not None:
             _require(256 <= self.vocab_size <= 2**20, "vocab_size", self.vocab_size, "between 256 and 1048576")
+            if self.tokenizer not in ("auto", "bpe"):
+                allowed = f"left out where the tokenizer is {self.tokenizer}, whose size is given"
+                raise FieldError("vocab_size", self.vocab_size, allowed, hint="--tokenizer bpe")
         share = self.valid_share
         if share is not None:
             _require(0 < share <= 0.5, "valid", self.valid, "a file or a share above 0 and up to 0.5")

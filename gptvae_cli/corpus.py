@@ -60,7 +60,7 @@ class CorpusFacts:
     characters: int
     digest: str
     tokenizer_reason: str
-    replaced: int = 0
+    replaced: int
 
 
 @dataclass(frozen=True)

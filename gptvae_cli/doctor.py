@@ -166,7 +166,7 @@ def verdict(figures: Figures, config: TrainConfig) -> str:
         )
     carries = (
         f"the latent carries {figures.mutual_information:.1f} nats of information per text, {figures.texts:,} of which"
-        f" can show at most {figures.most_information:.1f}"
+        f" can show at most {figures.entropy:.1f}"
     )
     if figures.cross_entropy >= figures.cross_entropy_without:
         return f"{carries}; it does not help the decoder yet"

@@ -47,9 +47,9 @@ class Figures:
         cross_entropy_shuffled: given another text's sample.
         cross_entropy_without: given no latent.
         kl: raw KL of the posterior from the prior, never the excess over a floor.
-        mutual_information: between text and latent, at most `entropy`.
+        mutual_information: between text and latent.
         active_001, active_02: dimensions whose posterior mean has a variance above 0.01 and above 0.2.
-        entropy: of the texts, ln(texts) where no two are equal.
+        entropy: of the texts, in nats: ln(texts) where no two are equal. More information they cannot show.
     """
 
     texts: int
@@ -61,12 +61,7 @@ class Figures:
     mutual_information: float
     active_001: int
     active_02: int
-    entropy: float | None = None
-
-    @property
-    def most_information(self) -> float:
-        """What the texts can show, in nats; files of earlier versions do not say which of them are equal."""
-        return math.log(self.texts) if self.entropy is None else self.entropy
+    entropy: float
 
     @property
     def nll_bound(self) -> float:
@@ -76,7 +71,7 @@ class Figures:
     @property
     def collapsed(self) -> bool:
         """Whether the latent carries next to nothing, see `latent.has_collapsed`."""
-        return has_collapsed(self.mutual_information, self.most_information)
+        return has_collapsed(self.mutual_information, self.entropy)
 
 
 @dataclass(frozen=True, eq=False)

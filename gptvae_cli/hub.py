@@ -246,7 +246,7 @@ def _validation(training: Mapping[str, Any]) -> str:
         ("cross-entropy with another text's latent", f"{figures.cross_entropy_shuffled:.2f} nats/text"),
         ("cross-entropy without a latent", f"{figures.cross_entropy_without:.2f} nats/text"),
         ("KL", f"{figures.kl:.2f} nats/text"),
-        ("information", f"{figures.mutual_information:.2f} nats/text, of at most {figures.most_information:.2f}"),
+        ("information", f"{figures.mutual_information:.2f} nats/text, of at most {figures.entropy:.2f}"),
         ("active dimensions", f"{figures.active_001}, {figures.active_02} strongly"),
     ]
     return f"{intro}; one sample of each posterior, seed {config.seed}.\n\n{_table(rows)}"

@@ -132,7 +132,7 @@ class Job:
         """Puts the weights of `model.safetensors` in place of the last ones, and returns what that says of itself."""
         best = load(self.folder / MODEL_NAME, device=self.learner.model.device)
         self.learner.model.load_state_dict(best.model.state_dict())
-        values = best.header.training.get("validation")
+        values = best.header.training["validation"]
         self.figures = Figures(**values) if values else None
         return best.header
 
@@ -377,7 +377,7 @@ def resume(
     """
     state = load_state(folder / STATE_NAME)
     with reading(folder / STATE_NAME):
-        for key in ("model", "data", "train", "tokenizer", "counters"):
+        for key in ("model", "data", "train", "tokenizer", "counters", "precision", "corpus"):
             if key not in state.metadata:
                 raise CheckpointError(f"it says too little about itself: {key!r} is missing")
         model_config = stored_config(ModelConfig, "model", state.metadata["model"])
@@ -387,7 +387,7 @@ def resume(
         check_weights(state.tensors, model_config, stored)
     config = replace(stored, **limits)
     require_log(folder, config.log)
-    corpus = _reopened(folder, sources, data, tokenizer, state.metadata.get("corpus"))
+    corpus = _reopened(folder, sources, data, tokenizer, state.metadata["corpus"])
     model = GPTVAE.from_config(model_config).to(device.device)
     learner = Learner(model, config)
     with reading(folder / STATE_NAME):
@@ -395,7 +395,7 @@ def resume(
     trim_log(folder / METRICS_NAME, learner.counters.step)
     counters = learner.counters
     notes = [f"resumed at step {counters.step:,}, after {counters.seconds:.0f} s", _place(device, precision)]
-    if (before := state.metadata.get("precision", precision.name)) != precision.name:
+    if (before := state.metadata["precision"]) != precision.name:
         notes.append(f"until here it computed in {before}: its steps are not those of an undisturbed run")
     if state.note:
         notes.append(state.note)

@@ -199,7 +199,7 @@ def _validate(learner: Learner, held_out: Sequence[Batch], precision: torch.dtyp
     """Figures of the held-out texts; raises a `DivergedError` where one is not finite."""
     seed, without = learner.config.seed, learner.config.without_latent
     figures = measure(learner.model, held_out, seed=seed, precision=precision, without_latent=without)
-    if not all(math.isfinite(value) for value in asdict(figures).values() if value is not None):
+    if not all(math.isfinite(value) for value in asdict(figures).values()):
         raise diverged("validation is not finite", learner.counters.step)
     return figures
 

@@ -88,6 +88,7 @@ def tiny_config() -> Callable[..., ModelConfig]:
             "pad_id": 17,
             "bos_id": 18,
             "eos_id": 19,
+            "conditioning": "token",
         }
         return ModelConfig(**{**fields, **changes})
 

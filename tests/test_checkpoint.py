@@ -50,6 +50,7 @@ CONFIG = ModelConfig(
     pad_id=TOKENIZER.pad_id,
     bos_id=TOKENIZER.bos_id,
     eos_id=TOKENIZER.eos_id,
+    conditioning="token",
 )
 HEADER = ModelHeader(
     format_version=FORMAT_VERSION,

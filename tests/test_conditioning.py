@@ -111,10 +111,11 @@ def test_the_newest_tokens_fit_the_window(conditioning: ConditioningName) -> Non
     assert way.window(context, 4)[0] == (6 if conditioning == "token" else 0)
 
 
-def test_a_model_from_before_there_was_a_choice_has_a_token(tiny_config: Callable[..., ModelConfig]) -> None:
+def test_a_model_says_how_its_latent_enters(tiny_config: Callable[..., ModelConfig]) -> None:
     stored = to_dict(tiny_config(conditioning="bos"))
     assert from_dict(ModelConfig, stored).conditioning == "bos"
     del stored["conditioning"]
-    assert from_dict(ModelConfig, stored).conditioning == "token"
+    with pytest.raises(ConfigError, match="needs a value for conditioning"):
+        from_dict(ModelConfig, stored)
     with pytest.raises(ConfigError, match="conditioning is 'everywhere'"):
         from_dict(ModelConfig, stored | {"conditioning": "everywhere"})

@@ -39,6 +39,7 @@ MODEL: dict[str, Any] = {
     "pad_id": 256,
     "bos_id": 257,
     "eos_id": 258,
+    "conditioning": "token",
 }
 
 
@@ -206,7 +207,7 @@ def test_valid_is_a_share_or_a_file(valid: str, share: float | None) -> None:
         ModelConfig(**MODEL),
         ModelConfig(**MODEL, attn_dim_head=12),
         DataConfig(),
-        DataConfig(unit="window", field="é 中", valid="b.txt", tokenizer="t.json", vocab_size=300),
+        DataConfig(unit="window", field="é 中", valid="b.txt", tokenizer="bpe", vocab_size=300),
         TrainConfig(),
         TrainConfig(objective="stock", steps=5, epochs=0.5, max_time=None, lr=1e-5, strict=True),
         SampleConfig(),

@@ -52,7 +52,7 @@ def lengths_of(store: TokenStore) -> Ints:
 
 def shape(**changes: Any) -> ModelConfig:
     fields = {"dim": 32, "depth": 1, "enc_depth": 1, "max_seq_len": 32, "dim_latent": 4, "heads": 2}
-    specials = {"num_tokens": 259, "pad_id": PAD, "bos_id": BOS, "eos_id": EOS}
+    specials = {"num_tokens": 259, "pad_id": PAD, "bos_id": BOS, "eos_id": EOS, "conditioning": "token"}
     return ModelConfig(**{**fields, **specials, **changes})
 
 
@@ -63,10 +63,10 @@ def rows_of(corpus: Corpus, **changes: int) -> Rows:
 # The cache ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_a_corpus_comes_back_from_its_cache(tmp_path: Path, tokenizer: str) -> None:
+@pytest.mark.parametrize(("tokenizer", "size"), [("bytes", None), ("bpe", 300)])
+def test_a_corpus_comes_back_from_its_cache(tmp_path: Path, tokenizer: str, size: int | None) -> None:
     lines = ["plain", "Füße 走る", "\t tab and spaces ", "a", "\x00 nul", *LINES]
-    built = build(tmp_path, "\n".join(lines), tokenizer=tokenizer, vocab_size=300)
+    built = build(tmp_path, "\n".join(lines), tokenizer=tokenizer, vocab_size=size)
     opened = Corpus.open(tmp_path / "cache", Tokenizer.from_json(built.tokenizer.to_json()))
     for corpus in (built, opened):
         kept, held_out = contents(corpus, corpus.train), contents(corpus, corpus.valid)
@@ -492,7 +492,7 @@ cache._BEGINNING_CHARS = ingest.SAMPLE_CHARS = ingest._PIECE_CHARS = 2**16
 corpus, folder = Path(sys.argv[1]), Path(sys.argv[2])
 config = DataConfig(tokenizer="bytes")
 model = ModelConfig(num_tokens=259, dim=32, depth=1, enc_depth=1, max_seq_len=32, dim_latent=4, heads=2,
-                    pad_id=256, bos_id=257, eos_id=258)
+                    pad_id=256, bos_id=257, eos_id=258, conditioning="token")
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)

@@ -45,6 +45,7 @@ HEALTHY = Figures(
     mutual_information=6.0,
     active_001=8,
     active_02=4,
+    entropy=math.log(1000),
 )
 COLLAPSING = {"target_rate": 0.0, "bag_of_words": 0.0, "kl_warmup": 0.1, "dropout": 0.0}
 """The evidence lower bound alone, and nothing that keeps a model from learning ten sentences by heart."""
@@ -79,12 +80,12 @@ def test_a_latent_that_says_nothing_or_is_not_heard_is_not(changes: dict[str, An
 @pytest.mark.parametrize(("texts", "carried", "ill"), [(2, 0.69, False), (2, 0.3, True), (5, 1.2, False)])
 def test_few_texts_cannot_show_a_nat(texts: int, carried: float, ill: bool) -> None:
     """ln 2 is 0.69: all that there is to know about two texts."""
-    found = replace(HEALTHY, texts=texts, mutual_information=carried)
+    found = replace(HEALTHY, texts=texts, mutual_information=carried, entropy=math.log(texts))
     assert found.collapsed == ill == (diagnosis(found) is not None)
 
 
 def test_one_text_shows_nothing() -> None:
-    alone = replace(HEALTHY, texts=1, mutual_information=0.0, cross_entropy_shuffled=HEALTHY.cross_entropy)
+    alone = replace(HEALTHY, texts=1, mutual_information=0.0, cross_entropy_shuffled=HEALTHY.cross_entropy, entropy=0.0)
     assert diagnosis(alone) is None
     assert not alone.collapsed
 

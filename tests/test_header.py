@@ -40,6 +40,7 @@ HEADER = ModelHeader(
         pad_id=256,
         bos_id=257,
         eos_id=258,
+        conditioning="token",
     ),
     data=DataConfig(unit="paragraph"),
     tokenizer='{"version": "1.0", "model": "é 中"}',

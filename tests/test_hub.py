@@ -66,7 +66,7 @@ def header(
     """Of a model that nobody trained."""
     tokenizer = tokenizer or Tokenizer.bytes()
     specials: dict[str, Any] = {"pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-    model = ModelConfig(num_tokens=tokenizer.num_tokens, max_seq_len=24, **TINY, **specials)
+    model = ModelConfig(num_tokens=tokenizer.num_tokens, max_seq_len=24, conditioning="token", **TINY, **specials)
     training = {
         "gptvae": "0.1.0",
         "torch": "2",

@@ -56,6 +56,7 @@ FIGURES = Figures(
     mutual_information=3.2,
     active_001=8,
     active_02=4,
+    entropy=math.log(100),
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -737,7 +738,7 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(folder: Path, corpus: st
         go_on(folder)
 
 
-@pytest.mark.parametrize("key", ["model", "data", "train", "tokenizer", "counters"])
+@pytest.mark.parametrize("key", ["model", "data", "train", "tokenizer", "counters", "precision", "corpus"])
 def test_a_state_that_says_too_little_is_refused(folder: Path, corpus: str, key: str) -> None:
     finish(begin(folder, [corpus]), until=3)
     state = load_state(folder / "state.safetensors")

@@ -16,7 +16,7 @@ from gptvae_cli.sizing import LATENT_WIDTH, PRESETS, choose_max_seq_len, choose_
 def test_every_preset_is_a_model(name: str) -> None:
     specials = {"num_tokens": 259, "pad_id": 256, "bos_id": 257, "eos_id": 258}
     sizes: dict[str, Any] = asdict(PRESETS[name]) | specials
-    config = ModelConfig(**sizes, max_seq_len=64, dim_latent=LATENT_WIDTH)
+    config = ModelConfig(**sizes, max_seq_len=64, dim_latent=LATENT_WIDTH, conditioning="bos")
     assert config.heads * config.attn_dim_head >= config.dim
 
 

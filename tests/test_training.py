@@ -47,7 +47,8 @@ MakeRows = Callable[..., Rows]
 
 def shape(**changes: Any) -> ModelConfig:
     sizes = {"dim": 32, "depth": 1, "enc_depth": 1, "max_seq_len": 32, "dim_latent": 8, "heads": 2, "attn_dim_head": 16}
-    return ModelConfig(num_tokens=259, pad_id=256, bos_id=257, eos_id=258, **{**sizes, **changes})
+    fields = {"num_tokens": 259, "pad_id": 256, "bos_id": 257, "eos_id": 258, "conditioning": "token"}
+    return ModelConfig(**{**fields, **sizes, **changes})
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -97,6 +98,7 @@ FIGURES = Figures(
     mutual_information=2.0,
     active_001=8,
     active_02=4,
+    entropy=math.log(10),
 )
 
 

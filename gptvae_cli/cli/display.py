@@ -118,7 +118,7 @@ def _add_figures(body: Table, figures: Figures, dim_latent: int | None) -> None:
     if dim_latent is None:
         body.add_row("held out", f"{figures.cross_entropy_without:.2f} nats/text, without a latent")
         return
-    ceiling = min(figures.kl, figures.most_information)
+    ceiling = min(figures.kl, figures.entropy)
     carried = Text(f"{figures.mutual_information:.2f} nats of information", style=_health(figures))
     carried.append(
         f" in KL {figures.kl:.1f}   (at most {ceiling:.1f} shows on {figures.texts:,} texts)", style="default"

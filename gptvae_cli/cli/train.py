@@ -287,10 +287,6 @@ class _Plan:
             self.sizes = _config(SizeConfig, values)
             self.train = _config(TrainConfig, values)
             self.machine = _config(MachineConfig, values)
-            # Here and not in the config: headers of older models may hold both.
-            if self.data.vocab_size is not None and self.data.tokenizer not in ("auto", "bpe"):
-                allowed = f"left out where the tokenizer is {self.data.tokenizer}, whose size is given"
-                raise FieldError("vocab_size", self.data.vocab_size, allowed, hint="--tokenizer bpe")
 
     @contextmanager
     def naming(self) -> Iterator[None]:

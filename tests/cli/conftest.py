@@ -45,6 +45,7 @@ def make_model(
         pad_id=tokenizer.pad_id,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
+        conditioning="token",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

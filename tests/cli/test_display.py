@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ FIGURES = Figures(
     mutual_information=6.81,
     active_001=29,
     active_02=17,
+    entropy=math.log(1000),
 )
 REPORT = StepReport(
     step=1234,

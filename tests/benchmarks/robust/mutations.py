@@ -385,6 +385,7 @@ def _write_model(path: Path) -> bytes:
         pad_id=tokenizer.pad_id,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
+        conditioning="token",
     )
     torch.manual_seed(0)
     training = {"steps": 3, "train": {"latents_dropout_prob": 0.1}, "validation": {"kl": 1.5}}

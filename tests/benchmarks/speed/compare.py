@@ -81,6 +81,7 @@ def pair(num_tokens: int, *, dim: int, depth: int, enc_depth: int, heads: int, l
         pad_id=num_tokens,
         bos_id=num_tokens + 1,
         eos_id=num_tokens + 2,
+        conditioning="token",
     )
     ours = GPTVAE.from_config(config)
     stock = stock_module.GPTVAE(
