@@ -99,6 +99,11 @@ def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Preci
     return Precision(torch.bfloat16 if times >= BFLOAT16_PAYS else torch.float32, found)
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Within, a model of float32 weights computes in this type: bfloat16 under autocast, or float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def tune_cpu(threads: int | None) -> int:
     """Prepares this process for computing on its CPU, and returns how many threads torch uses.
 

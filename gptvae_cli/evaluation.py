@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.device import rows_together, tokens_together
+from gptvae_cli.device import autocast, rows_together, tokens_together
 from gptvae_cli.latent import active_dimensions, entropy, has_collapsed, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
@@ -297,8 +297,7 @@ def _evaluating(model: GPTVAE, precision: torch.dtype) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        bfloat16 = precision == torch.bfloat16
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bfloat16), model.frozen():
+        with autocast(model.device, precision), model.frozen():
             yield
     finally:
         model.train(was_training)

@@ -23,7 +23,7 @@ from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import padded, plan_batches
 from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
-from gptvae_cli.device import resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
+from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.noise import latent_noise
 from gptvae_cli.text import Part
@@ -172,8 +172,7 @@ class Encoder:
         """The posteriors of rows of tokens, computed in batches of rows about equally long."""
         model = self.checkpoint.model
         encodings: dict[int, Encoding] = {}
-        bfloat16 = self.dtype == torch.bfloat16
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16), model.frozen():
+        with autocast(model.device, self.dtype), model.frozen():
             for index in plan_batches(np.array([*map(len, rows)]), tokens_together(model.device, self.dtype)):
                 tokens_BT = padded([rows[i] for i in index], self.config.pad_id)
                 posterior = model.posterior(tokens_BT.to(model.device)).in_float32()
@@ -269,7 +268,7 @@ def write(
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
     prompt_ids = tokenizer.encode_batch([prompt])[0]
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with autocast(device, dtype):
         for ids in decode(
             checkpoint.model,
             (replace(request, prompt=prompt_ids) for request in requests),

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gptvae_cli.config import ModelConfig, TrainConfig
 from gptvae_cli.data import Epoch, Rows, fixed_batches
-from gptvae_cli.device import tokens_together
+from gptvae_cli.device import autocast, tokens_together
 from gptvae_cli.doctor import UNTREATED, Recipe, diagnosis, recipe, treatable, treatment
 from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.learner import Counters, Learner, diverged
@@ -278,12 +278,11 @@ def _step(
         (batch, training_noise(now, learner.counters.step, part, batch, model.config, dropout))
         for part, batch in enumerate(batches)
     ]
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == torch.bfloat16)
     if len(parts) > 1 and not weights.language_model:
-        with autocast:
+        with autocast(device, precision):
             step_kl_Z = mean_kl(model, ((batch.to(device), noise.to(device)) for batch, noise in parts))
     for batch, noise in parts:
-        with autocast:
+        with autocast(device, precision):
             terms = objective(
                 model,
                 learner.bag_of_words,
