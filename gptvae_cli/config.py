@@ -184,13 +184,34 @@ class MachineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a text is, and how a corpus becomes one.
+class TextConfig:
+    """What a text is.
 
     Args:
         unit: `line`, `paragraph` (blank-line separated), `file`, or `window` (random crops of a running text).
-        field: the key, or the column, that holds the text in `.jsonl`, `.csv` and `.parquet` corpora.
+        field: the key, or the column, that holds the text in `.jsonl`, `.csv` and `.parquet` files.
         errors: what bytes that are not UTF-8 are: `strict` an error, `replace` U+FFFD.
+    """
+
+    unit: Unit = "line"
+    field: str = "text"
+    errors: Errors = "strict"
+
+    def __post_init__(self) -> None:
+        _one_of("unit", self.unit, UNITS)
+        _one_of("errors", self.errors, get_args(Errors))
+
+    def overridden(self, *, unit: Unit | None, field: str | None, errors: Errors | None) -> TextConfig:
+        """The same, but for what is given."""
+        return TextConfig(unit=unit or self.unit, field=field or self.field, errors=errors or self.errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(TextConfig):
+    """What a text is, and what is made of a corpus.
+
+    Args:
+        unit, field, errors: as in `TextConfig`.
         valid: a file of held-out texts, or the share of the texts to hold out.
         latents_from: a file of texts for the encoder, aligned with the corpus (the seed's `seq_for_latents`).
         tokenizer: `auto`, `bytes`, `bpe` or the path of a `tokenizers` JSON file.
@@ -198,17 +219,13 @@ class DataConfig:
             chooses by the size of the corpus.
     """
 
-    unit: Unit = "line"
-    field: str = "text"
-    errors: Errors = "strict"
     valid: str = "0.05"
     latents_from: str | None = None
     tokenizer: str = "auto"
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("unit", self.unit, UNITS)
-        _one_of("errors", self.errors, get_args(Errors))
+        super().__post_init__()
         if self.vocab_size is not None:
             _require(256 <= self.vocab_size <= 2**20, "vocab_size", self.vocab_size, "between 256 and 1048576")
             if self.tokenizer not in ("auto", "bpe"):

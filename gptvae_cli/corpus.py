@@ -13,7 +13,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 from gptvae_cli.config import DataConfig, to_dict
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError, GPTVAEError
@@ -34,8 +33,7 @@ from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.tokens import TokenStore
 
 _BEGINNING_CHARS = 2**22
-"""How much of a corpus in files is in memory before the rest is read; of a pipe it is all that a tokenizer learns from.
-"""
+"""How much of a corpus in files is in memory before the rest is read; of a pipe it is what a tokenizer learns from."""
 _EDGE_BYTES = 2**20
 """How much of the beginning and of the end of a file is looked at to recognise it."""
 _FACTS_NAME, _TOKENIZER_NAME = "corpus.json", "tokenizer.json"
@@ -129,7 +127,6 @@ class Corpus:
         config: DataConfig,
         folder: Path,
         *,
-        stdin: BinaryIO | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Corpus:
         """Reads texts, makes or loads the tokenizer, and writes the cache.
@@ -140,7 +137,6 @@ class Corpus:
             sources: files, folders or `-`; none is stdin.
             config: what a text is and which tokenizer.
             folder: where the cache goes; made if need be.
-            stdin: stands for standard input.
             on_progress: called with the characters read so far.
 
         Raises:
@@ -159,7 +155,7 @@ class Corpus:
         # Before they are read: what changes meanwhile will not be recognised.
         mark = fingerprint(sources, config)
         repairs = Repairs()
-        pairs = NotEmpty(read_pairs(sources, config, repairs, stdin))
+        pairs = NotEmpty(read_pairs(sources, config, repairs))
         beginning = take(pairs, SAMPLE_CHARS if mark is None else _BEGINNING_CHARS)
         rest = take(pairs, 1)
         # A corpus may be sorted; but what comes through a pipe is gone.
@@ -201,7 +197,7 @@ class Corpus:
             raise DataError(f"found no text to train on in {', '.join(sources) or 'standard input'}")
         return corpus
 
-    def is_of(self, sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO | None = None) -> bool:
+    def is_of(self, sources: Sequence[str], config: DataConfig) -> bool:
         """Whether these sources hold this corpus: by their fingerprint, else by reading all of them.
 
         Raises:
@@ -209,7 +205,7 @@ class Corpus:
         """
         if self.fingerprint is not None and self.fingerprint == fingerprint(sources, config):
             return True
-        return corpus_digest(sources, config, stdin=stdin) == self.facts.digest
+        return corpus_digest(sources, config) == self.facts.digest
 
 
 def is_cache_file(name: str) -> bool:

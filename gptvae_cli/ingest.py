@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig
+from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, TextConfig
 from gptvae_cli.errors import DataError
 from gptvae_cli.sources import STDIN, excerpt, expand, is_plain
 from gptvae_cli.text import Part, Repairs, read_texts
@@ -50,19 +49,17 @@ _SALTS, _SALT_TEXTS = 64, 10_000
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-def read_pairs(
-    sources: Sequence[str], config: DataConfig, repairs: Repairs, stdin: BinaryIO | None = None
-) -> Iterator[Pair]:
+def read_pairs(sources: Sequence[str], config: DataConfig, repairs: Repairs) -> Iterator[Pair]:
     """The texts of a corpus; running texts come in parts.
 
     Raises:
         DataError: as `read_texts` does, and where there is not one text for the encoder for each.
     """
-    texts = _read(sources, config, repairs, stdin)
+    texts = read_texts(sources, config, repairs=repairs, in_parts=True)
     if config.latents_from is None:
         yield from ((text, "") for text in texts)
         return
-    others = _read([config.latents_from], config, repairs)
+    others = read_texts([config.latents_from], config, repairs=repairs, in_parts=True)
     nothing = object()
     for count, text in enumerate(texts):
         source = next(others, nothing)
@@ -77,18 +74,6 @@ def read_pairs(
             f"{config.latents_from} has more texts than the corpus",
             hint="--latents-from needs one text for every text of the corpus, in the same order",
         )
-
-
-def _read(sources: Sequence[str], config: DataConfig, repairs: Repairs, stdin: BinaryIO | None = None) -> Iterator[str]:
-    return read_texts(
-        sources,
-        unit=config.unit,
-        field=config.field,
-        errors=config.errors,
-        repairs=repairs,
-        stdin=stdin,
-        in_parts=True,
-    )
 
 
 class NotEmpty(Iterator[Pair]):
@@ -145,7 +130,7 @@ def pairs_from_all(sources: Sequence[str], config: DataConfig) -> Iterator[Pair]
     if not all(map(is_plain, files)) or sum(Path(file).stat().st_size for file in files) <= SAMPLE_CHARS:
         return read_pairs(sources, config, Repairs())
     stream = io.BytesIO(excerpt(files, SAMPLE_CHARS))
-    texts = read_texts([STDIN], unit=config.unit, errors="replace", stdin=stream, in_parts=True)
+    texts = read_texts([STDIN], TextConfig(unit=config.unit, errors="replace"), stdin=stream, in_parts=True)
     return ((text, "") for text in texts)
 
 
@@ -265,7 +250,7 @@ class Ingest:
             file.close()
 
     def _valid_file(self, name: str) -> None:
-        pairs = NotEmpty((text, "") for text in _read([name], self.config, self.repairs))
+        pairs = NotEmpty((text, "") for text in read_texts([name], self.config, repairs=self.repairs, in_parts=True))
         piece = take(pairs, _PIECE_CHARS)
         if not piece:
             raise DataError(f"found no text in the validation file {name}")
@@ -325,10 +310,10 @@ def _processors() -> int:
 # The digest -----------------------------------------------------------------------------------------------------------
 
 
-def corpus_digest(sources: Sequence[str], config: DataConfig, *, stdin: BinaryIO | None = None) -> str:
+def corpus_digest(sources: Sequence[str], config: DataConfig) -> str:
     """The digest that `Ingest` makes, of a corpus as it is now; what the encoder reads is not in it."""
     digest = hashlib.blake2b(digest_size=16)
-    pairs = NotEmpty((text, "") for text in _read(sources, config, Repairs(), stdin))
+    pairs = NotEmpty((text, "") for text in read_texts(sources, config, in_parts=True))
     while piece := take(pairs, _PIECE_CHARS):
         _update(digest, *_encoded([text for text, _ in piece]))
     return digest.hexdigest()

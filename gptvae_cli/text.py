@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import BinaryIO, TextIO
 
-from gptvae_cli.config import Errors, Unit
+from gptvae_cli.config import TextConfig
 from gptvae_cli.errors import DataError
 from gptvae_cli.sources import STDIN, ending, expand, opened, reading_errors
 from gptvae_cli.tokenizer import PIECE_CHARS, pieces
@@ -55,10 +55,8 @@ class Repairs:
 
 def read_texts(
     sources: Sequence[str],
+    config: TextConfig,
     *,
-    unit: Unit,
-    field: str = "text",
-    errors: Errors = "strict",
     repairs: Repairs | None = None,
     stdin: BinaryIO | None = None,
     in_parts: bool = False,
@@ -83,10 +81,8 @@ def read_texts(
 
     Args:
         sources: names, or `-` for stdin; none is stdin.
-        unit: what a text is.
-        field: the key of a record's text, or the name of its column.
-        errors: `replace` puts U+FFFD where bytes are not UTF-8, as `bytes.decode` does, and where a JSON string
-            holds half of a surrogate pair.
+        config: what a text is. With errors of `replace` there is U+FFFD where bytes are not UTF-8, as `bytes.decode`
+            puts it, and where a JSON string holds half of a surrogate pair.
         repairs: counts these.
         stdin: stands for standard input; None is the process's own.
         in_parts: a text of `window` comes in the pieces that `tokenizer.pieces` cuts it into, all but the last a
@@ -102,7 +98,7 @@ def read_texts(
         stdin = getattr(sys.stdin, "buffer", None)
         if stdin is None:
             raise DataError("cannot read stdin: it is closed", hint="name a file")
-    form = _Form(unit, field, errors, Repairs() if repairs is None else repairs, in_parts and unit == "window")
+    form = _Form(config, Repairs() if repairs is None else repairs, in_parts and config.unit == "window")
     return chain.from_iterable(_read_file(file, form, stdin) for file in files)
 
 
@@ -110,9 +106,7 @@ def read_texts(
 class _Form:
     """How texts are to be read; the arguments of `read_texts`."""
 
-    unit: Unit
-    field: str
-    errors: Errors
+    config: TextConfig
     repairs: Repairs
     in_parts: bool
 
@@ -133,9 +127,9 @@ def _read_file(file: str, form: _Form, stdin: BinaryIO | None) -> Iterator[str]:
             form_of_records = {".jsonl": _records, ".csv": _cells}.get(ending(file, unpacked=True))
             if form_of_records is not None:
                 yield from _of_records(form_of_records(_lines(stream, name, form), name, form), form)
-            elif form.unit == "line":
+            elif form.config.unit == "line":
                 yield from _lines(stream, name, form)
-            elif form.unit == "paragraph":
+            elif form.config.unit == "paragraph":
                 yield from _paragraphs(_lines(stream, name, form))
             else:
                 yield from _whole(_chunks(stream, name, form), form)
@@ -206,7 +200,7 @@ def _valid(text: str, name: str, number: int | None, form: _Form, column: int = 
     """
     if text.isascii() or not (escaped := _ESCAPED_BYTE.search(text)):
         return text
-    if form.errors == "replace":
+    if form.config.errors == "replace":
         return form.replaced(text)
     what = f"byte 0x{ord(escaped[0]) - 0xDC00:02x} is not UTF-8"
     before, hint = text[: escaped.start()], "--errors replace puts U+FFFD there"
@@ -247,9 +241,9 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
 def _of_records(records: Iterator[str], form: _Form) -> Iterator[str]:
     """Texts of a unit: records with the line ends of a text."""
     texts = (record.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n") for record in records)
-    if form.unit == "line":
+    if form.config.unit == "line":
         yield from (text.replace("\n", " ") for text in texts)
-    elif form.unit == "window":
+    elif form.config.unit == "window":
         joined = chain.from_iterable(("\n\n", text) for text in texts)
         yield from _whole(islice(joined, 1, None), form)  # without the first blank line
     else:
@@ -262,9 +256,9 @@ def _records(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
         if not line or line.isspace():
             continue
         place = f"{name}, line {number}"
-        text = _record_text(line, place, form.field)
+        text = _record_text(line, place, form.config.field)
         if surrogate := _SURROGATE.search(text):
-            if form.errors == "strict":
+            if form.config.errors == "strict":
                 raise DataError(
                     f"{place}: \\u{ord(surrogate[0]):04x} is a lone surrogate, half of a character"
                     f" (character {surrogate.start() + 1} of the text)",
@@ -315,13 +309,13 @@ def _cells(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
         for row in rows:
             if not names:
                 names = row
-                if form.field not in names:
+                if form.config.field not in names:
                     raise DataError(
-                        f"{name} has no column {form.field!r}",
+                        f"{name} has no column {form.config.field!r}",
                         hint=f"--field names it; this file has {_some(names)}; {_PLAIN}",
                     )
             elif len(row) == len(names):
-                yield row[names.index(form.field)]
+                yield row[names.index(form.config.field)]
             elif row:
                 raise DataError(
                     f"{name}, line {first} has {len(row)} cells, the first line has {len(names)}",
@@ -339,6 +333,7 @@ def _rows(file: str, form: _Form) -> Iterator[str]:
     import pyarrow
     from pyarrow import parquet, types
 
+    field = form.config.field
     try:
         # Not pre-buffered, or a whole row group would be in memory; opened here, as Arrow takes only names in UTF-8.
         with (
@@ -346,22 +341,23 @@ def _rows(file: str, form: _Form) -> Iterator[str]:
             parquet.ParquetFile(raw, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as table,
         ):
             names = table.schema_arrow.names
-            if form.field not in names:
+            if field not in names:
                 raise DataError(
-                    f"{file} has no column {form.field!r}", hint=f"--field names it; this file has {_some(names)}"
+                    f"{file} has no column {field!r}",
+                    hint=f"--field names it; this file has {_some(names)}",
                 )
-            kind = table.schema_arrow.types[names.index(form.field)]
+            kind = table.schema_arrow.types[names.index(field)]
             kind = kind.value_type if types.is_dictionary(kind) else kind
             if str(kind) not in _STRINGS:
-                raise DataError(f"{file}: the column {form.field!r} is of {kind}, expected strings")
-            batches = table.iter_batches(_PARQUET_ROWS, columns=[form.field], use_threads=False)
+                raise DataError(f"{file}: the column {field!r} is of {kind}, expected strings")
+            batches = table.iter_batches(_PARQUET_ROWS, columns=[field], use_threads=False)
             # As bytes, because Arrow believes a file that says it holds UTF-8.
             columns = (batch.column(0).cast(kind).cast("large_binary") for batch in batches)
             values = chain.from_iterable(column.to_pylist() for column in columns)
             for number, value in enumerate(values, 1):
                 place = f"{file}, row {number}"
                 if value is None:
-                    raise DataError(f"{place}: the column {form.field!r} is null, expected a string")
+                    raise DataError(f"{place}: the column {field!r} is null, expected a string")
                 yield _valid(value.decode("utf-8", "surrogateescape"), place, None, form)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.strerror:  # of the system, not of Arrow

@@ -206,9 +206,15 @@ def test_units_decide_what_is_one_text(tmp_path: Path, unit: str) -> None:
     assert found == (halves if unit == "paragraph" else [f"first {i}\n\nsecond\nof {i}" for i in range(6)])
 
 
-def test_standard_input_is_a_corpus(tmp_path: Path) -> None:
-    config = DataConfig(tokenizer="bytes")
-    corpus = Corpus.build([], config, tmp_path, stdin=io.BytesIO("\n".join(LINES).encode()))
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sends a text to standard input."""
+    return lambda text: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+def test_standard_input_is_a_corpus(tmp_path: Path, pipe: Callable[[str], None]) -> None:
+    pipe("\n".join(LINES))
+    corpus = Corpus.build([], DataConfig(tokenizer="bytes"), tmp_path)
     assert corpus.facts.texts == len(LINES)
     assert corpus.facts.digest == build(tmp_path, "\n".join(LINES)).facts.digest
 
@@ -229,7 +235,7 @@ def test_a_corpus_larger_than_a_piece_loses_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_the_tokenizer_learns_from_all_of_a_sorted_corpus_that_is_larger_than_its_sample(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe: Callable[[str], None]
 ) -> None:
     """A word of the last third is one token; through a pipe, whose beginning is all that can be kept, it is not."""
     for name in ("ingest.SAMPLE_CHARS", "corpus.SAMPLE_CHARS", "corpus._BEGINNING_CHARS"):
@@ -239,8 +245,8 @@ def test_the_tokenizer_learns_from_all_of_a_sorted_corpus_that_is_larger_than_it
     spread = build(tmp_path, text, tokenizer="bpe")
     assert spread.facts.texts == len(lines)
     assert [len(spread.tokenizer.encode_batch([word])[0]) for word in ("antelope", "crocodile")] == [1, 1]
-    config = DataConfig(tokenizer="bpe")
-    piped = Corpus.build([], config, tmp_path / "piped", stdin=io.BytesIO(text.encode()))
+    pipe(text)
+    piped = Corpus.build([], DataConfig(tokenizer="bpe"), tmp_path / "piped")
     assert len(piped.tokenizer.encode_batch(["antelope"])[0]) == 1 < len(piped.tokenizer.encode_batch(["crocodile"])[0])
     assert piped.facts.texts == len(lines)
 
@@ -426,14 +432,17 @@ def test_a_file_that_a_setting_names_belongs_to_the_corpus(tmp_path: Path, optio
     assert recalled(tmp_path, **data) is None
 
 
-def test_standard_input_is_never_recalled(tmp_path: Path) -> None:
+def test_standard_input_is_never_recalled(tmp_path: Path, pipe: Callable[[str], None]) -> None:
     """What it holds is known only once it is read; its digest tells whether it is the corpus of a run."""
-    config, text = DataConfig(tokenizer="bytes"), "\n".join(LINES).encode()
-    corpus = Corpus.build([], config, tmp_path / "cache", stdin=io.BytesIO(text))
+    config, text = DataConfig(tokenizer="bytes"), "\n".join(LINES)
+    pipe(text)
+    corpus = Corpus.build([], config, tmp_path / "cache")
     assert corpus.fingerprint is None
     assert Corpus.recall(tmp_path / "cache", [], config) is None
-    assert corpus.is_of([], config, stdin=io.BytesIO(text))
-    assert not corpus.is_of([], config, stdin=io.BytesIO(text[1:]))
+    pipe(text)
+    assert corpus.is_of([], config)
+    pipe(text[1:])
+    assert not corpus.is_of([], config)
 
 
 def test_a_corpus_is_known_by_its_files_or_else_by_its_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,12 +564,13 @@ def test_a_long_running_text_takes_no_more_memory_than_a_short_one(tmp_path: Pat
 # The digest -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_digest_recognises_a_corpus_whatever_file_it_is_in(tmp_path: Path) -> None:
+def test_the_digest_recognises_a_corpus_whatever_file_it_is_in(tmp_path: Path, pipe: Callable[[str], None]) -> None:
     facts = build(tmp_path, "\n".join(LINES)).facts
     config = DataConfig()
     (tmp_path / "other.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(LINES).encode() + b"\r\n\r\n")
     assert corpus_digest([str(tmp_path / "other.txt")], config) == facts.digest
-    assert corpus_digest(["-"], config, stdin=io.BytesIO("\n".join(LINES).encode())) == facts.digest
+    pipe("\n".join(LINES))
+    assert corpus_digest(["-"], config) == facts.digest
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint, load
-from gptvae_cli.config import PathKind, SampleConfig, Unit
+from gptvae_cli.config import PathKind, SampleConfig, TextConfig, Unit
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.errors import CheckpointError, ConfigError, DeviceError
 from gptvae_cli.sampling import Encoder, Encoding, Floats
@@ -199,7 +199,8 @@ def test_a_running_text_in_parts_has_the_windows_of_the_whole(checkpoint: Checkp
     lines = "".join(f"{i} times\n" for i in range(20_000))
     for name, text in (("a", lines), ("b", ""), ("c", "c" * 2**17), ("d", "short")):
         (tmp_path / f"{name}.txt").write_text(text)
-    whole, parts = (list(read_texts([str(tmp_path)], unit="window", in_parts=each)) for each in (False, True))
+    config = TextConfig(unit="window")
+    whole, parts = (list(read_texts([str(tmp_path)], config, in_parts=each)) for each in (False, True))
     assert len(whole) == 4 < len(parts)
     rows = [list(Encoder(checkpoint, "window").rows(texts)) for texts in (whole, parts)]
     assert rows[0] == rows[1]

@@ -17,14 +17,14 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from gptvae_cli.config import UNITS, Unit
+from gptvae_cli.config import UNITS, TextConfig
 from gptvae_cli.errors import DataError, ExitCode, GPTVAEError
 from gptvae_cli.sources import excerpt, expand, is_plain
 from gptvae_cli.text import Repairs, read_texts
 
 
-def read(*files: Path, unit: Unit = "line", **options: Any) -> list[str]:
-    return list(read_texts(list(map(str, files)), unit=unit, **options))
+def read(*files: Path, repairs: Repairs | None = None, **config: Any) -> list[str]:
+    return list(read_texts(list(map(str, files)), TextConfig(**config), repairs=repairs))
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_pattern_stands_for_files_sorted_unless_a_file_has_that_name(
 @pytest.mark.parametrize("pattern", ["*.csv", "d/*.log", "e?", "d*"])
 def test_a_pattern_that_matches_no_file_is_named(tree: Path, pattern: str) -> None:
     with pytest.raises(DataError) as caught:
-        read_texts([pattern], unit="line")
+        read_texts([pattern], TextConfig())
     assert caught.value.message == f"no file matches {pattern}"
     assert caught.value.hint
 
@@ -71,7 +71,7 @@ def test_a_file_called_like_standard_input_is_a_file(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("-").write_text("of the file")
     assert expand(["*"]) == ["./-"]
-    assert list(read_texts(["*"], unit="line", stdin=io.BytesIO(b"of stdin"))) == ["of the file"]
+    assert list(read_texts(["*"], TextConfig(), stdin=io.BytesIO(b"of stdin"))) == ["of the file"]
 
 
 # Packings -------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_a_missing_package_is_told_before_anything_is_read(
     (tmp_path / name).write_bytes(b"")
     for source in (tmp_path, tmp_path / name):
         with pytest.raises(GPTVAEError) as caught:
-            read_texts(["-", str(source)], unit="line", stdin=io.BytesIO(b"a"))
+            read_texts(["-", str(source)], TextConfig(), stdin=io.BytesIO(b"a"))
         assert caught.value.message == f"reading {tmp_path / name} needs the package {package}, which is not installed"
         assert caught.value.hint == f"pip install {package}"
         assert caught.value.exit_code == ExitCode.FAILURE

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 from pyarrow import csv as arrow_csv
 
-from gptvae_cli.config import UNITS, Unit
+from gptvae_cli.config import UNITS, TextConfig, Unit
 from gptvae_cli.errors import DataError
 from gptvae_cli.text import Part, Repairs, read_texts
 from gptvae_cli.tokenizer import pieces
 
 
 def read(data: bytes, unit: Unit = "line") -> list[str]:
-    return list(read_texts([], unit=unit, stdin=io.BytesIO(data)))
+    return list(read_texts([], TextConfig(unit=unit), stdin=io.BytesIO(data)))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_file_is_one_text_without_mark_cr_and_final_newline(unit: Unit, tmp_pa
     for number, content in enumerate(contents):
         files.append(str(tmp_path / f"{number}"))
         Path(files[-1]).write_bytes(content)
-    assert list(read_texts(files, unit=unit)) == ["a\n\nb\n", "", "c"]
+    assert list(read_texts(files, TextConfig(unit=unit))) == ["a\n\nb\n", "", "c"]
 
 
 def test_sources_are_read_in_order_and_a_dash_is_stdin(tmp_path: Path) -> None:
@@ -83,23 +83,23 @@ def test_sources_are_read_in_order_and_a_dash_is_stdin(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("3\n")
     stdin = io.BytesIO(b"x\ny")
     sources = [str(tmp_path / "b"), "-", str(tmp_path / "a.log")]
-    assert list(read_texts(sources, unit="line", stdin=stdin)) == ["3", "x", "y", "1", "2"]
+    assert list(read_texts(sources, TextConfig(), stdin=stdin)) == ["3", "x", "y", "1", "2"]
     assert not stdin.closed
 
 
 def test_stdin_is_the_process_own_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb")))
-    assert list(read_texts([], unit="line")) == ["a", "b"]
+    assert list(read_texts([], TextConfig())) == ["a", "b"]
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(DataError, match="stdin: it is closed"):
-        read_texts(["-"], unit="line")
+        read_texts(["-"], TextConfig())
 
 
 def test_lines_of_a_pipe_are_there_before_its_end() -> None:
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb") as stdin, os.fdopen(writer, "wb", buffering=0) as pipe:
         pipe.write(b"first\nsec")
-        texts = read_texts([], unit="line", stdin=stdin)
+        texts = read_texts([], TextConfig(), stdin=stdin)
         assert next(texts) == "first"
         pipe.write(b"ond\n")
         assert next(texts) == "second"
@@ -111,6 +111,7 @@ def test_reading_lines_takes_constant_memory() -> None:
     """100 MB of lines under a limit of address space that does not hold them."""
     program = """
 import io, resource, sys
+from gptvae_cli.config import TextConfig
 from gptvae_cli.text import read_texts
 
 class Endless(io.RawIOBase):
@@ -124,7 +125,7 @@ class Endless(io.RawIOBase):
 
 resource.setrlimit(resource.RLIMIT_AS, (80 * 2**20, 80 * 2**20))
 stdin = io.BufferedReader(Endless(), 65536)
-print(sum(len(text) for text in read_texts([], unit="line", stdin=stdin)))
+print(sum(len(text) for text in read_texts([], TextConfig(), stdin=stdin)))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stderr, done.stdout) == ("", f"{100 * 1024 * 1023}\n")
@@ -139,14 +140,14 @@ def test_a_folder_gives_its_texts_sorted_and_nothing_else(tmp_path: Path) -> Non
     (tmp_path / "sub" / "a.txt.gz").write_bytes(gzip.compress(b"4"))
     (tmp_path / "notes.md").write_text("no")
     (tmp_path / "data.gz").write_bytes(b"no")
-    assert list(read_texts([str(tmp_path)], unit="line")) == ["1", "2", "3", "4", "5"]
+    assert list(read_texts([str(tmp_path)], TextConfig())) == ["1", "2", "3", "4", "5"]
 
 
 def test_missing_sources_are_found_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*none\.txt: No such file"):
-        read_texts(["-", str(tmp_path / "none.txt")], unit="line", stdin=io.BytesIO(b"a"))
+        read_texts(["-", str(tmp_path / "none.txt")], TextConfig(), stdin=io.BytesIO(b"a"))
     with pytest.raises(DataError, match="no texts in the folder") as caught:
-        read_texts([str(tmp_path)], unit="line")
+        read_texts([str(tmp_path)], TextConfig())
     assert caught.value.hint
 
 
@@ -155,10 +156,10 @@ def test_unreadable_files_and_folders_are_bad_input(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.txt").chmod(0)
     with pytest.raises(DataError, match="Permission denied"):
-        list(read_texts([str(tmp_path / "a.txt")], unit="line"))
+        list(read_texts([str(tmp_path / "a.txt")], TextConfig()))
     (tmp_path / "sub").mkdir(mode=0)
     with pytest.raises(DataError, match="Permission denied"):
-        read_texts([str(tmp_path)], unit="line")
+        read_texts([str(tmp_path)], TextConfig())
     (tmp_path / "sub").chmod(0o700)
 
 
@@ -180,7 +181,7 @@ def test_bytes_that_are_not_utf8_are_named(unit: Unit, data: bytes, line: int, b
     path = tmp_path / "corpus.txt"
     path.write_bytes(data)
     with pytest.raises(DataError, match=rf"corpus\.txt, line {line}: byte 0x{byte:02x} is not UTF-8") as caught:
-        list(read_texts([str(path)], unit=unit))
+        list(read_texts([str(path)], TextConfig(unit=unit)))
     assert (caught.value.hint and "iconv -f latin1" in caught.value.hint) or line == 1
 
 
@@ -219,11 +220,11 @@ def test_bytes_that_are_not_utf8_are_where_pythons_decoder_finds_them() -> None:
 def test_replacing_gives_what_pythons_decoder_gives_and_counts_it() -> None:
     for data in spoilt():
         text, repairs = data.decode("utf-8", "replace"), Repairs()
-        texts = read_texts([], unit="line", errors="replace", repairs=repairs, stdin=io.BytesIO(data))
+        texts = read_texts([], TextConfig(errors="replace"), repairs=repairs, stdin=io.BytesIO(data))
         assert list(texts) == split(text)
         assert repairs.count == text.count("\ufffd") - data.count("\ufffd".encode()) > 0
         whole = Repairs()
-        texts = read_texts([], unit="file", errors="replace", repairs=whole, stdin=io.BytesIO(data))
+        texts = read_texts([], TextConfig(unit="file", errors="replace"), repairs=whole, stdin=io.BytesIO(data))
         assert list(texts) == ["\n".join(split(text))]
         assert whole == repairs
 
@@ -240,8 +241,8 @@ def test_the_second_of_two_files_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(b"c\n")
     b, c = (str(tmp_path / name) for name in ("b.txt", "c.txt"))
     with pytest.raises(DataError, match=r"b\.txt, line 1: byte 0xa9"):
-        list(read_texts([c, b], unit="line"))
-    texts = read_texts([str(tmp_path)], unit="line", errors="replace")
+        list(read_texts([c, b], TextConfig()))
+    texts = read_texts([str(tmp_path)], TextConfig(errors="replace"))
     assert list(texts) == ["a", "b\ufffd", "\ufffd", "c"], "two files do not make a character"
 
 
@@ -267,12 +268,13 @@ def test_a_running_text_comes_in_the_parts_that_it_is_tokenised_in(tmp_path: Pat
     if ending == "jsonl":
         whole = "\n\n".join(whole.split("\n"))
     names = list(map(str, files))
-    parts = list(read_texts(names, unit="window", in_parts=True))
+    parts = list(read_texts(names, TextConfig(unit="window"), in_parts=True))
     assert parts == [*pieces(whole), "", "short"]
     assert [type(part) for part in parts] == [Part] * (len(parts) - 3) + [str] * 3
-    assert list(read_texts(names, unit="window")) == [whole, "", "short"]
+    assert list(read_texts(names, TextConfig(unit="window"))) == [whole, "", "short"]
     if ending == "txt":
-        assert list(read_texts(names, unit="file", in_parts=True)) == [whole, "", "short"], "only windows have parts"
+        files_whole = list(read_texts(names, TextConfig(unit="file"), in_parts=True))
+        assert files_whole == [whole, "", "short"], "only windows have parts"
 
 
 @pytest.mark.parametrize("unit", UNITS)
@@ -283,7 +285,7 @@ def test_every_character_but_line_ends_is_text(unit: Unit) -> None:
 
 
 def test_lines_before_an_invalid_byte_are_texts() -> None:
-    texts = read_texts([], unit="line", stdin=io.BytesIO(b"a\nb\n\xff"))
+    texts = read_texts([], TextConfig(), stdin=io.BytesIO(b"a\nb\n\xff"))
     assert [next(texts), next(texts)] == ["a", "b"]
     with pytest.raises(DataError, match=r"^stdin, line 3: byte 0xff"):
         next(texts)
@@ -298,7 +300,7 @@ def test_utf16_gets_its_own_hint() -> None:
 def read_jsonl(tmp_path: Path, data: str, unit: Unit = "line", field: str = "text") -> list[str]:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(data.encode())
-    return list(read_texts([str(path)], unit=unit, field=field))
+    return list(read_texts([str(path)], TextConfig(unit=unit, field=field)))
 
 
 RECORDS = (
@@ -323,7 +325,7 @@ def test_another_field_and_a_packed_file(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path, '{"body": "a", "text": 1}', field="body") == ["a"]
     path = tmp_path / "corpus.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "a"}\n') + gzip.compress(b'{"text": "b"}\n'))
-    assert list(read_texts([str(path)], unit="line")) == ["a", "b"]
+    assert list(read_texts([str(path)], TextConfig())) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -353,10 +355,10 @@ def test_half_a_surrogate_pair_is_named_or_replaced_and_counted(tmp_path: Path) 
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'{"text": "\\ud83d\\ude00 ab\\ude00\\ud83dc"}\n{"text": "\xff"}\n')
     with pytest.raises(DataError, match=r"line 1: \\ude00 is a lone .* \(character 5 of the text\)") as caught:
-        list(read_texts([str(path)], unit="line"))
+        list(read_texts([str(path)], TextConfig()))
     assert caught.value.hint == "--errors replace puts U+FFFD there"
     repairs = Repairs()
-    texts = read_texts([str(path)], unit="line", errors="replace", repairs=repairs)
+    texts = read_texts([str(path)], TextConfig(errors="replace"), repairs=repairs)
     assert list(texts) == ["😀 ab\ufffd\ufffdc", "\ufffd"]
     assert repairs.count == 3
 
@@ -367,10 +369,10 @@ def test_a_missing_field_comes_with_those_that_are_there(tmp_path: Path) -> None
     assert caught.value.hint == "--field names it; this line has 'id', 'body\\x1b'"
 
 
-def read_csv(tmp_path: Path, data: str | bytes, field: str = "text", unit: Unit = "line", **options: Any) -> list[str]:
+def read_csv(tmp_path: Path, data: str | bytes, *, repairs: Repairs | None = None, **config: Any) -> list[str]:
     path = tmp_path / "corpus.csv"
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return list(read_texts([str(path)], unit=unit, field=field, **options))
+    return list(read_texts([str(path)], TextConfig(**config), repairs=repairs))
 
 
 CELLS = ["plain", 'a "word", quoted', "two\nlines", "", " spaces ", "semi;colon\tand tab", "\u2028😀", '"', "'", "last"]
@@ -384,12 +386,12 @@ def test_csv_is_read_as_arrow_reads_it(delimiter: str, tmp_path: Path) -> None:
         writer.writerows([["id", "review", "stars"], *([i, cell, 5] for i, cell in enumerate(CELLS))])
     form = arrow_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     expected = arrow_csv.read_csv(path, parse_options=form)["review"].to_pylist()
-    assert list(read_texts([str(path)], unit="file", field="review")) == expected == CELLS
+    assert list(read_texts([str(path)], TextConfig(unit="file", field="review"))) == expected == CELLS
     one_line = [cell.replace("\n", " ") for cell in CELLS]
-    assert list(read_texts([str(path)], unit="line", field="review")) == one_line
+    assert list(read_texts([str(path)], TextConfig(field="review"))) == one_line
     packed = tmp_path / "d.csv.GZ"
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    assert list(read_texts([str(packed)], unit="line", field="review")) == one_line
+    assert list(read_texts([str(packed)], TextConfig(field="review"))) == one_line
 
 
 def test_blank_lines_of_csv_are_no_rows_and_an_empty_file_has_none(tmp_path: Path) -> None:
@@ -425,7 +427,7 @@ def test_bytes_that_are_not_utf8_are_replaced_in_csv_too(tmp_path: Path) -> None
 def test_gzip_is_read_as_the_text_within(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt.gz"
     path.write_bytes(gzip.compress(b"\xef\xbb\xbfa\r\nb\n"))
-    assert list(read_texts([str(path)], unit="line")) == ["a", "b"]
+    assert list(read_texts([str(path)], TextConfig())) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -437,7 +439,7 @@ def test_damaged_gzip_is_bad_input(damage: Callable[[bytes], bytes], tmp_path: P
     path = tmp_path / "corpus.gz"
     path.write_bytes(damage(gzip.compress(os.urandom(1000).hex().encode())))
     with pytest.raises(DataError, match=r"corpus\.gz is not gzip, or cut or damaged"):
-        list(read_texts([str(path)], unit="line"))
+        list(read_texts([str(path)], TextConfig()))
 
 
 def test_gzip_with_any_byte_flipped_is_read_or_bad_input(tmp_path: Path) -> None:
@@ -445,7 +447,7 @@ def test_gzip_with_any_byte_flipped_is_read_or_bad_input(tmp_path: Path) -> None
     for place in range(len(data)):
         path.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
         try:
-            assert list(read_texts([str(path)], unit="line"))
+            assert list(read_texts([str(path)], TextConfig()))
         except DataError as error:
             assert "corpus.gz" in error.message
 
@@ -456,7 +458,7 @@ def test_reading_may_stop_early(tmp_path: Path) -> None:
     path.write_text("a\n\nb\n\nc")
     units: list[Unit] = ["line", "paragraph"]
     for unit in units:
-        assert next(read_texts([str(path)], unit=unit)) == "a"
+        assert next(read_texts([str(path)], TextConfig(unit=unit))) == "a"
         stdin.seek(0)
-        assert next(read_texts([], unit=unit, stdin=stdin)) == "a"
+        assert next(read_texts([], TextConfig(unit=unit), stdin=stdin)) == "a"
         assert not stdin.closed

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from gptvae_cli.config import TextConfig
 from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
@@ -64,7 +65,7 @@ def test_every_line_of_a_corpus_comes_back_exactly(corpus: str) -> None:
         pytest.skip("GPTVAE_TEST_DATA is not set")
     path = Path(folder, f"{corpus}_train.txt")
     texts = lines_of(path.read_bytes().decode("utf-8"))
-    assert list(read_texts([str(path)], unit="line")) == texts
+    assert list(read_texts([str(path)], TextConfig())) == texts
     distinct = sorted(set(texts))
     for tokenizer in (Tokenizer.bytes(), Tokenizer.train_bpe(distinct[::10], 1000)):
         assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(distinct)] == distinct

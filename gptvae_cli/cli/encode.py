@@ -76,16 +76,9 @@ def encode(
     path = locate_model(model)
     header = read_header(path)
     header.require_latent(path)
-    unit = unit or header.data.unit
+    config = header.data.overridden(unit=unit, field=field, errors=errors)
     repairs = Repairs()
-    texts = read_texts(
-        sources,
-        unit=unit,
-        field=field or header.data.field,
-        errors=errors or header.data.errors,
-        repairs=repairs,
-        in_parts=True,
-    )
+    texts = read_texts(sources, config, repairs=repairs, in_parts=True)
     seed = console.pick_seed(seed, quiet=quiet) if sample else None
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import sampling
@@ -93,7 +86,7 @@ def encode(
         checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
     console.note(remark, quiet=quiet)
 
-    encoder = sampling.Encoder(checkpoint, unit, precision)
+    encoder = sampling.Encoder(checkpoint, config.unit, precision)
     with ExitStack() as stack:
         write = stack.enter_context(latents_to(out, format, header.model.dim_latent))
         write_std: Write | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptvae_cli.cli import console
+from gptvae_cli.config import TextConfig
 from gptvae_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ def evaluate(
         console.refuse_terminal_stdin("gptvae evaluate test.txt")
     path = locate_model(model)
     header = read_header(path)
-    unit = unit or header.data.unit
-    field = field or header.data.field
+    data = header.data.overridden(unit=unit, field=field, errors=errors)
     if with_baseline and baseline is not None:
         raise ConfigError("--baseline and --with-baseline exclude each other", hint="leave one of them out")
     compared = None if baseline is None else locate_model(baseline)
@@ -98,25 +98,21 @@ def evaluate(
         if (each.data.unit == "window") != (header.data.unit == "window"):
             units = f"{compared} was trained on texts of unit {each.data.unit}, {path} on {header.data.unit}"
             console.note(f"{units}: one of them knows no end of a text", quiet=quiet)
-    _check(headers, unit, texts, labels=labels, latents_from=latents_from)
+    _check(headers, data.unit, texts, labels=labels, latents_from=latents_from)
     repairs = Repairs()
-
-    def read(names: list[str]) -> Iterator[str]:
-        chosen = errors or header.data.errors
-        return read_texts(names, unit=unit, field=field, errors=chosen, repairs=repairs, in_parts=True)
-
-    stream = read(corpus or [])
+    stream = read_texts(corpus or [], data, repairs=repairs, in_parts=True)
     lines: Iterable[str] = stream
     sources = names = None
     if labels is not None or latents_from is not None:
         lines, count = _first(stream, texts)
         if latents_from is not None:
-            sources = _aligned(latents_from, read([latents_from]), "texts", texts, count)
+            read = read_texts([latents_from], data, repairs=repairs)
+            sources = _aligned(latents_from, read, "texts", texts, count)
         if labels is not None:
             from gptvae_cli.probe import require_scikit_learn
 
             require_scikit_learn()
-            marks = read_texts([labels], unit="line", field=field, errors=errors or "strict")
+            marks = read_texts([labels], TextConfig(field=data.field, errors=errors or "strict"))
             names = _aligned(labels, marks, "labels", texts, count)
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import report, sampling
@@ -131,7 +127,7 @@ def evaluate(
     console.note(opened[0].note, quiet=quiet)
     with console.progress("measuring", "texts", quiet=quiet, total=texts or None) as advance:
         gathered, cut, remarks = _measure(
-            opened, lines, sources, unit=unit, most=texts or None, samples=samples, seed=seed, advance=advance
+            opened, lines, sources, unit=data.unit, most=texts or None, samples=samples, seed=seed, advance=advance
         )
     if gathered[0].texts < 2:
         found_texts = "one text" if gathered[0].texts else "no texts"
@@ -143,7 +139,7 @@ def evaluate(
     about = {
         "model": str(path),
         "corpus": corpus or ["-"],
-        "unit": unit,
+        "unit": data.unit,
         "latents_from": latents_from,
         "labels": labels,
         "baseline": None if compared is None else str(compared),

@@ -104,8 +104,8 @@ def generate(
     header = read_header(path)
     if (latent, ref, text) != (None, None, None):
         header.require_latent(path)
-    unit, width = unit or header.data.unit, header.model.dim_latent
-    printer = console.TextWriter(format, unit, null=null)
+    data = header.data.overridden(unit=unit, field=field, errors=errors)
+    printer = console.TextWriter(format, data.unit, null=null)
     if stream and format == "jsonl":
         raise ConfigError("--stream and --format jsonl exclude each other", hint="leave one of them out")
     repairs = Repairs()
@@ -116,16 +116,10 @@ def generate(
             from gptvae_cli.latent_file import iter_latents
 
             stream_in = stack.enter_context(console.source(latent))
-            latents = iter_latents(stream_in, console.called(latent), width=width)
+            latents = iter_latents(stream_in, console.called(latent), width=header.model.dim_latent)
             latents = latents if latent == "-" else _begun(latents)
         elif ref is not None:
-            texts = read_texts(
-                [ref],
-                unit=unit,
-                field=field or header.data.field,
-                errors=errors or header.data.errors,
-                repairs=repairs,
-            )
+            texts = read_texts([ref], data, repairs=repairs)
         elif text is not None:
             texts = iter([text])
         if sample or not greedy or (latents is None and texts is None):
@@ -136,7 +130,7 @@ def generate(
 
             checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
         console.note(remark, quiet=quiet)
-        encoder = sampling.Encoder(checkpoint, unit, precision)
+        encoder = sampling.Encoder(checkpoint, data.unit, precision)
         total = None
         if latents is not None:
             requests = sampling.repeated(latents, copies)
@@ -151,7 +145,7 @@ def generate(
             checkpoint,
             requests,
             config,
-            unit=unit,
+            unit=data.unit,
             prompt=prompt,
             dtype=precision,
             on_text=printer.piece if stream else None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,7 @@ import typer
 
 from gptvae_cli.cli import console
 from gptvae_cli.cli.encode import latents_to
-from gptvae_cli.config import DataConfig, PathKind, SampleConfig, Unit
+from gptvae_cli.config import PathKind, SampleConfig, TextConfig
 from gptvae_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -80,8 +79,8 @@ def interpolate(
     path = locate_model(model)
     header = read_header(path)
     header.require_latent(path)
-    unit, width = unit or header.data.unit, header.model.dim_latent
-    printer = console.TextWriter(format, unit, null=null)
+    data, width = header.data.overridden(unit=unit, field=field, errors=errors), header.model.dim_latent
+    printer = console.TextWriter(format, data.unit, null=null)
     repairs = Repairs()
     found: Sequence[str | Floats]
     if latent is not None:
@@ -89,8 +88,7 @@ def interpolate(
     elif start is not None and end is not None:
         found = [start, end]
     else:
-        data = replace(header.data, field=field or header.data.field, errors=errors or header.data.errors)
-        found = [_point(name, unit, data, width, repairs) for name in points or []]
+        found = [_point(name, data, width, repairs) for name in points or []]
 
     with console.waiting("loading the model", quiet=quiet):
         import numpy as np
@@ -99,7 +97,7 @@ def interpolate(
 
         checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
     console.note(remark, quiet=quiet)
-    encoder = sampling.Encoder(checkpoint, unit, precision)
+    encoder = sampling.Encoder(checkpoint, data.unit, precision)
     points_NZ = np.stack([encoder.point(point) if isinstance(point, str) else point for point in found])
     path_KZ = sampling.walk(points_NZ, steps, kind)
     if latents_out is not None:
@@ -108,7 +106,7 @@ def interpolate(
                 write(latent_Z)
     requests, greedily = sampling.repeated(path_KZ, 1), SampleConfig(greedy=True)
     with console.progress("writing", "texts", quiet=quiet, total=len(path_KZ), beside_data=True) as advance:
-        for step, text in enumerate(sampling.write(checkpoint, requests, greedily, unit=unit, dtype=precision)):
+        for step, text in enumerate(sampling.write(checkpoint, requests, greedily, unit=data.unit, dtype=precision)):
             printer.write(text, step=step)
             advance(step + 1)
     console.note(encoder.note, quiet=quiet)
@@ -143,7 +141,7 @@ def _latents(name: str, width: int) -> Sequence[Floats]:
     return list(latents_NZ)
 
 
-def _point(name: str, unit: Unit, data: DataConfig, width: int, repairs: Repairs) -> str | Floats:
+def _point(name: str, data: TextConfig, width: int, repairs: Repairs) -> str | Floats:
     """The one text, or the one latent, of a file."""
     from gptvae_cli.latent_file import is_npy, read_latents
     from gptvae_cli.text import read_texts
@@ -159,14 +157,7 @@ def _point(name: str, unit: Unit, data: DataConfig, width: int, repairs: Repairs
             found = list(read_latents(stream, console.called(name), width=width))
         else:
             by_name = Path(name).is_file()  # whose ending may tell how to read it
-            texts = read_texts(
-                [name if by_name else "-"],
-                unit=unit,
-                field=data.field,
-                errors=data.errors,
-                repairs=repairs,
-                stdin=stream,
-            )
+            texts = read_texts([name if by_name else "-"], data, repairs=repairs, stdin=stream)
             found = list(islice(texts, 2))
     if len(found) != 1:
         amount, thing = "more than one" if found else "no", "latent" if is_latent else "text"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence
 
+from gptvae_cli.config import TextConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.evaluation import PROPOSAL_WIDTHS, importance_weighted
 from gptvae_cli.header import locate_model
@@ -141,8 +142,9 @@ def main() -> None:
     saved = open_model(locate_model(asked.model), device="cpu").checkpoint
     model, header = saved.model.eval().requires_grad_(False), saved.header
     encoder = Encoder(saved, header.data.unit)
+    config = TextConfig(unit=header.data.unit)
     texts = {
-        path: list(islice((text for text in read_texts([str(path)], unit=header.data.unit) if text), count))
+        path: list(islice((text for text in read_texts([str(path)], config) if text), count))
         for path, count in ((asked.train, asked.many), (asked.test, 1000))
     }
     steps, seed = header.training["steps"], header.training["train"]["seed"]

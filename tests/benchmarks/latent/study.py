@@ -38,7 +38,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptvae_cli.config import STOCK_RECIPE, DataConfig, SizeConfig, TrainConfig
+from gptvae_cli.config import STOCK_RECIPE, DataConfig, SizeConfig, TextConfig, TrainConfig
 from gptvae_cli.sizing import CONDITIONING
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
             precision=precision,
             seconds=lambda: time.process_time() - began,
         )
-        test = [text for text in read_texts([str(files["test"])], unit=unit) if text]
+        test = [text for text in read_texts([str(files["test"])], TextConfig(unit=unit)) if text]
         tokens = list(islice(Encoder(saved, unit).rows(test), texts))
         pad_id, eos_id = saved.header.model.pad_id, saved.header.model.eos_id
         batches = batches_of(tokens, None, pad_id, tokens_together(device.device))

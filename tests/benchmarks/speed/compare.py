@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from x_transformers import gpt_vae as stock_module
 
-from gptvae_cli.config import DType, ModelConfig, TrainConfig
+from gptvae_cli.config import DType, ModelConfig, TextConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
 from gptvae_cli.evaluation import measure
@@ -589,7 +589,7 @@ def counted(rate: Callable[[], float]) -> Side:
 
 def corpus(count: int, name: str = "tatoeba_eng") -> list[str]:
     path = Path(os.environ["GPTVAE_TEST_DATA"]) / f"{name}_train.txt"
-    return list(islice((line for line in read_texts([str(path)], unit="line") if line), count))
+    return list(islice((line for line in read_texts([str(path)], TextConfig()) if line), count))
 
 
 def sentences(count: int) -> tuple[Tokenizer, list[list[int]]]:
