@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, TextConfig
 from gptvae_cli.errors import DataError
-from gptvae_cli.sources import STDIN, excerpt, expand, is_plain
-from gptvae_cli.text import Part, Repairs, read_texts
+from gptvae_cli.sources import STDIN, excerpt, expand
+from gptvae_cli.text import Part, Repairs, is_plain, read_texts
 from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
 from gptvae_cli.tokens import BulkTokenizer, Ints, Tokens, TokenWriter, tokenized, tokenizer_pool
 

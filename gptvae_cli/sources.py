@@ -59,9 +59,9 @@ def ending(file: str, *, unpacked: bool = False) -> str:
     return name.with_suffix("").suffix if unpacked and name.suffix in _PACKINGS else name.suffix
 
 
-def is_plain(file: str) -> bool:
-    """Whether a file is text as it is, and neither packed nor made of records."""
-    return ending(file, unpacked=True) not in (".jsonl", ".csv", ".parquet") and ending(file) not in _PACKINGS
+def is_packed(file: str) -> bool:
+    """Whether what is read of a file is not its bytes."""
+    return ending(file) in _PACKINGS
 
 
 def excerpt(files: Sequence[str], most: int) -> bytes:

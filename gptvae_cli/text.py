@@ -18,7 +18,7 @@ from typing import BinaryIO, TextIO
 
 from gptvae_cli.config import TextConfig
 from gptvae_cli.errors import DataError
-from gptvae_cli.sources import STDIN, ending, expand, opened, reading_errors
+from gptvae_cli.sources import STDIN, ending, expand, is_packed, opened, reading_errors
 from gptvae_cli.tokenizer import PIECE_CHARS, pieces
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
@@ -102,6 +102,11 @@ def read_texts(
     return chain.from_iterable(_read_file(file, form, stdin) for file in files)
 
 
+def is_plain(file: str) -> bool:
+    """Whether a file's bytes are its texts: it is neither packed nor made of records."""
+    return not is_packed(file) and ending(file) not in (*_RECORDS, ".parquet")
+
+
 @dataclass(frozen=True)
 class _Form:
     """How texts are to be read; the arguments of `read_texts`."""
@@ -124,9 +129,9 @@ def _read_file(file: str, form: _Form, stdin: BinaryIO | None) -> Iterator[str]:
             yield from _of_records(_rows(file, form), form)
             return
         with _decoded(file, stdin) as stream:
-            form_of_records = {".jsonl": _records, ".csv": _cells}.get(ending(file, unpacked=True))
-            if form_of_records is not None:
-                yield from _of_records(form_of_records(_lines(stream, name, form), name, form), form)
+            records = _RECORDS.get(ending(file, unpacked=True))
+            if records is not None:
+                yield from _of_records(records(_lines(stream, name, form), name, form), form)
             elif form.config.unit == "line":
                 yield from _lines(stream, name, form)
             elif form.config.unit == "paragraph":
@@ -326,6 +331,10 @@ def _cells(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
         raise DataError(
             f"{name}, line {first} is not CSV: {error}", hint=f"a quote in quotes is written twice; {_PLAIN}"
         ) from error
+
+
+_RECORDS = {".jsonl": _records, ".csv": _cells}
+"""What reads the lines of a file, by its ending."""
 
 
 def _rows(file: str, form: _Form) -> Iterator[str]:

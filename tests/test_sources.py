@@ -19,8 +19,8 @@ from pyarrow import parquet
 
 from gptvae_cli.config import UNITS, TextConfig
 from gptvae_cli.errors import DataError, ExitCode, GPTVAEError
-from gptvae_cli.sources import excerpt, expand, is_plain
-from gptvae_cli.text import Repairs, read_texts
+from gptvae_cli.sources import excerpt, expand
+from gptvae_cli.text import Repairs, is_plain, read_texts
 
 
 def read(*files: Path, repairs: Repairs | None = None, **config: Any) -> list[str]:
