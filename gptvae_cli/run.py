@@ -16,13 +16,7 @@ from typing import Any
 import torch
 
 from gptvae_cli import __version__
-from gptvae_cli.checkpoint import (
-    load,
-    load_state,
-    load_tokenizer,
-    save_model,
-    save_state,
-)
+from gptvae_cli.checkpoint import load, load_state, load_tokenizer, save_model, save_state
 from gptvae_cli.config import DataConfig, ModelConfig, SizeConfig, TrainConfig, to_dict
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
@@ -39,7 +33,6 @@ from gptvae_cli.learner import Learner, check_weights, counters_dict
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Repairs
 from gptvae_cli.tokenizer import Tokenizer
-from gptvae_cli.tokens import TokenStore
 from gptvae_cli.training import StepReport, share_done, train
 
 STATE_SECONDS = 60.0
@@ -72,9 +65,9 @@ class Job:
             f"{self.folder / name} is not gptvae's, or was edited, and stays as it is"
             for name in foreign_companions(self.folder)
         ]
-        corpus, config = self.corpus, self.model_config
-        self.rows = _rows(corpus.train, corpus.train_source, config, self.data)
-        self.valid = _rows(corpus.valid, corpus.valid_source, config, self.data)
+        corpus, config, window = self.corpus, self.model_config, self.data.unit == "window"
+        self.rows = Rows(corpus.train, config, window=window, source=corpus.train_source)
+        self.valid = Rows(corpus.valid, config, window=window, source=corpus.valid_source)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -264,38 +257,20 @@ def start(
     except BaseException:
         shutil.rmtree(new_cache, ignore_errors=True)
         raise
-    facts, tokenizer = corpus.facts, corpus.tokenizer
-    running = data.unit == "window"
-    texts = f"{facts.texts:,} running texts" if running else f"{facts.texts:,} texts"
-    kept, held_out = (f"{s.count:,} tokens" if running else f"{len(s):,}" for s in (corpus.train, corpus.valid))
-    notes = [
-        f"corpus: {texts} of {facts.characters:,} characters"
-        + (f", {facts.empty:,} empty ones dropped" if facts.empty else "")
-        + f"; {kept} to train on, {held_out} held out",
-        f"tokenizer: {tokenizer.kind}, {tokenizer.num_tokens:,} tokens ({facts.tokenizer_reason})",
-    ]
-    asked, share = data.valid_share, len(corpus.valid) / (len(corpus.train) + len(corpus.valid))
-    if asked is not None and not running and facts.texts >= _MANY and not asked / 2 <= share <= 2 * asked:
-        notes.append(
-            f"{share:.1%} of the texts are held out and not {asked:.1%}: many are equal, and equal ones stay together;"
-            " --valid FILE names others"
-        )
+    notes = [*_notes_on_corpus(corpus, data)]
     if earlier is not None:
         notes.append(f"its tokens were in {folder / CACHE_NAME}, and were not made again")
     job = Job(folder, corpus, data, Learner(model, config), precision, notes)
     # From here on the run can be resumed, without its corpus: that may have been a pipe, and have taken hours.
     job.save_state()
-    sample = list(islice(Epoch(job.rows, config.batch_tokens, config.seed, 0).spans(), _SAMPLE_BATCHES))
-    batches = round(len(job.rows) * len(sample) / sum(map(len, sample)))
     job.notes += [
         f"model: {preset} ({reason}): {sum(p.numel() for p in model.parameters()):,} parameters,"
         f" encoder {fitted.enc_depth} and decoder {fitted.depth} layers of {fitted.dim},"
         f" latent {fitted.dim_latent}, up to {fitted.max_seq_len} tokens",
-        f"batches: {config.batch_tokens:,} tokens, about {batches:,} an epoch,"
-        f" {100 * padding_share(sample):.1f} % padding",
+        _note_on_batches(job.rows, config),
         _place(device, precision),
     ]
-    if note := Repairs(facts.replaced).note:
+    if note := Repairs(corpus.facts.replaced).note:
         job.notes.append(note)
     if cut := job.rows.count_cut():
         texts = (
@@ -303,6 +278,29 @@ def start(
         )
         job.notes.append(f"{texts} cut; --max-seq-len sets its length")
     return job
+
+
+def _notes_on_corpus(corpus: Corpus, data: DataConfig) -> Iterator[str]:
+    facts, tokenizer = corpus.facts, corpus.tokenizer
+    running = data.unit == "window"
+    texts = f"{facts.texts:,} running texts" if running else f"{facts.texts:,} texts"
+    empty = f", {facts.empty:,} empty ones dropped" if facts.empty else ""
+    kept, held_out = (f"{s.count:,} tokens" if running else f"{len(s):,}" for s in (corpus.train, corpus.valid))
+    yield f"corpus: {texts} of {facts.characters:,} characters{empty}; {kept} to train on, {held_out} held out"
+    yield f"tokenizer: {tokenizer.kind}, {tokenizer.num_tokens:,} tokens ({facts.tokenizer_reason})"
+    asked, share = data.valid_share, len(corpus.valid) / (len(corpus.train) + len(corpus.valid))
+    if asked is not None and not running and facts.texts >= _MANY and not asked / 2 <= share <= 2 * asked:
+        yield (
+            f"{share:.1%} of the texts are held out and not {asked:.1%}: many are equal, and equal ones stay together;"
+            " --valid FILE names others"
+        )
+
+
+def _note_on_batches(rows: Rows, config: TrainConfig) -> str:
+    sample = list(islice(Epoch(rows, config.batch_tokens, config.seed, 0).spans(), _SAMPLE_BATCHES))
+    count = round(len(rows) * len(sample) / sum(map(len, sample)))
+    padding = f"{100 * padding_share(sample):.1f} % padding"
+    return f"batches: {config.batch_tokens:,} tokens, about {count:,} an epoch, {padding}"
 
 
 def _read_corpus(
@@ -317,10 +315,6 @@ def _read_corpus(
 def _unwritable(path: Path, error: OSError) -> GPTVAEError:
     hint = "make room there, or choose a folder on another disk with --out; what was there is unchanged"
     return GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint)
-
-
-def _rows(store: TokenStore, source: TokenStore | None, model: ModelConfig, data: DataConfig) -> Rows:
-    return Rows(store, model, window=data.unit == "window", source=source)
 
 
 def _place(device: Device, precision: Precision) -> str:

@@ -37,6 +37,7 @@ from gptvae_cli.config import (
     from_dict,
 )
 from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode, FieldError
+from gptvae_cli.header import DEFAULT_RUN, MODEL_NAME
 from gptvae_cli.options import (
     default_in_words,
     environment_layer,
@@ -254,7 +255,7 @@ def train(
             console.note(note, quiet=quiet)
         watch(job, quiet=quiet)
         _finish(job, quiet=quiet)
-        console.write_text(f"{folder / 'model.safetensors'}\n")
+        console.write_text(f"{folder / MODEL_NAME}\n")
         strict = job.learner.config.strict and not job.learner.config.without_latent
         if strict and job.figures is not None and (wrong := diagnosis(job.figures)) is not None:
             raise CollapsedError(f"{wrong}, and --strict was given", hint="train longer, or raise --target-rate")
@@ -386,7 +387,7 @@ def _finish(job: Job, *, quiet: bool) -> None:
     console.heading("Held-out texts, and what the model writes from their latents")
     for text, written in job.reconstructions(3):
         console.pair(text, written)
-    found_without = str(job.folder) == "gptvae-run" and not os.environ.get("GPTVAE_MODEL")
+    found_without = job.folder == Path(DEFAULT_RUN) and not os.environ.get("GPTVAE_MODEL")
     model = "" if found_without else f" --model {shlex.quote(str(job.folder))}"
     console.heading("Next")
     console.command(f"gptvae generate --prior 5{model}")
