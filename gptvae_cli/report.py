@@ -86,13 +86,11 @@ def measured(
         seed: of the latents that are drawn.
         precision: bfloat16 computes under autocast.
         banned: tokens that a reconstruction never holds.
-        running: texts are windows, and one that is as long as the model reads goes on in the next: a word may be in
-            two of them, and counts once. (So does one too few where a file ends as a window does, once in T files.)
+        running: texts are windows of running ones.
         on_progress: called with the texts measured so far.
     """
     model, config, tokenizer = checkpoint.model, checkpoint.header.model, checkpoint.tokenizer
-    sizes = tokenizer.sizes() if tokenizer.is_exact else None
-    within_a_word = False
+    tally = _Tally(checkpoint, running=running)
     done, most = 0, tokens_together(model.device)
     for piece in _pieces(zip(rows, repeat(None) if sources is None else sources, strict=False)):
         targets = [row for row, _ in piece]
@@ -104,28 +102,8 @@ def measured(
         plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in targets]
         texts = [tokenizer.decode(ids) for ids in plain]
         ends_N = np.array([row[-1] == config.eos_id for row in targets])
-        words_N = np.array([len(text.split()) for text in texts])
-        if running:
-            begins_N = np.array([text[:1].strip() != "" for text in texts])
-            full = (len(row) == config.max_seq_len for row in targets)
-            ends_within = (whole and text[-1:].strip() != "" for whole, text in zip(full, texts, strict=True))
-            goes_on_N = np.array([within_a_word, *ends_within])
-            words_N -= begins_N & goes_on_N[:-1]
-            within_a_word = bool(goes_on_N[-1])
-        # A text that was cut may end within a character, which the decoded one shows as U+FFFD.
-        bytes_N = np.array(
-            [
-                len(text.encode()) if sizes is None else sum(map(sizes.__getitem__, ids))
-                for text, ids in zip(texts, plain, strict=True)
-            ]
-        )
-        columns = {
-            "texts": np.ones(len(targets)),
-            "tokens": np.array([len(row) - 1.0 for row in targets]),
-            "words": (words_N + ends_N).astype(float),
-            "bytes": (bytes_N + ends_N).astype(float),
-            "empty": (bytes_N == 0).astype(float),
-        }
+        columns = tally(plain, texts, ends_N)
+        bytes_N = columns["bytes"] - ends_N
         texts_N = np.array([hash(each) for each in zip(texts, bytes_N.tolist(), strict=True)])
         if not checkpoint.header.has_latent:
             columns["nll"] = measure_without_latent(model, batches, precision=precision).numpy()[back]
@@ -165,6 +143,41 @@ def measured(
         }
         done += len(targets)
         yield Piece(columns, keys_N, texts_N, posteriors)
+
+
+class _Tally:
+    """Counts the tokens, words and bytes of texts, which come in pieces.
+
+    Args:
+        checkpoint: whose tokens they are.
+        running: texts are windows, and one that is as long as the model reads goes on in the next: a word may be in
+            two of them, and counts once. (So does one too few where a file ends as a window does, once in T files.)
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, running: bool) -> None:
+        tokenizer = checkpoint.tokenizer
+        self.sizes = tokenizer.sizes() if tokenizer.is_exact else None
+        self.longest = checkpoint.header.model.max_seq_len - 1
+        self.running, self.within_a_word = running, False
+
+    def __call__(self, plain: Sequence[Row], texts: Sequence[str], ends_N: npt.NDArray[np.bool_]) -> Columns:
+        """The counts of the next texts: as tokens without specials, as they are, and whether each has its end, which
+        counts as a token, a word and a byte."""
+        tokens_N = np.array([*map(len, plain)])
+        words_N = np.array([len(text.split()) for text in texts])
+        if self.running:
+            begins_N = np.array([text[:1].strip() != "" for text in texts])
+            ends_within_N = (tokens_N == self.longest) & np.array([text[-1:].strip() != "" for text in texts])
+            goes_on_N = np.append(self.within_a_word, ends_within_N)
+            words_N -= begins_N & goes_on_N[:-1]
+            self.within_a_word = bool(goes_on_N[-1])
+        if self.sizes is None:
+            bytes_N = np.array([len(text.encode()) for text in texts])
+        else:  # a text that was cut may end within a character, which the decoded one shows as U+FFFD
+            bytes_N = np.array([sum(map(self.sizes.__getitem__, ids)) for ids in plain])
+        counts = {"tokens": tokens_N + ends_N, "words": words_N + ends_N, "bytes": bytes_N + ends_N}
+        counts |= {"texts": np.ones(len(texts)), "empty": bytes_N == 0}
+        return {name: count_N.astype(float) for name, count_N in counts.items()}
 
 
 def _pieces(items: Iterable[tuple[Row, Row | None]]) -> Iterator[list[tuple[Row, Row | None]]]:
