@@ -103,8 +103,7 @@ def measured(
         texts = [tokenizer.decode(ids) for ids in plain]
         ends_N = np.array([row[-1] == config.eos_id for row in targets])
         columns = tally(plain, texts, ends_N)
-        bytes_N = columns["bytes"] - ends_N
-        texts_N = np.array([hash(each) for each in zip(texts, bytes_N.tolist(), strict=True)])
+        texts_N = np.array([hash(each) for each in zip(texts, columns["bytes"].tolist(), strict=True)])
         if not checkpoint.header.has_latent:
             columns["nll"] = measure_without_latent(model, batches, precision=precision).numpy()[back]
             done += len(targets)

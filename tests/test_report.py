@@ -341,6 +341,18 @@ def test_a_baseline_that_read_something_else_is_refused(checkpoint: Checkpoint) 
         report.report(model, gather(checkpoint, TEXTS[:-1]), samples=SAMPLES, seed=2)
 
 
+def test_a_baseline_that_read_the_end_of_a_text_is_told_from_a_model_that_did_not(checkpoint: Checkpoint) -> None:
+    """Where the text alone just fits, the model that is one token longer predicts one token more."""
+    rows = list(Encoder(checkpoint, "line").rows(TEXTS))
+    found = []
+    for ended in (rows, [rows[0][:-1], *rows[1:]]):
+        found.append(Gathered())
+        for piece in measured(checkpoint, ended, samples=1):
+            found[-1].add(piece)
+    with pytest.raises(ConfigError, match="read 1 texts differently"):
+        report.report(*found, samples=1, seed=0)
+
+
 def test_bleu_of_texts_without_four_words_is_not_told(checkpoint: Checkpoint) -> None:
     model = gather(checkpoint, TEXTS)
     for columns in model.columns:
