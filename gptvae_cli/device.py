@@ -8,10 +8,10 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
+from gptvae_cli import machine
 from gptvae_cli.config import DEVICE, DType
 from gptvae_cli.errors import DeviceError, FieldError
 
@@ -22,7 +22,6 @@ and took 1.5 times as long for a step (`tests/benchmarks/speed/results.txt`). Be
 promise at most, which should not be a matter of luck."""
 _MOST_KEPT, _KEPT_BYTES = 8192, 900_000
 """Products of bfloat16 that oneDNN keeps at most, and what each takes (row `kept` of `tests/benchmarks/speed/`)."""
-_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h; the greatest that the second one takes is 32 MB
 
 
@@ -117,7 +116,7 @@ def tune_cpu(threads: int | None) -> int:
       shapes of batches fill 3 GB). oneDNN reads this at its first product, so call this before there was one.
 
     Args:
-        threads: torch's own choice for None.
+        threads: for None torch's own choice, but no more than a container grants, unless `$OMP_NUM_THREADS` says so.
 
     Raises:
         ConfigError: for less than one.
@@ -126,20 +125,15 @@ def tune_cpu(threads: int | None) -> int:
         if threads < 1:
             raise FieldError("threads", threads, "at least 1")
         torch.set_num_threads(threads)
-    kept = max(1024, min(_MOST_KEPT, _memory() // 4 // _KEPT_BYTES))
+    elif "OMP_NUM_THREADS" not in os.environ and (granted := machine.processor_quota()) is not None:
+        torch.set_num_threads(min(granted, torch.get_num_threads()))
+    kept = max(1024, min(_MOST_KEPT, machine.memory() // 4 // _KEPT_BYTES))
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kept))
     torch.set_flush_denormal(True)
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # of glibc; other C libraries have other habits
         libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     return torch.get_num_threads()
-
-
-def _memory() -> int:
-    """Bytes that this process may use: of the machine, or of the container that it is in."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [path.read_text() for path in _CONTAINER_LIMITS if path.exists()]
-    return min([machine, *(int(limit) for limit in limits if limit.strip().isdigit())])
 
 
 def tokens_together(device: torch.device, dtype: torch.dtype = torch.float32) -> int:

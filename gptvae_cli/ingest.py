@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from gptvae_cli import machine
 from gptvae_cli.config import LONGEST_SEQUENCE, DataConfig, TextConfig
 from gptvae_cli.errors import DataError
 from gptvae_cli.sources import STDIN, excerpt, expand
@@ -197,7 +196,8 @@ class Ingest:
         self.files = {name: TokenWriter(folder, name, tokenizer.num_tokens) for name in names}
         self.pool: ProcessPoolExecutor | None = None
         self.waiting: deque[tuple[_Write, Future[tuple[Tokens, Ints]]]] = deque()
-        self.processes = 1 if tokenizer.kind == "bytes" else _processors()  # bytes are made as fast as they are sent
+        busy = min(8, machine.processors())  # as many as reading a file keeps busy
+        self.processes = 1 if tokenizer.kind == "bytes" else busy  # bytes are made as fast as they are sent
         self.texts = self.characters = 0
         self.digest = hashlib.blake2b(digest_size=16)
         self.is_running = config.unit == "window"
@@ -300,11 +300,6 @@ class Ingest:
         """A blank line between running texts: what another file begins with continues nothing."""
         if file.count > 0:
             file.extend(self.blank_line)
-
-
-def _processors() -> int:
-    """Those that this process may use, and that reading a file keeps busy."""
-    return min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
 
 
 # The digest -----------------------------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def test_processes_write_the_very_cache_that_one_process_writes(
     monkeypatch.setattr("gptvae_cli.ingest._PIECE_CHARS", 4000)
     written: dict[tuple[str, int], dict[str, bytes]] = {}
     for processes in (1, 2):
-        monkeypatch.setattr("gptvae_cli.ingest._processors", lambda count=processes: count)
+        monkeypatch.setattr("gptvae_cli.machine.processors", lambda count=processes: count)
         for tokenizer, start in (("bpe", 5000), (str(tmp_path / "own.json"), 0)):
             monkeypatch.setattr("gptvae_cli.ingest._POOL_CHARS", start)
             build(tmp_path, "\n".join(lines), tokenizer=tokenizer, latents_from=str(tmp_path / "sources.txt"))
@@ -293,7 +293,7 @@ def test_running_texts_are_the_tokens_of_each_whole_text(
     monkeypatch.setattr("gptvae_cli.ingest._PIECE_CHARS", 2**17)
     monkeypatch.setattr("gptvae_cli.ingest._POOL_CHARS", 2**18)
     monkeypatch.setattr("gptvae_cli.tokens._TOKENS_AT_ONCE", 1000)
-    monkeypatch.setattr("gptvae_cli.ingest._processors", lambda: processes)
+    monkeypatch.setattr("gptvae_cli.machine.processors", lambda: processes)
     config = DataConfig(tokenizer="bpe", unit="window", valid="0.1")
     corpus = Corpus.build(list(map(str, files)), config, tmp_path / "cache")
     tokens = corpus.tokenizer.encode_batch(["\n\n", *(text.removesuffix("\n") for text in texts)])
@@ -327,7 +327,7 @@ def be_killed(texts: Sequence[str], longest: int | None = None) -> NoReturn:
 
 
 def test_a_process_that_was_killed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptvae_cli.ingest._processors", lambda: 2)
+    monkeypatch.setattr("gptvae_cli.machine.processors", lambda: 2)
     monkeypatch.setattr("gptvae_cli.ingest._POOL_CHARS", 0)
     monkeypatch.setattr("gptvae_cli.ingest._PIECE_CHARS", 100)
     monkeypatch.setattr("gptvae_cli.ingest.tokenized", be_killed)

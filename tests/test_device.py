@@ -208,6 +208,21 @@ def test_threads_are_set_and_none_changes_nothing(thread_count: int) -> None:
     assert tune_cpu(None) == thread_count + 1
 
 
+def test_no_more_threads_than_a_container_grants(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, thread_count: int
+) -> None:
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    monkeypatch.setattr("gptvae_cli.machine._GROUPS", tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert tune_cpu(4) == 4, "whoever asks for threads knows why"
+    assert tune_cpu(None) == 2
+    torch.set_num_threads(1)
+    assert tune_cpu(None) == 1, "a limit adds none"
+    torch.set_num_threads(4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert tune_cpu(None) == 4
+
+
 def test_denormals_count_as_zero_once_a_cpu_is_tuned(thread_count: int) -> None:
     tiny = torch.full((64,), 1e-38)
     assert bool((tiny * 1e-3).any())
@@ -251,7 +266,7 @@ def test_what_is_kept_takes_no_more_than_a_quarter_of_the_memory(
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gigabytes * 2**18}.__getitem__)
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit)
-    monkeypatch.setattr(device_module, "_CONTAINER_LIMITS", [tmp_path / "memory.max"])
+    monkeypatch.setattr("gptvae_cli.machine._GROUPS", tmp_path)
     tune_cpu(None)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == str(kept)
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")

@@ -17,7 +17,7 @@ PACKAGE = Path(gptvae_cli.__file__).parent
 ROWS: list[set[str]] = [
     {
         *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"),
-        *("files", "shuffle", "bleu", "bootstrap", "probe"),
+        *("files", "shuffle", "bleu", "bootstrap", "probe", "machine"),
     },
     {"latent", "fused", "tokens"},
     {"ingest"},
@@ -42,7 +42,10 @@ ROWS: list[set[str]] = [
 ]
 """From the bottom to the top. Those of a row may know each other's names, but nothing may go in circles."""
 
-LIGHT = ("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "files")
+LIGHT = (
+    *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "files"),
+    "machine",
+)
 HEAVY = {"torch", "numpy", "x_transformers", "einops", "safetensors", "tokenizers", "pyarrow", "zstandard"}
 
 

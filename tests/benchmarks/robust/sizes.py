@@ -106,11 +106,11 @@ def train(folder: Path, scale: float) -> Iterator[Row]:
 TOKENISE = """
 import sys
 from pathlib import Path
-from gptvae_cli import corpus, ingest
+from gptvae_cli import corpus, machine
 from gptvae_cli.config import DataConfig
 
 source, cache, processes = sys.argv[1:]
-ingest._processors = lambda: int(processes)
+machine.processors = lambda: int(processes)
 corpus.Corpus.build([source], DataConfig(tokenizer="bpe"), Path(cache))
 """
 
