@@ -127,7 +127,8 @@ def test_unknown_device_is_wrong_usage(name: str) -> None:
     [
         pytest.param(CPU, False, {"cpu_bf16": 5.0}, torch.float32, id="cpu inference"),
         pytest.param(CPU, True, {"cpu_bf16": 5.0}, torch.bfloat16, id="able cpu training"),
-        pytest.param(CPU, True, {"cpu_bf16": 1.5}, torch.float32, id="hardly able cpu training"),
+        pytest.param(CPU, True, {"cpu_bf16": 2.1}, torch.bfloat16, id="cpu training with AVX512_BF16"),
+        pytest.param(CPU, True, {"cpu_bf16": 1.2}, torch.float32, id="hardly able cpu training"),
         pytest.param(CPU, True, {"cpu_bf16": 0.5}, torch.float32, id="cpu training with slow instructions for it"),
         pytest.param(GPU, False, {"gpu_bf16": True}, torch.float32, id="able gpu inference"),
         pytest.param(GPU, True, {"gpu_bf16": True}, torch.bfloat16, id="able gpu training"),

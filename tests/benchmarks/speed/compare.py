@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import Batch, _LinearCrossEntropy
 from gptvae_cli.schedule import Dropout
+from gptvae_cli.sizing import PRESETS, Preset
 from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import _step, _Sums
@@ -319,6 +321,24 @@ def memory(rounds: int) -> str:
         return work
 
     return compare("train, memory kept", "steps/s", {"ours": process(True), "as it comes": process(False)}, rounds)
+
+
+def number_types(rounds: int) -> str:
+    """Training steps of `micro` and `small` on sentences in bfloat16 against float32, whatever `auto` takes here: what
+    `device.BFLOAT16_PAYS` rests on."""
+    tokenizer, rows = sentences(16_384)
+    planned = batches_of(rows, None, tokenizer.pad_id, 2048)
+    batches = planned[:: max(1, len(planned) // 12)]
+
+    def side(sizes: Preset, dtype: DType) -> Side:
+        ours, _ = pair(tokenizer.pad_id, **asdict(sizes), longest=64)
+        return counted(lambda: len(batches) / train_ours(ours, batches, dtype))
+
+    dtypes: tuple[DType, ...] = ("bfloat16", "float32")
+    return "\n".join(
+        compare(f"train, {name}", "steps/s", {dtype: side(PRESETS[name], dtype) for dtype in dtypes}, rounds)
+        for name in ("micro", "small")
+    )
 
 
 def shapes(rounds: int) -> str:
@@ -616,6 +636,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "rotation": rotation,
     "loss": loss,
     "memory": memory,
+    "dtype": number_types,
     "shapes": shapes,
     "kept": kept,
     "validate": validate,
