@@ -1,6 +1,6 @@
 """The training loop: a generator of reports. Saving, logging and the display are its consumer's business.
 
-Everything random is a pure function of seed, step and batch, and the order of the data of (seed, epoch). A run that was
+Everything random is a pure function of seed, step and row, and the order of the data of (seed, epoch). A run that was
 interrupted and resumed therefore takes the very steps that an undisturbed one takes; on a GPU, whose kernels add up in
 any order, but for rounding.
 
@@ -19,6 +19,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from gptvae_cli.config import ModelConfig, TrainConfig
@@ -28,7 +29,7 @@ from gptvae_cli.doctor import UNTREATED, Recipe, diagnosis, recipe, treatable, t
 from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.learner import Counters, Learner, diverged
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.noise import Purpose, stream
+from gptvae_cli.noise import Purpose, row_normals, row_uniforms
 from gptvae_cli.objective import Batch, Noise, mean_kl, objective
 from gptvae_cli.schedule import Dropout, dropout_shares, learning_rate_factor
 
@@ -274,10 +275,11 @@ def _step(
         group["lr"] = learning_rate * group["lr_scale"]
     step_tokens, step_rows = sum(batch.target_tokens for batch in batches), sum(len(b.tokens_BT) for b in batches)
     step_kl_Z = None
-    parts = [
-        (batch, training_noise(now, learner.counters.step, part, batch, model.config, dropout))
-        for part, batch in enumerate(batches)
-    ]
+    parts, rows = [], range(0)
+    for batch in batches:
+        rows = range(rows.stop, rows.stop + len(batch.tokens_BT))
+        length = batch.tokens_BT.shape[1]
+        parts.append((batch, training_noise(now, learner.counters.step, rows, length, model.config, dropout)))
     if len(parts) > 1 and not weights.language_model:
         with autocast(device, precision):
             step_kl_Z = mean_kl(model, ((batch.to(device), noise.to(device)) for batch, noise in parts))
@@ -304,29 +306,29 @@ def _step(
     return weights.beta, learning_rate, norm
 
 
-def training_noise(recipe: Recipe, step: int, part: int, batch: Batch, model: ModelConfig, dropout: Dropout) -> Noise:
-    """The noise of one micro-batch, a pure function of seed, step, part and the batch's shape."""
-    config = recipe.config
-    rows, length = batch.tokens_BT.shape
-    random = stream(config.seed, Purpose.TRAINING, step, part)
-    latent_BZ = torch.from_numpy(random.standard_normal((rows, model.dim_latent), dtype="float32"))
-    keep_B = hide_BT = None
+def training_noise(recipe: Recipe, step: int, rows: range, length: int, model: ModelConfig, dropout: Dropout) -> Noise:
+    """The noise of some rows of a step, which is for each a pure function of seed, step and the row's number in it.
+
+    Args:
+        rows: their numbers among all of the step, which may be cut into parts.
+        length: of their longest text, in tokens; what is hidden of the others' padding does not matter.
+    """
+    seed = recipe.config.seed
+    latent_BZ = row_normals(seed, Purpose.TRAINING_LATENT, step, rows, model.dim_latent)
+    keep_B = hide_BT = drop_LBD = None
     if recipe.latents_dropout > 0:
-        keep_B = torch.from_numpy(random.random(rows) >= recipe.latents_dropout)
+        uniform_B1 = row_uniforms(seed, Purpose.TRAINING_KEEP, step, rows, 1)
+        keep_B = torch.from_numpy(uniform_B1[:, 0] >= recipe.latents_dropout)
     if recipe.word_dropout > 0:
-        hide_BT = torch.from_numpy(random.random((rows, length)) < recipe.word_dropout)
-    drop_LBD = None
+        uniform_BT = row_uniforms(seed, Purpose.TRAINING_HIDE, step, rows, model.max_seq_len)
+        hide_BT = torch.from_numpy(uniform_BT[:, :length] < recipe.word_dropout)
     if dropout.blocks > 0:
         shares = [dropout.ends, *[dropout.blocks] * 2 * model.depth, dropout.ends]
-        drop_LBD = _dropout(random, shares, rows, model.dim)
-    return Noise(latent_BZ, keep_B, hide_BT, drop_LBD)
-
-
-def _dropout(random: np.random.Generator, shares: Sequence[float], rows: int, dim: int) -> Tensor:
-    """Factors that are 0 for these shares of the places, and have a mean of 1 [L B D]."""
-    shares_L11 = np.array(shares, dtype="float32")[:, None, None]
-    kept_LBD = random.random((len(shares), rows, dim), dtype="float32") >= shares_L11
-    return torch.from_numpy(kept_LBD / (1 - shares_L11))
+        shares_L11 = np.array(shares, dtype="float32")[:, None, None]
+        uniform_BW = row_uniforms(seed, Purpose.TRAINING_DROP, step, rows, len(shares) * model.dim)
+        kept_LBD = rearrange(uniform_BW, "b (l d) -> l b d", l=len(shares)) >= shares_L11
+        drop_LBD = torch.from_numpy(kept_LBD / (1 - shares_L11))
+    return Noise(torch.from_numpy(latent_BZ), keep_B, hide_BT, drop_LBD)
 
 
 def _read(sums: _Sums, norm: Tensor, step: int) -> list[float]:

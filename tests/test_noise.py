@@ -7,8 +7,9 @@ from itertools import combinations, islice
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy.stats import kstest
 
-from gptvae_cli.noise import Purpose, latent_noise, stream, token_uniforms
+from gptvae_cli.noise import Purpose, latent_noise, row_normals, row_uniforms, stream, token_uniforms
 
 
 def uniforms(seed: int, row: int, copy: int, count: int) -> npt.NDArray[np.float64]:
@@ -79,3 +80,24 @@ def test_a_seed_keeps_its_numbers() -> None:
 def test_noise_has_the_width_and_type_that_tensors_want() -> None:
     assert latent_noise(0, 0, 0, 5).dtype == np.float32
     assert latent_noise(0, 0, 0, 0).shape == (0,)
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 1930])
+def test_rows_of_a_step_are_read_off_one_stream_at_their_places(width: int) -> None:
+    whole = stream(3, Purpose.TRAINING_DROP, 7).random((20, -(-width // 8) * 8), dtype=np.float32)[:, :width]
+    assert (row_uniforms(3, Purpose.TRAINING_DROP, 7, range(20), width) == whole).all()
+    assert (row_uniforms(3, Purpose.TRAINING_DROP, 7, range(13, 17), width) == whole[13:17]).all()
+
+
+def test_normal_numbers_of_a_row_do_not_depend_on_its_neighbours() -> None:
+    whole = row_normals(3, Purpose.TRAINING_LATENT, 7, range(20), 33)
+    assert (row_normals(3, Purpose.TRAINING_LATENT, 7, range(19, 20), 33) == whole[19:]).all()
+    assert not (row_normals(3, Purpose.TRAINING_LATENT, 8, range(20), 33) == whole).any()
+
+
+def test_normal_numbers_of_rows_are_normal_and_unrelated() -> None:
+    """Quantiles beside scipy's, and every number of a row beside every other: two are made of each pair."""
+    noise = row_normals(0, Purpose.TRAINING_LATENT, 0, range(20_000), 6)
+    assert kstest(noise.ravel(), "norm").pvalue > 0.01
+    assert np.abs(np.corrcoef(np.concatenate([noise, noise**2], axis=1).T) - np.eye(12)).max() < 0.03
+    assert np.abs(np.corrcoef(noise[:-1].ravel(), noise[1:].ravel())[0, 1]) < 0.02

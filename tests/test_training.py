@@ -158,13 +158,18 @@ def test_a_tiny_model_learns_ten_sentences_by_heart(make_rows: MakeRows) -> None
     assert [bytes(ids).decode() for ids in reconstruct(learner.model, texts)] == SENTENCES
 
 
+def whole(batch: Batch) -> tuple[range, int]:
+    """The rows of a step that is one batch, and the length of the longest."""
+    return range(len(batch.tokens_BT)), batch.tokens_BT.shape[1]
+
+
 def test_the_first_report_is_the_objective_of_the_first_batch(make_rows: MakeRows) -> None:
     """In nats per token and nats per text; the noise is the one of step 0."""
     rows, train_config = make_rows(), config(steps=1, word_dropout=0.4)
     learner, same = learner_of(train_config), learner_of(train_config)
     (report,) = run(learner, rows)
     batch = next(Epoch(rows, 64, seed=0, epoch=0).batches())
-    noise = training_noise(recipe(train_config, 0.0), 0, 0, batch, shape(), Dropout(0.0, 0.0))
+    noise = training_noise(recipe(train_config, 0.0), 0, *whole(batch), shape(), Dropout(0.0, 0.0))
     assert same.bag_of_words is not None
     terms = objective(same.model, same.bag_of_words, batch, noise, Weights("elbo", 0.0, 0.5, 1.0))
     assert report.cross_entropy == pytest.approx(terms.cross_entropy.item() / batch.target_tokens)
@@ -239,11 +244,11 @@ def test_every_epoch_and_every_seed_has_an_order_of_its_own(
     rows = make_rows([f"{i:02}" + "x" * 20 for i in range(11)])
     orders: dict[int, list[str]] = {}
 
-    def record(now: Any, step: int, part: int, batch: Batch, *rest: Any) -> Noise:
-        orders[now.config.seed] += [bytes(row[1:3]).decode() for row in batch.tokens_BT.tolist()]
-        return training_noise(now, step, part, batch, *rest)
+    def record(model: Any, head: Any, batch: Batch, *rest: Any, **keywords: Any) -> Any:
+        orders[seed] += [bytes(row[1:3]).decode() for row in batch.tokens_BT.tolist()]
+        return objective(model, head, batch, *rest, **keywords)
 
-    monkeypatch.setattr("gptvae_cli.training.training_noise", record)
+    monkeypatch.setattr("gptvae_cli.training.objective", record)
     for seed in (0, 1):
         orders[seed] = []
         run(learner_of(config(epochs=2.0, batch_tokens=24, seed=seed)), rows)
@@ -289,7 +294,7 @@ def test_a_step_in_bfloat16_is_computed_in_it(make_rows: MakeRows) -> None:
     learner, same = learner_of(train_config), learner_of(train_config)
     (report,) = train(learner, rows, rows, precision=torch.bfloat16)
     batch = next(Epoch(rows, 64, seed=0, epoch=0).batches())
-    noise = training_noise(recipe(train_config, 0.0), 0, 0, batch, shape(), Dropout(0.0, 0.0))
+    noise = training_noise(recipe(train_config, 0.0), 0, *whole(batch), shape(), Dropout(0.0, 0.0))
     exact = objective(same.model, None, batch, noise, Weights("elbo", 0.0, 0.0, 0.0)).cross_entropy
     with torch.autocast("cpu", torch.bfloat16):
         rounded = objective(same.model, None, batch, noise, Weights("elbo", 0.0, 0.0, 0.0)).cross_entropy
@@ -780,40 +785,41 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_anything_is_reported(m
 # Noise ----------------------------------------------------------------------------------------------------------------
 
 
-def some_batch(rows: int = 200, length: int = 20) -> Batch:
-    return Batch(torch.zeros(rows, length, dtype=torch.long), None, rows * length)
-
-
 TRAINED = config(steps=1, latents_dropout_prob=0.3, word_dropout=0.4, dropout=0.2)
 NOISY = recipe(TRAINED, 0.0)
 SOME = Dropout(0.2, 0.1)
 
 
-def test_noise_is_a_function_of_seed_step_part_and_row_alone() -> None:
+def test_noise_is_a_function_of_seed_step_and_row_alone() -> None:
     torch.manual_seed(0)
-    first = training_noise(NOISY, 7, 1, some_batch(), shape(), SOME)
+    first = training_noise(NOISY, 7, range(200, 400), 20, shape(), SOME)
     torch.manual_seed(1)
     np.random.default_rng(0)
-    again = training_noise(NOISY, 7, 1, some_batch(), shape(), SOME)
+    again = training_noise(NOISY, 7, range(200, 400), 20, shape(), SOME)
     for field in fields(first):
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
     others = [
-        training_noise(NOISY, 8, 1, some_batch(), shape(), SOME),
-        training_noise(NOISY, 7, 0, some_batch(), shape(), SOME),
-        training_noise(recipe(replace(TRAINED, seed=1), 0.0), 7, 1, some_batch(), shape(), SOME),
+        training_noise(NOISY, 8, range(200, 400), 20, shape(), SOME),
+        training_noise(NOISY, 7, range(200), 20, shape(), SOME),
+        training_noise(recipe(replace(TRAINED, seed=1), 0.0), 7, range(200, 400), 20, shape(), SOME),
     ]
     for other in others:
         for field in fields(first):
             assert not torch.equal(getattr(first, field.name), getattr(other, field.name)), field.name
 
 
-def test_a_rows_noise_does_not_depend_on_the_rows_behind_it() -> None:
-    few, many = (training_noise(NOISY, 3, 0, some_batch(rows), shape(), SOME) for rows in (5, 50))
-    assert torch.equal(few.latent_BZ, many.latent_BZ[:5])
+def test_a_rows_noise_does_not_depend_on_the_rows_beside_it() -> None:
+    """Nor on the part that it is in, nor on the length of that part's longest text."""
+    together: Any = training_noise(NOISY, 3, range(50), 20, shape(), SOME)
+    alone: Any = training_noise(NOISY, 3, range(17, 18), 12, shape(), SOME)
+    assert torch.equal(alone.latent_BZ[0], together.latent_BZ[17])
+    assert torch.equal(alone.keep_B[0], together.keep_B[17])
+    assert torch.equal(alone.hide_BT[0], together.hide_BT[17, :12])
+    assert torch.equal(alone.drop_LBD[:, 0], together.drop_LBD[:, 17])
 
 
 def test_noise_has_the_shares_that_were_asked_for() -> None:
-    noise = training_noise(NOISY, 0, 0, some_batch(4000, 50), shape(), Dropout(0.25, 0.15))
+    noise = training_noise(NOISY, 0, range(4000), 50, shape(), Dropout(0.25, 0.15))
     assert noise.keep_B is not None
     assert noise.hide_BT is not None
     assert noise.latent_BZ.mean().item() == pytest.approx(0, abs=0.03)
@@ -831,22 +837,22 @@ def test_noise_has_the_shares_that_were_asked_for() -> None:
 
 @pytest.mark.parametrize(("progress", "share"), [(0.0, 0.4), (0.25, 0.2), (0.49, 0.008)])
 def test_word_dropout_falls_to_nothing_at_half_of_the_run(progress: float, share: float) -> None:
-    noise = training_noise(recipe(TRAINED, progress), 0, 0, some_batch(4000, 50), shape(), SOME)
+    noise = training_noise(recipe(TRAINED, progress), 0, range(4000), 50, shape(), SOME)
     assert noise.hide_BT is not None
     assert noise.hide_BT.double().mean().item() == pytest.approx(share, abs=0.01)
-    assert training_noise(recipe(TRAINED, 0.5), 0, 0, some_batch(), shape(), SOME).hide_BT is None
+    assert training_noise(recipe(TRAINED, 0.5), 0, range(200), 20, shape(), SOME).hide_BT is None
 
 
 @pytest.mark.parametrize(("progress", "kept"), [(0.25, 0.6), (0.5, 0.7), (1.0, 0.7)])
 def test_fewer_latents_are_dropped_until_half_of_the_run(progress: float, kept: float) -> None:
-    noise = training_noise(recipe(TRAINED, progress), 0, 0, some_batch(4000, 2), shape(), SOME)
+    noise = training_noise(recipe(TRAINED, progress), 0, range(4000), 2, shape(), SOME)
     assert noise.keep_B is not None
     assert noise.keep_B.double().mean().item() == pytest.approx(kept, abs=0.03)
 
 
 def test_without_dropout_nothing_is_dropped() -> None:
     undropped = recipe(config(steps=1, latents_dropout_prob=0.0), 0.0)
-    none = training_noise(undropped, 0, 0, some_batch(), shape(), Dropout(0.0, 0.0))
+    none = training_noise(undropped, 0, range(200), 20, shape(), Dropout(0.0, 0.0))
     assert (none.keep_B, none.hide_BT, none.drop_LBD) == (None,) * 3
 
 
