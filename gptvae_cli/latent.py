@@ -85,15 +85,16 @@ def pointwise_information(mean_NZ: Tensor, log_var_NZ: Tensor, sample_NZ: Tensor
     return torch.cat(found) + math.log(len(sample_NZ))
 
 
-def has_collapsed(information: float, most: float) -> bool:
+def has_collapsed(information: float, most: float, least: float = 1.0) -> bool:
     """Whether a latent carries next to nothing: less than a nat, or, where a few texts cannot show as much, than half
     of what they can.
 
     Args:
         information: mutual information of latent and text, in nats.
         most: that the texts can show which it was estimated over, see `entropy`.
+        least: in place of the nat.
     """
-    return most > 0 and information < min(1.0, 0.5 * most)
+    return most > 0 and information < min(least, 0.5 * most)
 
 
 def entropy(keys_N: npt.NDArray[np.int64]) -> float:

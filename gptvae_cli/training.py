@@ -35,6 +35,8 @@ from gptvae_cli.schedule import Dropout, dropout_shares, learning_rate_factor
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
 """Progress at which a run is validated: a first look, early enough to mend what goes wrong, then every tenth."""
+FIRST_PROGRESS = 0.001
+"""Progress by which the learning rate counts that of the first steps: at none of it they would change nothing."""
 EARLIEST_BEST = 0.1
 """Progress before which no model is the best: one that has hardly begun has a latent that may only look alive."""
 VALIDATION_TEXTS = 1000
@@ -168,7 +170,7 @@ def train(
                 counters.seconds = earlier + session()
                 # Not `validated + 1`: where validating takes long, validations that were missed are not made up for.
                 validated = bisect_right(VALIDATIONS, progress())
-                wrong = None if config.without_latent else diagnosis(figures)
+                wrong = None if config.without_latent else diagnosis(figures, config)
                 if wrong is not None and not done and treatable(config, counters.step, progress(), counters.treated_at):
                     cure = treatment(config, again=counters.treated_at != UNTREATED)
                     counters.treated_at = progress()
@@ -253,7 +255,7 @@ def score(figures: Figures, config: TrainConfig) -> float:
     if config.without_latent:
         return figures.cross_entropy_without
     value = figures.cross_entropy + config.vae_kl_loss_weight * figures.kl
-    return value if diagnosis(figures) is None else value + 1e9
+    return value if diagnosis(figures, config) is None else value + 1e9
 
 
 def _step(
@@ -270,7 +272,8 @@ def _step(
     device = model.device
     now = recipe(config, progress, learner.counters.treated_at)
     weights = now.weights
-    learning_rate = learner.lr * learning_rate_factor(progress, warmup=config.warmup, decay=config.decay)
+    rising = max(progress, FIRST_PROGRESS)
+    learning_rate = learner.lr * learning_rate_factor(rising, warmup=config.warmup, decay=config.decay)
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
     step_tokens, step_rows = sum(batch.target_tokens for batch in batches), sum(len(b.tokens_BT) for b in batches)

@@ -59,7 +59,7 @@ def config(**changes: Any) -> TrainConfig:
 
 
 def test_a_latent_that_tells_texts_apart_and_is_listened_to_is_well() -> None:
-    assert diagnosis(HEALTHY) is None
+    assert diagnosis(HEALTHY, TrainConfig()) is None
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_latent_that_tells_texts_apart_and_is_listened_to_is_well() -> None:
     ],
 )
 def test_a_latent_that_says_nothing_or_is_not_heard_is_not(changes: dict[str, Any], words: str) -> None:
-    found = diagnosis(replace(HEALTHY, **changes))
+    found = diagnosis(replace(HEALTHY, **changes), TrainConfig())
     assert found is not None
     assert words in found
 
@@ -81,13 +81,29 @@ def test_a_latent_that_says_nothing_or_is_not_heard_is_not(changes: dict[str, An
 def test_few_texts_cannot_show_a_nat(texts: int, carried: float, ill: bool) -> None:
     """ln 2 is 0.69: all that there is to know about two texts."""
     found = replace(HEALTHY, texts=texts, mutual_information=carried, entropy=math.log(texts))
-    assert found.collapsed == ill == (diagnosis(found) is not None)
+    assert found.collapsed == ill == (diagnosis(found, TrainConfig()) is not None)
 
 
 def test_one_text_shows_nothing() -> None:
     alone = replace(HEALTHY, texts=1, mutual_information=0.0, cross_entropy_shuffled=HEALTHY.cross_entropy, entropy=0.0)
-    assert diagnosis(alone) is None
+    assert diagnosis(alone, TrainConfig()) is None
     assert not alone.collapsed
+
+
+@pytest.mark.parametrize(("rate", "ill"), [(0.0, True), (8.0, True), (2.0, True), (1.0, False), (1.9, True)])
+def test_a_latent_that_may_carry_little_is_well_where_it_carries_that(rate: float, ill: bool) -> None:
+    """At a rate of 1 no latent carries a nat; half of the rate is enough, of information and of what is heard."""
+    little, unheard = replace(HEALTHY, mutual_information=0.72), replace(HEALTHY, cross_entropy_shuffled=20.72)
+    for figures in (little, unheard):
+        assert (diagnosis(figures, TrainConfig(target_rate=rate)) is not None) == ill
+    assert verdict(little, TrainConfig(target_rate=rate)).startswith("collapsed" if ill else "the latent carries 0.7")
+    nearly = replace(HEALTHY, mutual_information=0.49)
+    assert diagnosis(nearly, TrainConfig(target_rate=1.0)) is not None
+
+
+def test_a_treatment_keeps_to_a_rate_that_was_asked_for() -> None:
+    assert treated(TrainConfig(target_rate=2.0)).target_rate == 2
+    assert treated(TrainConfig(target_rate=0.0)).target_rate == 8
 
 
 # When it treats -------------------------------------------------------------------------------------------------------
@@ -110,8 +126,9 @@ def test_a_recipe_with_the_remedies_is_given_its_time() -> None:
     assert not treatable(default, YOUNG_STEPS, 0.29, UNTREATED)
     assert not treatable(default, YOUNG_STEPS - 1, 0.3, UNTREATED)
     assert treatable(default, YOUNG_STEPS, 0.3, UNTREATED)
-    for name in ("kl_warmup", "target_rate", "bag_of_words"):
+    for name in ("kl_warmup", "target_rate"):
         assert treatable(from_dict(TrainConfig, {name: 0.0}), 15, 0.05, UNTREATED), name
+    assert not treatable(TrainConfig(bag_of_words=0.0), 50, 0.05, UNTREATED), "which is no more ill without a bag"
 
 
 def test_the_stock_recipe_is_left_alone() -> None:
@@ -277,6 +294,11 @@ def test_the_verdict_does_not_speak_of_help_where_there_is_none() -> None:
     assert text.endswith("at most 6.9; it does not help the decoder yet")
 
 
+def test_the_verdict_does_not_compare_with_what_was_never_learnt() -> None:
+    text = verdict(HEALTHY, TrainConfig(latents_dropout_prob=0.0))
+    assert text.endswith("at most 6.9; for a KL of 8.0 the cross-entropy is 20.0")
+
+
 def test_the_verdict_calls_a_collapse_a_collapse() -> None:
     text = verdict(replace(HEALTHY, mutual_information=0.034), TrainConfig())
     assert text == "collapsed: the latent carries 0.03 nats of a text, the decoder writes without it"
@@ -300,7 +322,8 @@ def test_the_verdict_does_not_praise_a_latent_that_the_decoder_does_not_hear() -
         (UNHEARD, {}, "--max-time"),
         (replace(HEALTHY, mutual_information=0.5), {}, "--max-time"),
         (UNHEARD, {"on_collapse": "warn"}, "--max-time"),
-        (UNHEARD, {"on_collapse": "warn", "bag_of_words": 0.0}, "without --on-collapse warn"),
+        (UNHEARD, {"on_collapse": "warn", "bag_of_words": 0.0}, "--max-time"),
+        (UNHEARD, {"on_collapse": "warn", "target_rate": 0.0}, "without --on-collapse warn"),
         (UNHEARD, {"objective": "stock", **STOCK_RECIPE}, "without --objective stock"),
     ],
 )

@@ -584,8 +584,8 @@ def test_the_learning_rate_follows_progress_and_ends_near_zero(
     monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 0.0)
     learner = learner_of(config(steps=20, warmup=0.1, decay=0.5, lr=1e-3, kl_warmup=0.4))
     reports = run(learner, make_rows())
-    # Step i + 1 runs at progress i / 20.
-    rates = [min(1, i / 20 / 0.1, (1 - i / 20) / 0.5) * 1e-3 for i in range(20)]
+    # Step i + 1 runs at progress i / 20, but that the first one learns too.
+    rates = [min(1, max(i / 20, 0.001) / 0.1, (1 - i / 20) / 0.5) * 1e-3 for i in range(20)]
     assert [report.learning_rate for report in reports] == pytest.approx(rates)
     assert [report.beta for report in reports] == pytest.approx([min(1, i / 20 / 0.4) for i in range(20)])
     last = [group["lr"] / group["lr_scale"] for group in learner.optimizer.param_groups]

@@ -257,7 +257,7 @@ def train(
         _finish(job, quiet=quiet)
         console.write_text(f"{folder / MODEL_NAME}\n")
         strict = job.learner.config.strict and not job.learner.config.without_latent
-        if strict and job.figures is not None and (wrong := diagnosis(job.figures)) is not None:
+        if strict and job.figures is not None and (wrong := diagnosis(job.figures, job.learner.config)) is not None:
             raise CollapsedError(f"{wrong}, and --strict was given", hint="train longer, or raise --target-rate")
 
 
