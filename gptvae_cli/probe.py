@@ -8,7 +8,7 @@ Shapes: N texts, F features.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -61,14 +61,22 @@ def require_scikit_learn() -> None:
         raise ConfigError("--labels needs scikit-learn, which is not installed", hint="pip install 'gptvae[probe]'")
 
 
-def probe(latents_NZ: Floats, texts: Sequence[str], labels: Sequence[str], *, seed: int) -> Probe:
+def probe(
+    latents_NZ: Floats,
+    texts: Sequence[str],
+    labels: Sequence[str],
+    *,
+    seed: int,
+    read: Sequence[Hashable] | None = None,
+) -> Probe:
     """Trains and tests both classifiers, on the same split; nothing is fitted to the held-out part.
 
     Args:
         latents_NZ: of the texts, their posteriors' means.
-        texts: as the model read them.
+        texts: as the model writes them.
         labels: of the texts; an empty one is none, and its text is left out. Of equal texts the first counts.
         seed: of the split, the folds and the SVD.
+        read: what the latents were made of, or keys of it, where that is not the texts. Of equal ones the first counts.
 
     Raises:
         ConfigError: where scikit-learn is not installed.
@@ -81,10 +89,18 @@ def probe(latents_NZ: Floats, texts: Sequence[str], labels: Sequence[str], *, se
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.model_selection import train_test_split
 
+    seed %= 2**32  # scikit-learn takes no larger one
     names, number_N = np.unique(np.asarray(labels), return_inverse=True)
     labelled = np.flatnonzero(np.asarray(labels) != "")
-    # Equal texts have equal latents: one that is trained on must not be tested on.
-    distinct = np.array(list({texts[i]: i for i in labelled[::-1]}.values()), dtype=np.int64)[::-1]
+    # What is trained on must not be tested on: neither a text, nor a latent, which is equal where what was read is.
+    seen: set[tuple[str, Hashable]] = set()
+    first = []
+    for i in labelled.tolist():
+        keys = {("text", texts[i]), ("read", texts[i] if read is None else read[i])}
+        if not keys & seen:
+            first.append(i)
+            seen |= keys
+    distinct = np.array(first, dtype=np.int64)
     times = np.bincount(number_N[distinct], minlength=len(names))
     usable = distinct[times[number_N[distinct]] >= FEWEST]
     kinds = len(np.unique(number_N[usable]))

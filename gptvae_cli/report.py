@@ -373,7 +373,8 @@ def _probe(
     sample: Arrays, labels: Sequence[str], seed: int
 ) -> tuple[dict[str, Any], tuple[float, float], tuple[float, float]]:
     """The probes' figures, and the intervals of both accuracies over the held-out texts."""
-    found = probe(sample["mean"], sample["text"].tolist(), [labels[place] for place in sample["place"]], seed=seed)
+    texts, read = sample["text"].tolist(), sample["read"].tolist()
+    found = probe(sample["mean"], texts, [labels[place] for place in sample["place"]], seed=seed, read=read)
     columns = {"z": found.latent.astype(float), "words": found.words.astype(float)}
     held_out = len(found.latent)
     intervals = bootstrap.intervals(columns, lambda sums: {name: value / held_out for name, value in sums.items()})

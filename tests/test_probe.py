@@ -133,6 +133,22 @@ def test_equal_texts_are_not_learnt_by_heart() -> None:
     )
 
 
+def test_latents_that_were_made_of_one_text_are_not_learnt_by_heart() -> None:
+    """Where the encoder reads other texts, several may have one source: labels at random, one for each source."""
+    random = np.random.default_rng(5)
+    latents = random.normal(size=(120, 60)).astype("float32")
+    labels = [str(label) for label in random.integers(0, 2, 120)]
+    texts = [f"text {i}" for i in range(480)]
+    once = probe(latents, texts[:120], labels, seed=0)
+    often = probe(np.concatenate([latents] * 4), texts, labels * 4, seed=0, read=[*range(120)] * 4)
+    assert (often.texts, often.latent.tolist()) == (120, once.latent.tolist())
+
+
+def test_a_seed_of_any_size_is_taken() -> None:
+    latents, texts, labels = data()
+    assert probe(latents, texts, labels, seed=2**63 - 1).texts == 150
+
+
 def test_of_equal_texts_the_first_one_is_labelled() -> None:
     latents, texts, labels = data()
     texts = [f"{text} {i}" for i, text in enumerate(texts)]
