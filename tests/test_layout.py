@@ -36,7 +36,7 @@ ROWS: list[set[str]] = [
     {"api"},
     {"report", "baseline"},
     {"cli.console"},
-    {"cli.display", "cli.help"},
+    {"cli.streams", "cli.display", "cli.help"},
     {"cli commands"},
     {"cli.app"},
 ]
@@ -102,7 +102,7 @@ def libraries(module: str, *, at_start_only: bool = False) -> set[str]:
 
 
 def row_of(module: str) -> int:
-    if module.startswith("cli.") and module not in ("cli.console", "cli.display", "cli.help", "cli.app"):
+    if module.startswith("cli.") and module not in ("cli.console", "cli.streams", "cli.display", "cli.help", "cli.app"):
         module = "cli commands"
     return next((number for number, row in enumerate(ROWS) if module in row), -1)
 

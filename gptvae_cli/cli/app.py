@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from gptvae_cli import __version__
-from gptvae_cli.cli import console, demo, encode, evaluate, generate, help, info, interpolate, train
+from gptvae_cli.cli import console, demo, encode, evaluate, generate, help, info, interpolate, streams, train
 from gptvae_cli.config import did_you_mean
 from gptvae_cli.errors import ConfigError, ExitCode, GPTVAEError
 
@@ -60,7 +60,7 @@ class _Commands(TyperGroup):
             # Typer and Rich end the process with 1 when they meet a closed pipe.
             if isinstance(problem, SystemExit) and not isinstance(problem.__context__, BrokenPipeError):
                 raise
-            console.discard(sys.stdout)
+            streams.discard(sys.stdout)
             code = ExitCode.CLOSED_PIPE
         except OSError as problem:
             code = _show_error(problem)
@@ -82,7 +82,7 @@ class _Commands(TyperGroup):
         except Exception as problem:
             if ctx.meta.get(console.DEBUG_KEY):
                 console.stderr.out(console.sanitize("".join(traceback.format_exception(problem))), end="")
-            if isinstance(problem, console.NothingToReadError):
+            if isinstance(problem, streams.NothingToReadError):
                 self._show_help(ctx)
             if isinstance(problem, ConfigError) and problem.hint is None:
                 problem.hint = f"gptvae {ctx.invoked_subcommand} --help"
@@ -103,7 +103,7 @@ def _show_error(problem: Exception) -> int:
             console.error(problem.message, problem.hint)
             return problem.exit_code
         case OSError():
-            console.discard(sys.stdout)  # or flushing it at shutdown would fail once more
+            streams.discard(sys.stdout)  # or flushing it at shutdown would fail once more
             where = problem.filename or "input or output"
             console.error(f"{where}: {problem.strerror or problem}", None)
         case _ if _is_out_of_memory(problem):

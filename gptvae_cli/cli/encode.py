@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gptvae_cli.cli import console
+from gptvae_cli.cli import console, streams
 from gptvae_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,16 +63,16 @@ def encode(
     from gptvae_cli.text import Repairs, read_texts
 
     if not files or "-" in files:
-        console.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
-    on_stdout = console.is_stdout(out)
+        streams.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
+    on_stdout = streams.is_stdout(out)
     if on_stdout and format == "npy":
-        console.refuse_terminal_stdout("gptvae encode texts.txt > z.npy")
-    console.refuse_stdout("--std-out", std_out)
+        streams.refuse_terminal_stdout("gptvae encode texts.txt > z.npy")
+    streams.refuse_stdout("--std-out", std_out)
     if out is not None and std_out is not None and os.path.realpath(out) == os.path.realpath(std_out):
         raise ConfigError(f"--out and --std-out are both {std_out}", hint="name two files")
     sources = expand(files or ["-"])
-    console.refuse_input("--out", out, sources)
-    console.refuse_input("--std-out", std_out, sources)
+    streams.refuse_input("--out", out, sources)
+    streams.refuse_input("--std-out", std_out, sources)
     path = locate_model(model)
     header = read_header(path)
     header.require_latent(path)
@@ -107,7 +107,7 @@ def latents_to(name: str | None, format: Literal["npy", "jsonl"], width: int) ->
     """A function that writes latents to a file, or to standard output for None or `-`."""
     from gptvae_cli.latent_file import LatentWriter
 
-    with console.output(name, binary=format == "npy") as stream:
+    with streams.output(name, binary=format == "npy") as stream:
         if format == "npy":
             with LatentWriter(stream, width) as writer:
                 yield lambda latent_Z: writer.write(latent_Z[None])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptvae_cli.cli import console
+from gptvae_cli.cli import console, streams
 from gptvae_cli.config import TextConfig
 from gptvae_cli.errors import ConfigError, DataError
 
@@ -86,7 +86,7 @@ def evaluate(
     from gptvae_cli.text import Repairs, read_texts
 
     if not corpus or "-" in corpus:
-        console.refuse_terminal_stdin("gptvae evaluate test.txt")
+        streams.refuse_terminal_stdin("gptvae evaluate test.txt")
     path = locate_model(model)
     header = read_header(path)
     data = header.data.overridden(unit=unit, field=field, errors=errors)
@@ -146,9 +146,9 @@ def evaluate(
         "texts_cut": cut,
     }
     if as_json:
-        console.write_text(json.dumps(about | found.to_dict(), indent=2, allow_nan=False) + "\n")
+        streams.write_text(json.dumps(about | found.to_dict(), indent=2, allow_nan=False) + "\n")
     else:
-        console.write_text("".join(f"{line}\n" for line in _table(about, found)))
+        streams.write_text("".join(f"{line}\n" for line in _table(about, found)))
 
 
 def _measure(

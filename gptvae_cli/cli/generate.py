@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptvae_cli.cli import console
+from gptvae_cli.cli import console, streams
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.errors import ConfigError
 
@@ -99,13 +99,13 @@ def generate(
     )
     _check_sources({"--latent": latent, "--ref": ref, "--text": text, "--prior": prior}, sample=sample)
     if "-" in (latent, ref):
-        console.refuse_terminal_stdin("gptvae generate --latent z.npy")
+        streams.refuse_terminal_stdin("gptvae generate --latent z.npy")
     path = locate_model(model)
     header = read_header(path)
     if (latent, ref, text) != (None, None, None):
         header.require_latent(path)
     data = header.data.overridden(unit=unit, field=field, errors=errors)
-    printer = console.TextWriter(format, data.unit, null=null)
+    printer = streams.TextWriter(format, data.unit, null=null)
     if stream and format == "jsonl":
         raise ConfigError("--stream and --format jsonl exclude each other", hint="leave one of them out")
     repairs = Repairs()
@@ -115,8 +115,8 @@ def generate(
         if latent is not None:
             from gptvae_cli.latent_file import iter_latents
 
-            stream_in = stack.enter_context(console.source(latent))
-            latents = iter_latents(stream_in, console.called(latent), width=header.model.dim_latent)
+            stream_in = stack.enter_context(streams.source(latent))
+            latents = iter_latents(stream_in, streams.called(latent), width=header.model.dim_latent)
             latents = latents if latent == "-" else _begun(latents)
         elif ref is not None:
             texts = read_texts([ref], data, repairs=repairs)

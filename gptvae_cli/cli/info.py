@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptvae_cli.cli import console
+from gptvae_cli.cli import console, streams
 from gptvae_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ def info(
     with reading(path):
         summary = _summary(str(path), layout)
     if as_json:
-        console.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        streams.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     else:
         # A value may come from a stranger, and hold line breaks or worse.
-        console.write_text("".join(f"{name:<8}  {console.one_line(text)}\n" for name, text in _rows(summary) if text))
+        streams.write_text("".join(f"{name:<8}  {console.one_line(text)}\n" for name, text in _rows(summary) if text))
 
 
 def _summary(path: str, layout: Layout) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptvae_cli.cli import console
+from gptvae_cli.cli import console, streams
 from gptvae_cli.cli.encode import latents_to
 from gptvae_cli.config import PathKind, SampleConfig, TextConfig
 from gptvae_cli.errors import ConfigError, DataError
@@ -74,13 +74,13 @@ def interpolate(
     from gptvae_cli.text import Repairs
 
     _check_points(points or [], start, end, latent)
-    console.refuse_stdout("--latents-out", latents_out)
-    console.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else [])])
+    streams.refuse_stdout("--latents-out", latents_out)
+    streams.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else [])])
     path = locate_model(model)
     header = read_header(path)
     header.require_latent(path)
     data, width = header.data.overridden(unit=unit, field=field, errors=errors), header.model.dim_latent
-    printer = console.TextWriter(format, data.unit, null=null)
+    printer = streams.TextWriter(format, data.unit, null=null)
     repairs = Repairs()
     found: Sequence[str | Floats]
     if latent is not None:
@@ -128,16 +128,16 @@ def _check_points(points: Sequence[str], start: str | None, end: str | None, lat
     if points.count("-") > 1:
         raise ConfigError("standard input was named twice, and can be read once", hint="gptvae interpolate - b.txt")
     if latent == "-" or "-" in points:
-        console.refuse_terminal_stdin("gptvae interpolate a.txt b.txt")
+        streams.refuse_terminal_stdin("gptvae interpolate a.txt b.txt")
 
 
 def _latents(name: str, width: int) -> Sequence[Floats]:
     from gptvae_cli.latent_file import read_latents
 
-    with console.source(name) as stream:
-        latents_NZ = read_latents(stream, console.called(name), width=width)
+    with streams.source(name) as stream:
+        latents_NZ = read_latents(stream, streams.called(name), width=width)
     if len(latents_NZ) < 2:
-        raise DataError(f"{console.called(name)} holds {len(latents_NZ)} latents, a path needs two at least")
+        raise DataError(f"{streams.called(name)} holds {len(latents_NZ)} latents, a path needs two at least")
     return list(latents_NZ)
 
 
@@ -146,7 +146,7 @@ def _point(name: str, data: TextConfig, width: int, repairs: Repairs) -> str | F
     from gptvae_cli.latent_file import is_npy, read_latents
     from gptvae_cli.text import read_texts
 
-    with console.source(name, hint="check the path; texts themselves go to --from TEXT --to TEXT") as stream:
+    with streams.source(name, hint="check the path; texts themselves go to --from TEXT --to TEXT") as stream:
         if not stream.seekable():  # a pipe, perhaps of <(...), gives its bytes only once
             stream = io.BytesIO(stream.read())
         begin = stream.tell()
@@ -154,7 +154,7 @@ def _point(name: str, data: TextConfig, width: int, repairs: Repairs) -> str | F
         stream.seek(begin)
         found: Sequence[str | Floats]
         if is_latent:
-            found = list(read_latents(stream, console.called(name), width=width))
+            found = list(read_latents(stream, streams.called(name), width=width))
         else:
             by_name = Path(name).is_file()  # whose ending may tell how to read it
             texts = read_texts([name if by_name else "-"], data, repairs=repairs, stdin=stream)
@@ -162,7 +162,7 @@ def _point(name: str, data: TextConfig, width: int, repairs: Repairs) -> str | F
     if len(found) != 1:
         amount, thing = "more than one" if found else "no", "latent" if is_latent else "text"
         raise DataError(
-            f"{console.called(name)} holds {amount} {thing}, a point of a path is exactly one",
+            f"{streams.called(name)} holds {amount} {thing}, a point of a path is exactly one",
             hint=f"--latent {name} leads through its rows" if is_latent else "--from and --to take texts themselves",
         )
     return found[0]

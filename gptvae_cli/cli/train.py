@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptvae_cli import __version__
-from gptvae_cli.cli import console
+from gptvae_cli.cli import console, streams
 from gptvae_cli.config import (
     STOCK_RECIPE,
     ConditioningName,
@@ -211,7 +211,7 @@ def train(
     for remark in misspelt(os.environ):
         console.note(remark, quiet=quiet)
     if print_config:
-        console.write_text(plan.to_toml())
+        streams.write_text(plan.to_toml())
         return
     corpus = plan.run.corpus or ([] if resume else ["-"])
     named = [*corpus, plan.data.valid, plan.data.latents_from]
@@ -219,7 +219,7 @@ def train(
         hint = "name files; without CORPUS it is the corpus"
         raise ConfigError("standard input was named twice, and can be read once", hint=hint)
     if "-" in named:
-        console.refuse_terminal_stdin("gptvae train corpus.txt")
+        streams.refuse_terminal_stdin("gptvae train corpus.txt")
 
     from gptvae_cli import run
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
@@ -255,7 +255,7 @@ def train(
             console.note(note, quiet=quiet)
         watch(job, quiet=quiet)
         _finish(job, quiet=quiet)
-        console.write_text(f"{folder / MODEL_NAME}\n")
+        streams.write_text(f"{folder / MODEL_NAME}\n")
         strict = job.learner.config.strict and not job.learner.config.without_latent
         if strict and job.figures is not None and (wrong := diagnosis(job.figures, job.learner.config)) is not None:
             raise CollapsedError(f"{wrong}, and --strict was given", hint="train longer, or raise --target-rate")
@@ -360,7 +360,7 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
-                console.forget_terminal()  # as SIGHUP is about to say
+                streams.forget_terminal()  # as SIGHUP is about to say
     if caught:
         console.note(f"stopped at step {job.learner.counters.step:,}; the state is saved")
         console.command(f"go on with: gptvae train --resume --out {shlex.quote(str(job.folder))}")
@@ -410,7 +410,7 @@ def _graceful() -> Iterator[list[int]]:
             caught.append(number)
             caught_at = time.monotonic()
             if number == signal.SIGHUP:
-                console.forget_terminal()
+                streams.forget_terminal()
         elif time.monotonic() - caught_at >= _SAME_WISH_SECONDS:
             restore()
             signal.raise_signal(number)

@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 
 from gptvae_cli import __version__
 from gptvae_cli.__main__ import main as console_script
-from gptvae_cli.cli import console
+from gptvae_cli.cli import console, streams
 from gptvae_cli.cli.app import app
 from tests.cli.conftest import WIDTH
 from tests.cli.test_train import assert_fails
@@ -763,7 +763,7 @@ def test_texts_in_pieces_do_not_control_the_terminal(here: Path, monkeypatch: py
     shown = io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setattr(shown, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdout", shown)
-    printer = console.TextWriter("text", "line", null=False)
+    printer = streams.TextWriter("text", "line", null=False)
     for piece in HOSTILE:
         printer.piece(piece)
     printer.end()
@@ -777,12 +777,12 @@ def test_a_nul_inside_a_text_does_not_end_it(monkeypatch: pytest.MonkeyPatch) ->
     """A model of bytes may write one, and `xargs -0` then saw two texts."""
     written = io.TextIOWrapper(io.BytesIO(), "utf-8")
     monkeypatch.setattr(sys, "stdout", written)
-    printer = console.TextWriter("text", "paragraph", null=True)
+    printer = streams.TextWriter("text", "paragraph", null=True)
     printer.write("a\0b")
     for piece in ("c", "\0", "d"):
         printer.piece(piece)
     printer.end()
-    console.TextWriter("text", "line", null=False).write("e\0f")
+    streams.TextWriter("text", "line", null=False).write("e\0f")
     assert isinstance(written.buffer, io.BytesIO)
     assert written.buffer.getvalue() == b"ab\0cd\0e\0f\n"
 

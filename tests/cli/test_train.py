@@ -838,7 +838,7 @@ def test_help_is_sorted_into_panels_and_ends_with_examples() -> None:
 
 def test_a_terminal_as_the_corpus_shows_the_help(monkeypatch: pytest.MonkeyPatch, out: Path) -> None:
     """Nobody types a corpus."""
-    monkeypatch.setattr("gptvae_cli.cli.console.sys", FakeSys())
+    monkeypatch.setattr("gptvae_cli.cli.streams.sys", FakeSys())
     for options in ([], ["-"], ["x.txt", "--valid", "-"], ["x.txt", "--latents-from", "-"], ["--resume", "-"]):
         result = CliRunner().invoke(app, ["train", "--out", str(out), *options])
         assert result.exit_code == 2, options

@@ -1,0 +1,241 @@
+"""Where the data of a command comes from and goes to: standard input and output, files, pipes and devices.
+
+Standard output is data. Bytes are exact in a pipe or a file, and what a terminal gets is sanitised.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from gptvae_cli.cli.console import TextFormat, sanitize
+from gptvae_cli.config import Unit
+from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
+from gptvae_cli.files import behind_links, is_no_file, sync_folder
+
+
+class NothingToReadError(ConfigError):
+    """A command was to read standard input, and that is a terminal; the help of the command goes with it."""
+
+
+def refuse_terminal_stdin(example: str) -> None:
+    """Keeps a command from waiting for somebody to type a corpus or a binary.
+
+    Raises:
+        NothingToReadError: where standard input is a terminal.
+    """
+    if sys.stdin is not None and sys.stdin.isatty():
+        raise NothingToReadError("nothing to read: standard input is a terminal", hint=example)
+
+
+def refuse_terminal_stdout(example: str) -> None:
+    """Keeps a binary off the terminal.
+
+    Raises:
+        ConfigError: where standard output is a terminal.
+    """
+    if sys.stdout.isatty():
+        raise ConfigError("latents are binary, and standard output is a terminal", hint=f"redirect it: {example}")
+
+
+def is_stdout(name: str | None) -> bool:
+    """Whether a name means standard output. Opened by its path, a file that it was redirected to would be replaced."""
+    return name in (None, "-", "/dev/stdout", "/dev/fd/1")
+
+
+def refuse_stdout(option: str, name: str | None) -> None:
+    """Keeps two things from being mixed on standard output.
+
+    Raises:
+        ConfigError: where the name is that.
+    """
+    if name is not None and is_stdout(name):
+        raise ConfigError(f"{option} needs a file, standard output is in use", hint=f"{option} FILE.npy")
+
+
+def refuse_input(option: str, name: str | None, inputs: Sequence[str]) -> None:
+    """Keeps a command from replacing what it reads.
+
+    Raises:
+        ConfigError: where the name is that of one of the inputs.
+    """
+    for file in inputs:
+        with suppress(OSError):
+            if name is not None and Path(name).samefile(file):
+                raise ConfigError(f"{option} {name} is what is read", hint="name another file")
+
+
+def called(name: str) -> str:
+    """What people call a file, or standard input for `-`."""
+    return "stdin" if name == "-" else name
+
+
+@contextmanager
+def source(name: str, *, hint: str = "check the path") -> Iterator[BinaryIO]:
+    """A file to read, or standard input for `-`.
+
+    Raises:
+        DataError: for one that cannot be opened.
+    """
+    if name == "-":
+        if sys.stdin is None:
+            raise DataError("cannot read stdin: it is closed", hint="name a file")
+        yield sys.stdin.buffer
+        return
+    try:
+        stream = Path(name).open("rb")  # noqa: SIM115
+    except OSError as problem:
+        raise DataError(f"cannot read {name}: {problem.strerror}", hint=hint) from problem
+    with stream:
+        yield stream
+
+
+@contextmanager
+def output(name: str | None, *, binary: bool = False) -> Iterator[BinaryIO]:
+    """Where data goes: standard output for None or `-`, else a file, which is there once it is complete.
+
+    A file that was there is replaced then, and stays as it was if the command fails. Devices and pipes are written
+    to as they are.
+
+    Args:
+        name: of the file.
+        binary: what is written is not for a terminal.
+
+    Raises:
+        ConfigError: for a name that is empty, or binary that would go to a terminal.
+        GPTVAEError: for a file that cannot be written.
+    """
+    if name == "":
+        raise ConfigError("the name of the file to write is empty", hint="name one, or - for standard output")
+    if is_stdout(name):
+        yield sys.stdout.buffer
+        return
+    assert name is not None
+    in_place = is_no_file(Path(name))
+    # A link is kept and the file it points to replaced; the links of /dev/fd lead to no path at all.
+    path = Path(name) if in_place else behind_links(Path(name))
+    part = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.part")
+    with _naming(name):
+        stream = io.BufferedWriter(_NamedFile(part, name))
+    if binary and stream.isatty():
+        stream.close()
+        raise ConfigError(f"{name} is a terminal, latents are binary", hint="name a file, or pipe them on")
+    try:
+        yield stream
+        if in_place:
+            stream.close()
+        else:
+            with _naming(name):
+                stream.flush()
+                os.fsync(stream.fileno())  # or a power cut may leave the name without its content
+                stream.close()
+                part.replace(path)
+            sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError, GPTVAEError):
+            stream.close()
+        if not in_place:
+            part.unlink(missing_ok=True)
+        raise
+
+
+class _NamedFile(io.FileIO):
+    """A file to write whose errors name it. A command may write to several, and an OSError does not say to which."""
+
+    def __init__(self, path: Path, label: str) -> None:
+        super().__init__(path, "wb")
+        self.label = label
+
+    def write(self, data: Any) -> int:
+        with _naming(self.label):
+            return super().write(data)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        raise GPTVAEError(
+            f"cannot write {name}: {problem.strerror}", hint="choose another place, or make room there"
+        ) from problem
+
+
+def discard(*streams: TextIO) -> None:
+    """Sends nowhere what is still to be written to a closed pipe, a full disk or a terminal that is gone."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        for stream in streams:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def forget_terminal() -> None:
+    """Sends nowhere what is still to be written to the terminal, which is gone: that would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):  # a closed terminal does not say that it is one
+            discard(stream)
+
+
+def write_text(text: str) -> None:
+    """Data on stdout at once: exact UTF-8 in a pipe or a file, sanitised on a terminal.
+
+    The name of a file that is not UTF-8 is written as its bytes, so that the next command finds it.
+    """
+    if sys.stdout.isatty():
+        sys.stdout.buffer.write(sanitize(text).encode(sys.stdout.encoding, "replace"))
+    else:
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    sys.stdout.buffer.flush()
+
+
+class TextWriter:
+    """Prints texts in the form that was asked for, each at once.
+
+    Lines are lines. Texts of other units hold line breaks, so there is an empty line between them.
+
+    Args:
+        format: plain text, or one JSON object a line.
+        unit: of the texts.
+        null: end every text with a NUL instead, and leave out those that a model of bytes writes inside.
+
+    Raises:
+        ConfigError: for NULs in JSON.
+    """
+
+    def __init__(self, format: TextFormat, unit: Unit, *, null: bool) -> None:
+        if null and format == "jsonl":
+            raise ConfigError("-0 and --format jsonl exclude each other")
+        self._format = format
+        self._null = null
+        self._end = "\0" if null else "\n"
+        self._between = "" if null or unit == "line" else "\n"
+        self._due = ""  # what still has to be printed before the next text
+
+    def write(self, text: str, **fields: int | None) -> None:
+        """Prints a text; the fields go with it in JSON, where they are not None."""
+        if self._format == "jsonl":
+            known = {name: value for name, value in fields.items() if value is not None}
+            write_text(json.dumps({**known, "text": text}, ensure_ascii=False) + "\n")
+        else:
+            write_text(self._due + self._inside(text) + self._end)
+            self._due = self._between
+
+    def piece(self, text: str) -> None:
+        """Prints a piece of a plain text."""
+        write_text(self._due + self._inside(text))
+        self._due = ""
+
+    def end(self) -> None:
+        """Ends a plain text that was printed in pieces."""
+        self.write("")
+
+    def _inside(self, text: str) -> str:
+        return text.replace("\0", "") if self._null else text
