@@ -261,8 +261,8 @@ class Report:
 def report(
     model: Gathered,
     baseline: Gathered | None = None,
-    labels: Sequence[str] | None = None,
     *,
+    labels: Sequence[str] | None = None,
     samples: int,
     seed: int,
 ) -> Report:

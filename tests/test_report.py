@@ -57,7 +57,7 @@ def gather(checkpoint: Checkpoint, texts: list[str], seed: int = 2) -> Gathered:
 
 
 def values_of(checkpoint: Checkpoint, texts: list[str], labels: list[str] | None = None) -> dict[str, Any]:
-    return report.report(gather(checkpoint, texts), None, labels, samples=SAMPLES, seed=2).to_dict()
+    return report.report(gather(checkpoint, texts), labels=labels, samples=SAMPLES, seed=2).to_dict()
 
 
 def assert_same(one: Any, other: Any, name: str = "") -> None:

@@ -92,11 +92,13 @@ def evaluate(
     data = header.data.overridden(unit=unit, field=field, errors=errors)
     if with_baseline and baseline is not None:
         raise ConfigError("--baseline and --with-baseline exclude each other", hint="leave one of them out")
-    compared = None if baseline is None else locate_model(baseline)
-    headers = [header] if compared is None else [header, read_header(compared)]
-    for each in headers[1:]:
-        if (each.data.unit == "window") != (header.data.unit == "window"):
-            units = f"{compared} was trained on texts of unit {each.data.unit}, {path} on {header.data.unit}"
+    paths, headers = [path], [header]
+    if baseline is not None:
+        paths.append(locate_model(baseline))
+        headers.append(read_header(paths[1]))
+        own, other = (each.data.unit for each in headers)
+        if (own == "window") != (other == "window"):
+            units = f"{paths[1]} was trained on texts of unit {other}, {path} on {own}"
             console.note(f"{units}: one of them knows no end of a text", quiet=quiet)
     _check(headers, data.unit, texts, labels=labels, latents_from=latents_from)
     repairs = Repairs()
@@ -117,13 +119,9 @@ def evaluate(
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import report, sampling
     if with_baseline:
-        compared = _train_baseline(path, header, device=device, dtype=dtype, threads=threads, quiet=quiet)
+        paths.append(_train_baseline(path, header, device=device, dtype=dtype, threads=threads, quiet=quiet))
 
-    opened = [
-        sampling.open_model(name, device=device, dtype=dtype, threads=threads)
-        for name in (path, compared)
-        if name is not None
-    ]
+    opened = [sampling.open_model(each, device=device, dtype=dtype, threads=threads) for each in paths]
     console.note(opened[0].note, quiet=quiet)
     with console.progress("measuring", "texts", quiet=quiet, total=texts or None) as advance:
         gathered, cut, remarks = _measure(
@@ -134,15 +132,14 @@ def evaluate(
         raise DataError(f"found {found_texts}, a model is evaluated on two at least")
     for remark in (*remarks, repairs.note):
         console.note(remark, quiet=quiet)
-    other = gathered[1] if compared is not None else None
-    found = report.report(gathered[0], other, names, samples=samples, seed=seed)
+    found = report.report(*gathered, labels=names, samples=samples, seed=seed)
     about = {
         "model": str(path),
         "corpus": corpus or ["-"],
         "unit": data.unit,
         "latents_from": latents_from,
         "labels": labels,
-        "baseline": None if compared is None else str(compared),
+        "baseline": str(paths[1]) if len(paths) > 1 else None,
         "texts_cut": cut,
     }
     if as_json:
