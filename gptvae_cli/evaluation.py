@@ -259,7 +259,7 @@ def importance_weighted(
 def keys_of(batch: Batch, pad_id: int) -> Keys:
     """A number for every text that depends on nothing but its tokens, and what the encoder reads where that differs."""
     keys_B = _keys(batch.tokens_BT, pad_id)
-    # Texts that share a source have noise of their own. The one twice, or a text that is its own source had none.
+    # Texts that share a source have noise of their own; one key is doubled to tell A read from B and B read from A.
     return keys_B if batch.source_BT is None else (2 * keys_B + _keys(batch.source_BT, pad_id)) & (2**63 - 1)
 
 

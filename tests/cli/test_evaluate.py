@@ -158,6 +158,16 @@ def test_a_baseline_is_measured_on_the_same_texts(evaluate: Evaluate, models: Pa
     assert low < without["efficiency_nats_per_nat"] < high
 
 
+@pytest.mark.parametrize(("model", "baseline"), [("line", "window"), ("window", "line"), ("line", "paragraph")])
+def test_a_baseline_that_knows_another_end_of_a_text_is_told(
+    evaluate: Evaluate, models: Path, model: str, baseline: str
+) -> None:
+    path = models / f"{baseline}.safetensors"
+    found = evaluate("--texts", "2", "--baseline", path, model=model)
+    said = f"{path} was trained on texts of unit {baseline}, {models / f'{model}.safetensors'} on {model}"
+    assert (said in " ".join(found.stderr.split())) == ("window" in (model, baseline))
+
+
 def test_a_model_without_a_latent_gets_no_figures_of_one(evaluate: Evaluate, tmp_path: Path) -> None:
     """Its encoder is random, and even a random one tells texts apart."""
     plain = figures(evaluate("--json"))
