@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gptvae_cli.config import ModelConfig
 from gptvae_cli.errors import CheckpointError, GPTVAEError
-from gptvae_cli.files import behind_links, remove_file, write_atomically
+from gptvae_cli.files import behind_links, is_utf8, remove_file, write_atomically
 from gptvae_cli.header import (
     FORMAT_VERSION,
     STATE_KEY,
@@ -194,15 +194,12 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """
     try:
         # safetensors refuses a path that is not UTF-8, which a name on the disk may be: it gets the open file's number.
-        with path.open("rb") as opened, safe_open(_utf8_name(path, opened.fileno()), framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with path.open("rb") as opened:
+            place = path if is_utf8(path) else f"/dev/fd/{opened.fileno()}"
+            with safe_open(place, framework="pt") as file:
+                return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"safetensors refuses it: {str(error)[:200]}", hint=_UNFIT) from error
-
-
-def _utf8_name(path: Path, number: int) -> str:
-    name = str(path)
-    return f"/dev/fd/{number}" if any("\ud800" <= char <= "\udfff" for char in name) else name
 
 
 def _check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gptvae_cli.config import Log
 from gptvae_cli.errors import ConfigError, GPTVAEError
+from gptvae_cli.files import is_utf8
 
 EVENTS_NAME = "tensorboard"
 _FLUSH_SECONDS = 10
@@ -34,7 +35,7 @@ def require_log(folder: Path, log: Log | None) -> None:
         raise GPTVAEError(
             f"--log tensorboard was asked for, but it cannot be imported: {error}", hint="pip install tensorboard"
         ) from error
-    if any("\ud800" <= char <= "\udfff" for char in str(folder)):
+    if not is_utf8(folder):
         raise ConfigError(
             f"--log tensorboard cannot write in {folder}: its name is not UTF-8",
             hint="name another --out; metrics.jsonl holds the same figures",

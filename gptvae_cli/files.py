@@ -76,6 +76,11 @@ def behind_links(path: Path) -> Path:
     return Path(os.path.realpath(path))  # unlike `Path.resolve` it leaves a loop of links to the call that follows
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether a name is valid Unicode. On the disk it may hold any bytes, which arrive as lone surrogates."""
+    return not any("\ud800" <= char <= "\udfff" for char in str(path))
+
+
 def _is_replaceable(target: Path) -> bool:
     """Whether there is a file to replace.
 

@@ -19,10 +19,9 @@ from typing import BinaryIO, TextIO
 from gptvae_cli.config import TextConfig
 from gptvae_cli.errors import DataError
 from gptvae_cli.sources import STDIN, ending, expand, is_packed, opened, reading_errors
-from gptvae_cli.tokenizer import PIECE_CHARS, pieces
+from gptvae_cli.tokenizer import PIECE_CHARS, SURROGATE, pieces
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 """Arrow's types that may hold text; files of some programs do not say that their bytes are strings."""
 _PARQUET_ROWS, _PARQUET_BUFFER = 256, 2**20
@@ -262,14 +261,14 @@ def _records(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
             continue
         place = f"{name}, line {number}"
         text = _record_text(line, place, form.config.field)
-        if surrogate := _SURROGATE.search(text):
+        if surrogate := SURROGATE.search(text):
             if form.config.errors == "strict":
                 raise DataError(
                     f"{place}: \\u{ord(surrogate[0]):04x} is a lone surrogate, half of a character"
                     f" (character {surrogate.start() + 1} of the text)",
                     hint="--errors replace puts U+FFFD there",
                 )
-            text, count = _SURROGATE.subn("\ufffd", text)
+            text, count = SURROGATE.subn("\ufffd", text)
             form.repairs.count += count
         yield text
 

@@ -37,6 +37,8 @@ MOST = 8_000
 """Tokens of such a BPE: each costs time in every step, and no larger one was measured."""
 PIECE_CHARS = 2**16
 """Characters that are tokenised at once."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""A lone surrogate, which is not valid Unicode: half of a character, or a byte that was not UTF-8."""
 
 
 class Tokenizer:
@@ -183,7 +185,7 @@ class Tokenizer:
                 encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except DataError:
             for text in texts:
-                if surrogate := _SURROGATE.search(text):
+                if surrogate := SURROGATE.search(text):
                     raise DataError(
                         f"a text holds the lone surrogate U+{ord(surrogate[0]):04X}, which is not valid Unicode",
                         hint="bytes that are not UTF-8 arrive like this in an argument",
@@ -205,7 +207,6 @@ class Tokenizer:
 
 
 _FILE_HINT = "give a tokenizer.json of the tokenizers library (Tokenizer.save), or --tokenizer bytes|bpe"
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _byte_level(model: tokenizers.models.BPE, *, use_regex: bool) -> tokenizers.Tokenizer:
