@@ -8,8 +8,8 @@ waiting rows take their places.
 A row that outgrows the decoder's window goes on from the newer half of its tokens, with its latent still in front.
 x-transformers' own cache evicts the latent's keys and values at that point, and the text stops listening to it.
 
-Shapes: B rows of the batch, T tokens, S slots of the cache, D model width, H heads, K head width, R rotated part of
-a head, Z latent width, V vocabulary.
+Shapes: B rows of the batch, T tokens, N rows or all their tokens, S slots of the cache, D model width, E all heads side
+by side, H heads, K head width, C pairs of a head, X queries, keys and values, L layers, Z latent width, V vocabulary.
 """
 
 from __future__ import annotations

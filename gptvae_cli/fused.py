@@ -7,7 +7,7 @@ a feed-forward. Training, encoding and cached decoding share it; tests hold it e
 Neighbouring dimensions of a head are a complex number here, and rotating it is one product.
 
 Shapes: B batch, T tokens, N rows or all their tokens, D model width, E all heads side by side, H heads, K head width,
-C pairs of a head, S positions, X queries, keys and values.
+C pairs of a head, S positions, X queries, keys and values, L places of dropout.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The mathematics of a Gaussian latent: pure functions over tensors.
 
-Shapes: B batch, N texts of a set, Z latent width, K path steps.
+Shapes: B batch, N texts of a set, C of them at a time, Z latent width, K path steps.
 """
 
 from __future__ import annotations

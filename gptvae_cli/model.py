@@ -3,7 +3,7 @@
 `GPTVAE` keeps the contract of `x_transformers.gpt_vae.GPTVAE`: constructor, state dict, losses, greedy text. What it
 adds is marked as an addition. This is the only module that knows x-transformers.
 
-Shapes: B batch, T tokens, D model width, Z latent width, V vocabulary.
+Shapes: B batch, T tokens, D model width, Z latent width, V vocabulary, L places of dropout.
 
 Source: Zhao et al. 2023 (ACT, arXiv 2304.13705) for the conditional VAE; Kingma et al. 2016 (arXiv 1606.04934) and
 FREE Transformer (arXiv 2510.17558) for the floor under the KL.

@@ -8,7 +8,8 @@ Cross-entropy and KL are both sums, so that beta = 1 is the evidence lower bound
 The seed class adds a mean per token to a sum per row instead, which is a beta of about the length of a text; it is
 kept, as `objective="stock"`, to reproduce and to compare.
 
-Shapes: B batch, T tokens, D model width, Z latent width, V vocabulary.
+Shapes: B batch, T tokens, N tokens of all rows, C of them at a time, D model width, Z latent width, V vocabulary, L
+places of dropout.
 """
 
 from __future__ import annotations

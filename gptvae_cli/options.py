@@ -218,8 +218,7 @@ def merged(layers: Sequence[Layer]) -> Layer:
 
 
 def to_toml(configs: Iterable[Options]) -> str:
-    """Configs as the tables of a file that `file_layer` reads; what is not set stands in
-    comments, to be filled in.
+    """Configs as the tables of a file that `file_layer` reads; what is not set stands in comments, to be filled in.
 
     Raises:
         ConfigError: for the name of a file that is not Unicode.

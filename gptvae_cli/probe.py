@@ -2,7 +2,7 @@
 
 scikit-learn does it, which is the extra `probe`.
 
-Shapes: N texts, F features.
+Shapes: N texts, F features, Z latent width.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Texts come in pieces. Of each text a few numbers are kept, and its posterior's mean; of a random sample of them the
 whole posterior and the text itself. Memory does not grow beyond that.
 
-Shapes: N texts, M texts of the sample, Z latent width.
+Shapes: N texts, all or those of the sample, Z latent width.
 """
 
 from __future__ import annotations
@@ -291,7 +291,8 @@ def report(
     intervals = bootstrap.intervals(table, figures)
     if baseline is not None and baseline.sample is not None:
         # Which has a latent of its own: that of the model saves it nothing that would be known.
-        values.pop("efficiency_nats_per_nat", None), intervals.pop("efficiency_nats_per_nat", None)
+        values.pop("efficiency_nats_per_nat", None)
+        intervals.pop("efficiency_nats_per_nat", None)
     sample = model.sample
     if sample is None:
         return Report(values | {"nll_samples": None}, intervals)

@@ -4,7 +4,7 @@ Everything random is a pure function of seed, step and row, and the order of the
 interrupted and resumed therefore takes the very steps that an undisturbed one takes; on a GPU, whose kernels add up in
 any order, but for rounding.
 
-Shapes: B batch, T tokens, Z latent width.
+Shapes: B batch, T tokens, D model width, Z latent width, L places of dropout.
 """
 
 from __future__ import annotations
