@@ -5,16 +5,17 @@ It is a run of its own in RUN/baseline, which reads the corpus from RUN/cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from gptvae_cli import run
+from gptvae_cli import machine, run
 from gptvae_cli.checkpoint import load_state
-from gptvae_cli.config import TrainConfig
+from gptvae_cli.config import DType, TrainConfig
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, GPTVAEError
@@ -25,6 +26,7 @@ from gptvae_cli.model import GPTVAE
 from gptvae_cli.tokenizer import Tokenizer
 
 FOLDER_NAME = "baseline"
+_MACHINE = (("on", "device"), ("in", "precision"), ("with threads:", "threads"))
 _BY_HAND = "train one, gptvae train CORPUS --latents-dropout-prob 1 --out baseline, and name it: --baseline baseline"
 
 
@@ -57,6 +59,32 @@ class Baseline:
     def path(self) -> Path:
         """Its model file."""
         return self.folder / MODEL_NAME
+
+    @property
+    def threads(self) -> int | None:
+        """Those that the model was trained with, but no more than there are processors; None where it does not say."""
+        found = self.header.training.get("threads")
+        return min(found, machine.processors()) if type(found) is int and found > 0 else None
+
+    @property
+    def precision(self) -> DType:
+        """The numbers that the model was trained in; `auto` where it does not say."""
+        found = self.header.training.get("precision")
+        return next((name for name in get_args(DType) if name == found), "auto")
+
+    def unlike(self, training: Mapping[str, object]) -> str | None:
+        """A note where, in the same time, a baseline trained so does not learn as much as the model; None elsewhere.
+
+        Args:
+            training: its device, precision and threads, as in a summary of training.
+        """
+        model, other = (
+            " ".join(f"{word} {summary.get(key)}" for word, key in _MACHINE)
+            for summary in (self.header.training, training)
+        )
+        if self.config.max_time is None or model == other:
+            return None
+        return f"the model was trained {model}, its baseline {other}: in the same time they do not learn as much"
 
     def fits(self) -> bool:
         """Whether what is in the folder is this baseline, be it finished or not."""

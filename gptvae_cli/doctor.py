@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from gptvae_cli.config import TrainConfig
 from gptvae_cli.evaluation import Figures
-from gptvae_cli.latent import has_collapsed
+from gptvae_cli.latent import LEAST_NATS, has_collapsed
 from gptvae_cli.objective import Weights
 from gptvae_cli.schedule import ramp
 
@@ -47,9 +47,8 @@ def _has_collapsed(figures: Figures, config: TrainConfig) -> bool:
 
 
 def _least(config: TrainConfig) -> float:
-    """Nats that a latent in use carries, and that a decoder which listens loses by getting another text's: one, or half
-    of a target rate under two, which allows no more."""
-    return min(1.0, config.target_rate / 2) if config.target_rate > 0 else 1.0
+    """`LEAST_NATS`, or half of a target rate under two, which allows no more."""
+    return min(LEAST_NATS, config.target_rate / 2) if config.target_rate > 0 else LEAST_NATS
 
 
 def treatable(config: TrainConfig, step: int, progress: float, treated_at: float) -> bool:

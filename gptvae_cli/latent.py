@@ -17,6 +17,9 @@ from torch import Tensor
 from gptvae_cli.config import PathKind
 from gptvae_cli.errors import ConfigError
 
+LEAST_NATS = 1.0
+"""Of information that a latent in use carries, and that a decoder which listens loses by getting another text's."""
+
 
 def reparameterize(mean_BZ: Tensor, log_var_BZ: Tensor, noise_BZ: Tensor) -> Tensor:
     """A sample `mean + std * noise` that gradients flow through [B Z].
@@ -85,7 +88,7 @@ def pointwise_information(mean_NZ: Tensor, log_var_NZ: Tensor, sample_NZ: Tensor
     return torch.cat(found) + math.log(len(sample_NZ))
 
 
-def has_collapsed(information: float, most: float, least: float = 1.0) -> bool:
+def has_collapsed(information: float, most: float, least: float = LEAST_NATS) -> bool:
     """Whether a latent carries next to nothing: less than a nat, or, where a few texts cannot show as much, than half
     of what they can.
 

@@ -34,7 +34,7 @@ from gptvae_cli.evaluation import (
     read_keys_of,
     write_greedily,
 )
-from gptvae_cli.latent import active_dimensions, entropy, has_collapsed, pointwise_information
+from gptvae_cli.latent import LEAST_NATS, active_dimensions, entropy, has_collapsed, pointwise_information
 from gptvae_cli.probe import PROTOCOL, probe
 
 Floats = npt.NDArray[np.float64]
@@ -289,6 +289,8 @@ def report(
     values: dict[str, Any] = {name: round(table[name].sum()) for name in _COUNTS}
     values |= {"seed": seed, **figures(bootstrap.totals(table)), "nll_standard_error_nats_per_text": error}
     intervals = bootstrap.intervals(table, figures)
+    if "exact" in table:
+        intervals["exact_match"] = bootstrap.of_share(round(table["exact"].sum()), model.texts)
     if baseline is not None and baseline.sample is not None:
         # Which has a latent of its own: that of the model saves it nothing that would be known.
         values.pop("efficiency_nats_per_nat", None)
@@ -303,6 +305,8 @@ def report(
     values |= {"nll_samples": samples, "bleu_signature": bleu.SIGNATURE}
     information_N = pointwise_information(*(torch.from_numpy(sample[name]) for name in ("mean", "log_var", "sample")))
     values |= _information(model, sample, float(information_N.mean()), values["kl_nats_per_text"])
+    lost = values["cross_entropy_shuffled_nats_per_text"] - values["cross_entropy_nats_per_text"]
+    values["latent_used"] = not values["collapsed"] and lost >= LEAST_NATS
     # Of the texts' own terms alone, beside the same posteriors: a text that is drawn twice cannot be told from itself.
     intervals |= bootstrap.intervals(
         {"texts": np.ones(len(information_N)), "nats": information_N.numpy()},
@@ -376,9 +380,8 @@ def _probe(
     """The probes' figures, and the intervals of both accuracies over the held-out texts."""
     texts, read = sample["text"].tolist(), sample["read"].tolist()
     found = probe(sample["mean"], texts, [labels[place] for place in sample["place"]], seed=seed, read=read)
-    columns = {"z": found.latent.astype(float), "words": found.words.astype(float)}
     held_out = len(found.latent)
-    intervals = bootstrap.intervals(columns, lambda sums: {name: value / held_out for name, value in sums.items()})
+    latent, words = (bootstrap.of_share(int(flags.sum()), held_out) for flags in (found.latent, found.words))
     values = {
         "z_accuracy": float(found.latent.mean()),
         "words_accuracy": float(found.words.mean()),
@@ -390,4 +393,4 @@ def _probe(
         "protocol": PROTOCOL,
         "seed": seed,
     }
-    return values, intervals["z"], intervals["words"]
+    return values, latent, words

@@ -20,6 +20,7 @@ from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import BusyError, CheckpointError
 from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
+from gptvae_cli.machine import processors
 from gptvae_cli.model import GPTVAE
 
 CPU = Device(torch.device("cpu"), "asked for")
@@ -64,6 +65,33 @@ def test_it_is_the_model_without_a_latent_for_the_time_that_the_model_took(tmp_p
     config = replace(CONFIG, max_time=60.0, strict=True)
     expected = replace(config, latents_dropout_prob=1.0, max_time=30.0, strict=False)
     assert of(train(tmp_path / "run", config)).config == expected
+
+
+def test_it_is_trained_as_the_model_was_and_says_where_it_is_not(tmp_path: Path) -> None:
+    """In the same time a machine learns more in other numbers, or with more threads."""
+    timed = of(train(tmp_path / "run", replace(CONFIG, max_time=60.0)))
+    own = timed.header.training
+    assert (timed.precision, timed.threads) == ("float32", 1)
+    assert timed.unlike(own) is None
+    for key, value in (("precision", "bfloat16"), ("threads", 2), ("device", "cuda")):
+        told = timed.unlike({**own, key: value})
+        assert told is not None
+        assert str(value) in told
+        assert "the model was trained on cpu in float32 with threads: 1" in told
+    assert of(train(tmp_path / "stepped")).unlike({**own, "threads": 2}) is None, "as many steps in any time"
+
+
+@pytest.mark.parametrize("found", [None, "2", 0, -1, True, 2.0])
+def test_what_a_header_does_not_say_is_left_open(model: Path, found: object) -> None:
+    baseline = of(model)
+    baseline.header.training.update({"threads": found, "precision": found})
+    assert (baseline.precision, baseline.threads) == ("auto", None)
+
+
+def test_no_more_threads_than_there_are_processors(model: Path) -> None:
+    baseline = of(model)
+    baseline.header.training["threads"] = 10**6
+    assert baseline.threads == processors()
 
 
 def test_it_begins_with_the_weights_that_the_seed_of_the_model_gives(model: Path) -> None:

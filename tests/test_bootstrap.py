@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from gptvae_cli.bootstrap import Floats, Sums, intervals, totals
+from gptvae_cli.bootstrap import Floats, Sums, intervals, of_share, totals
 
 
 def columns(count: int = 60) -> dict[str, Floats]:
@@ -51,3 +51,9 @@ def test_the_seed_decides_and_totals_are_sums() -> None:
     assert intervals(table, ratios, resamples=50) == intervals(table, ratios, resamples=50)
     assert intervals(table, ratios, resamples=50) != intervals(table, ratios, resamples=50, seed=1)
     assert totals(table) == {name: pytest.approx(sum(column)) for name, column in table.items()}
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 1000), (1, 1000), (57, 1000), (40, 40), (38, 40), (1, 1), (0, 1)])
+def test_intervals_of_shares_are_those_of_scipy(hits: int, count: int) -> None:
+    expected = scipy.stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    assert of_share(hits, count) == pytest.approx(tuple(expected), abs=1e-12)

@@ -283,6 +283,21 @@ def test_information_is_judged_by_what_the_texts_can_show(checkpoint: Checkpoint
     )
 
 
+@pytest.mark.parametrize(("shuffled", "used"), [(3.99, False), (4.0, True), (9.0, True)])
+def test_a_latent_that_the_decoder_does_not_hear_is_not_used(
+    checkpoint: Checkpoint, shuffled: float, used: bool
+) -> None:
+    """Whatever it carries: another text's does as well, within a nat."""
+    found = gather(checkpoint, ["the quick fox", "日本"] * 50)
+    for columns in found.columns:
+        columns["right"], columns["shuffled"] = (
+            np.full_like(columns["right"], 3.0),
+            np.full_like(columns["right"], shuffled),
+        )
+    values = report.report(found, samples=SAMPLES, seed=2).values
+    assert (values["collapsed"], values["latent_used"]) == (False, used)
+
+
 def test_a_latent_that_says_nothing_has_collapsed(tmp_path: Path) -> None:
     model = load(make_model(tmp_path / "model.safetensors"), device=torch.device("cpu"))
     for parameter in model.model.to_latent_mean_log_variance.parameters():
@@ -290,16 +305,18 @@ def test_a_latent_that_says_nothing_has_collapsed(tmp_path: Path) -> None:
     found = values_of(model, TEXTS)
     assert found["mutual_information_nats"] == pytest.approx(0, abs=1e-4)
     assert found["collapsed"] is True
+    assert found["latent_used"] is False
 
 
 def test_labels_are_read_off_the_means(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        report, "probe", lambda latents_NZ, texts, labels, seed: seen.append((latents_NZ, texts, labels))
+        report, "probe", lambda latents_NZ, texts, labels, seed, read: seen.append((latents_NZ, texts, labels, read))
     )
     with pytest.raises(AttributeError):  # it found nothing
         values_of(checkpoint, TEXTS, [text[:1] for text in TEXTS])
-    ((latents_NZ, texts, labels),) = seen
+    ((latents_NZ, texts, labels, read),) = seen
+    assert [read.index(key) for key in read] == [texts.index(text) for text in texts], "equal keys for equal texts"
     encodings = list(Encoder(checkpoint, "line").encode(texts))
     assert np.allclose(latents_NZ, np.stack([encoding.mean_Z for encoding in encodings]), atol=1e-5)
     assert labels == [text[:1] for text in texts]

@@ -252,24 +252,27 @@ def _train_baseline(
     from gptvae_cli.baseline import Baseline
     from gptvae_cli.cli.train import watch
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+    from gptvae_cli.header import read_header
 
-    began = time.monotonic()
     found = Baseline(path, header)
     if found.finished():
         console.note(f"the baseline is {found.folder}, trained before", quiet=quiet)
+        console.note(found.unlike(read_header(found.path).training), quiet=quiet)
         return found.path
     where = resolve_device(device)
-    tune_cpu(threads)
+    usual, own = tune_cpu(threads), threads
+    if (
+        header.training.get("device") == where.device.type
+    ):  # as the model was trained, unless something else is asked for
+        own = threads or found.threads
+        dtype = found.precision if dtype == "auto" else dtype
     precision = resolve_dtype(dtype, where.device, training=True)
-    if header.training.get("device") not in (None, where.device.type):
-        console.note(
-            f"the model was trained on {header.training['device']}, its baseline on {where.device.type}: in the same"
-            " time they do not learn as much",
-            quiet=quiet,
-        )
+    now = {"device": where.device.type, "precision": precision.name, "threads": tune_cpu(own)}
     console.note(f"training a baseline without a latent, in {found.folder}", quiet=quiet)
+    console.note(found.unlike(now), quiet=quiet)
     with found.training(where, precision) as job:
-        watch(job, quiet=quiet, began=began)
+        watch(job, quiet=quiet, began=time.monotonic())
+    tune_cpu(usual)
     return found.path
 
 
@@ -336,6 +339,8 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
         yield from _probe_lines(about["labels"], values["probe"], intervals)
     if values["collapsed"]:
         yield "collapsed: the latent carries next to nothing"
+    elif not values["latent_used"]:
+        yield "not used: the decoder writes as well from another text's latent"
 
 
 def _line(name: str, value: float, interval: Sequence[float], form: str, unit: str = "") -> str:

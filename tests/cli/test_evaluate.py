@@ -222,6 +222,27 @@ def test_with_baseline_trains_one_like_the_model_and_keeps_it(run: Path) -> None
     assert (run / "baseline/model.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_baseline_is_trained_in_the_numbers_and_threads_of_its_model(run: Path, dtype: str) -> None:
+    """Whatever `auto` takes today; and what is measured then goes on with as many threads as before."""
+    arguments = ["train", "corpus.txt", "--out", "run", "--force", "--steps", "2", *QUICK, "--dtype", dtype]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    torch.set_num_threads(2)
+    figures(with_baseline())
+    assert torch.get_num_threads() == 2
+    trained = read_header(run / "baseline/model.safetensors").training
+    assert (trained["precision"], trained["threads"]) == (dtype, 1)
+
+
+def test_a_baseline_in_other_numbers_is_told_of(run: Path) -> None:
+    """Both when it is trained and when it is found."""
+    arguments = ["train", "corpus.txt", "--out", "run", "--force", "--max-time", "3s", *QUICK]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    for result in (with_baseline("--dtype", "bfloat16"), with_baseline()):
+        figures(result)
+        assert "trained on cpu in float32 with threads: 1, its baseline on cpu in bfloat16" in result.stderr
+
+
 def test_a_baseline_of_another_model_is_replaced(run: Path) -> None:
     figures(with_baseline())
     trained = CliRunner().invoke(app, ["train", "--resume", "--out", "run", "--steps", "20", "--device", "cpu"])
