@@ -637,9 +637,7 @@ def test_texts_and_their_sources_stay_together(tmp_path: Path) -> None:
     targets = [f"target {i}" if i % 7 else "" for i in range(300)]
     sources = [f"source {i}" if i % 5 else "" for i in range(300)]
     (tmp_path / "sources.txt").write_text("\n".join(sources) + "\n")
-    corpus = build(
-        tmp_path, "\n".join(targets) + "\n", latents_from=str(tmp_path / "sources.txt"), valid="0.2", vocab_size=300
-    )
+    corpus = build(tmp_path, "\n".join(targets) + "\n", latents_from=str(tmp_path / "sources.txt"), valid="0.2")
     pairs = {target: source for target, source in zip(targets, sources, strict=True) if target}
     seen = 0
     for store, source in ((corpus.train, corpus.train_source), (corpus.valid, corpus.valid_source)):

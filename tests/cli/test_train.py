@@ -727,7 +727,7 @@ def test_under_strict_a_latent_that_the_decoder_does_not_hear_is_a_failure(
     train: Train, names: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However much it carries."""
-    monkeypatch.setattr("gptvae_cli.doctor.diagnosis", lambda figures: "the latent is not being used: nobody listens")
+    monkeypatch.setattr("gptvae_cli.doctor.diagnosis", lambda *about: "the latent is not being used: nobody listens")
     found = train(names, "--strict")
     assert found.exit_code == 5
     assert "nobody listens, and --strict was given" in found.stderr
