@@ -18,8 +18,8 @@ from gptvae_cli.errors import DeviceError, FieldError
 BFLOAT16_PAYS = 1.5
 """How many times as fast as float32 a CPU must multiply bfloat16 for training in it: a step also converts between the
 two, and does much besides products. Processors with AMX reach 5. Of those with AVX512_BF16 alone, one of AMD came to
-2.1, which made steps 1.9 times as fast, and one of Intel to 0.5, which made them 1.5 times as long: on the line between
-the two nothing is gained at 0.8 (row `dtype` of `tests/benchmarks/speed/`, and its `results.txt`)."""
+2.1 and more, which made steps 1.6 to 1.9 times as fast, and one of Intel to 0.5, which made them 1.5 times as long: on
+the line between the two nothing is gained at 0.8 (row `dtype` of `tests/benchmarks/speed/`, and its `results.txt`)."""
 _MOST_KEPT, _KEPT_BYTES = 8192, 900_000
 """Products of bfloat16 that oneDNN keeps at most, and what each takes (row `kept` of `tests/benchmarks/speed/`)."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h; the greatest that the second one takes is 32 MB
