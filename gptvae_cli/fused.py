@@ -7,7 +7,8 @@ a feed-forward. Training, encoding and cached decoding share it; tests hold it e
 Neighbouring dimensions of a head are a complex number here, and rotating it is one product.
 
 Shapes: B batch, T tokens, N rows or all their tokens, D model width, E all heads side by side, H heads, K head width,
-C pairs of a head, S positions, X queries, keys and values, L places of dropout.
+C pairs of a head, S positions, X queries, keys and values, L places of dropout, I and O widths that a matrix
+takes and gives.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gptvae_cli import machine
 
 _ROOT_HALF = 0.5**0.5
 _FLASH_TOKENS = 128
@@ -217,6 +220,8 @@ class Frozen:
         # What is faster depends on the number of rows on a CPU only; in bfloat16 u + u erf(u) would be too coarse.
         self._few = device == "cpu" and 0 < rows <= 8 and self.dtype == torch.float32
         self._many = device == "cpu" and rows > 8
+        # There a product of one row with a matrix that makes it wider takes MKL half as long if that is transposed.
+        self._wide = self._few and rows == 1 and machine.is_amd()
         # Torch's product of bfloat16 matrices takes a third longer than that of a matrix and a vector.
         self._single = device == "cpu" and rows == 1 and self.dtype == torch.bfloat16
         self.heads, self.head_width = stack.heads, stack.head_width
@@ -236,9 +241,11 @@ class Frozen:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The matrix of an `nn.Linear`, transposed for `product`. Where there are many rows it is transposed in memory,
-        too, which speeds products up, and takes as long as writing ten tokens."""
-        weight = weight.detach().to(self.dtype).T
-        return weight.contiguous() if self._many else weight
+        too, which speeds products up, and takes as long as writing ten tokens; for one row it depends on the processor
+        (row `layout` of `tests/benchmarks/speed/`)."""
+        weight_IO = weight.detach().to(self.dtype).T
+        wide = self._wide and weight_IO.shape[1] > weight_IO.shape[0]
+        return weight_IO.contiguous() if self._many or wide else weight_IO
 
     def turns(self, length: int) -> Tensor:
         """As `Stack.turns`, to be broadcast over queries and keys and over the heads [S 1 1 C]."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
+_PROCESSORS = Path("/proc/cpuinfo")
 
 
 def memory() -> int:
@@ -33,6 +35,15 @@ def processor_quota() -> int | None:
         return None
     microseconds, period = limit
     return max(1, -(-microseconds // period))
+
+
+@cache
+def is_amd() -> bool:
+    """Whether the processor is AMD's, as far as Linux tells."""
+    try:
+        return "AuthenticAMD" in _PROCESSORS.read_text("utf-8", "replace")
+    except OSError:
+        return False
 
 
 def _numbers(name: str) -> list[int]:

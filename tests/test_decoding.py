@@ -115,6 +115,26 @@ def test_cached_logits_and_greedy_tokens_equal_the_plain_path(
     assert len({token for tokens, _ in found.values() for token in tokens}) > 5
 
 
+@pytest.mark.parametrize("amd", [False, True])
+def test_one_row_is_written_alike_from_either_layout_of_the_weights(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, amd: bool
+) -> None:
+    """On AMD's processors the matrices that make a row wider are transposed in memory, but for one row alone."""
+    monkeypatch.setattr("gptvae_cli.machine.is_amd", lambda: amd)
+    model = tiny_model()
+    for rows in (1, 2):
+        decoder = decoding.CachedDecoder(model, rows)
+        layer = decoder.stack.layers[0]
+        wide = (layer.qkv_DE, layer.ff_in[0])
+        assert [matrix.is_contiguous() for matrix in wide] == [amd and rows == 1] * 2
+        assert not layer.ff_out[0].is_contiguous()
+    requests = some_requests(3, latents="mixed", width=model.dim_latent)
+    expected = greedy_logits(model, requests, batch_size=1, cached=False, max_new=9)
+    for row, (tokens, logits_TV) in greedy_logits(model, requests, batch_size=1, cached=True, max_new=9).items():
+        assert_close(logits_TV, expected[row][1], rtol=0, atol=1e-4)
+        assert tokens == expected[row][0]
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_cached_logits_under_autocast_are_those_of_float32_rounded(tiny_model: TinyModel, batch_size: int) -> None:
     """The weights are cast once and the residual stream is not, so that errors do not grow from layer to layer."""

@@ -57,3 +57,15 @@ def test_memory_of_a_limit(groups: Path, name: str) -> None:
     assert machine.memory() == 123456789
     (groups / name).write_text("9223372036854771712\n")  # the first version's way to say that there is none
     assert machine.memory() == there
+
+
+@pytest.mark.parametrize(
+    ("content", "amd"), [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False), (None, False)]
+)
+def test_whose_the_processor_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None, amd: bool
+) -> None:
+    if content is not None:
+        (tmp_path / "cpuinfo").write_text(content)
+    monkeypatch.setattr(machine, "_PROCESSORS", tmp_path / "cpuinfo")
+    assert machine.is_amd.__wrapped__() == amd

@@ -341,6 +341,33 @@ def number_types(rounds: int) -> str:
     )
 
 
+def layout(rounds: int) -> str:
+    """Products of one row of float32 with the matrices of a layer of 256, transposed in memory, against in the order
+    that `nn.Linear` has, which decoding of one text keeps."""
+
+    def side(matrices: list[torch.Tensor], row_1K: torch.Tensor) -> Side:
+        def work() -> float:
+            for _ in range(20):
+                for matrix_KN in matrices:
+                    torch.mm(row_1K, matrix_KN)
+            return float(20 * len(matrices))
+
+        return work
+
+    lines = []
+    for width_in, width_out in ((256, 768), (256, 1024), (1024, 256), (256, 4003)):
+        matrices = [
+            torch.randn(width_out, width_in).T for _ in range(40)
+        ]  # as many as a processor's caches do not hold
+        row_1K = torch.randn(1, width_in)
+        sides = {
+            "transposed": side([matrix_KN.contiguous() for matrix_KN in matrices], row_1K),
+            "as it comes": side(matrices, row_1K),
+        }
+        lines.append(compare(f"1 x {width_in} x {width_out}", "products/s", sides, rounds))
+    return "\n".join(lines)
+
+
 def shapes(rounds: int) -> str:
     """The second pass over a megabyte of long sentences, where what oneDNN compiled for every shape of batch is kept
     (`tune_cpu`), against its default; without products of bfloat16 there is nothing to keep."""
@@ -637,6 +664,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "loss": loss,
     "memory": memory,
     "dtype": number_types,
+    "layout": layout,
     "shapes": shapes,
     "kept": kept,
     "validate": validate,
