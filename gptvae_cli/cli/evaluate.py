@@ -261,9 +261,8 @@ def _train_baseline(
         return found.path
     where = resolve_device(device)
     usual, own = tune_cpu(threads), threads
-    if (
-        header.training.get("device") == where.device.type
-    ):  # as the model was trained, unless something else is asked for
+    # As the model was trained, unless something else is asked for.
+    if header.training.get("device") == where.device.type:
         own = threads or found.threads
         dtype = found.precision if dtype == "auto" else dtype
     precision = resolve_dtype(dtype, where.device, training=True)
