@@ -60,8 +60,12 @@ def intervals(
 
 
 def of_share(hits: int, count: int) -> tuple[float, float]:
-    """An interval at `LEVEL` of the share of texts that something is true of. Resampling finds none where it is true of
-    no text or of all, and too small a one near that: of 1,000 texts with one hit in 63 % of the cases.
+    """An interval at `LEVEL` of the share of texts that something is true of. Resampling finds an interval of no width
+    where it is true of none of them or of all, and one that is too small near that.
+
+    Args:
+        hits: texts that it is true of.
+        count: all texts, at least one.
 
     Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
     """

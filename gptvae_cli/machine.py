@@ -1,4 +1,5 @@
-"""What this process may use of its machine: a container grants less than there is, and neither Python nor torch looks.
+"""The machine that this process runs on: whose its processor is, and what may be used of it, as a container grants less
+than there is, and neither Python nor torch looks.
 
 The kernel's files are described in its documentation of control groups: `cpu.max` and `memory.max` of the second
 version, `cpu.cfs_quota_us` and its like of the first.
