@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptvae_cli import fused, noise
+from gptvae_cli.attention import attend, attend_one
 from gptvae_cli.config import SampleConfig
-from gptvae_cli.fused import attend, attend_by_kernel
 
 if TYPE_CHECKING:
     from gptvae_cli.model import GPTVAE
@@ -276,7 +276,7 @@ class CachedDecoder:
         self.model = model
         self.embedding_VD = model.decoder.token_emb.emb.weight
         self.stack = fused.Frozen(model.fused_decoder, batch_size)
-        self.to_logits_DV = self.stack.matrix(model.decoder.to_logits.weight)
+        self.to_logits = self.stack.products.matrix(model.decoder.to_logits.weight)
         self.turns_S11C = self.stack.turns(model.max_seq_len + 1)
         self.room = fused.Heads(self.stack, (0,))
         # The position of each row, kept on the host so that nothing has to wait for the device.
@@ -337,9 +337,7 @@ class CachedDecoder:
                 places[i].copy_(new_XBHK)
             else:
                 cache_LXBHSK[i][:, rows_B, :, positions_B] = new_BXHK.to(dtype)
-            attended_BH1K = attend_by_kernel(
-                queries_BH1K.to(dtype), slots[2 * i], slots[2 * i + 1], mask_B11S, causal=False
-            )
+            attended_BH1K = attend_one(queries_BH1K, slots[2 * i], slots[2 * i + 1], mask_B11S)
             self.stack.finish(layer, x_BD, attended_BH1K.view(count, -1))
         return self._logits(x_BD)
 
@@ -354,7 +352,7 @@ class CachedDecoder:
         self.positions = [self.positions[i] for i in stay]
 
     def _logits(self, x_BD: Tensor) -> Tensor:
-        return self.stack.product(self.stack.final_norm(x_BD).to(self.stack.dtype), self.to_logits_DV)
+        return self.stack.products.product(self.stack.final_norm(x_BD).to(self.stack.dtype), self.to_logits)
 
     def _grow(self, rows: int, slots: int, most: int) -> None:
         """Makes room for at least this many rows and slots. Slots are doubled, up to `most`, since most texts are far

@@ -7,8 +7,7 @@ a feed-forward. Training, encoding and cached decoding share it; tests hold it e
 Neighbouring dimensions of a head are a complex number here, and rotating it is one product.
 
 Shapes: B batch, T tokens, N rows or all their tokens, D model width, E all heads side by side, H heads, K head width,
-C pairs of a head, S positions, X queries, keys and values, L places of dropout, I and O widths that a matrix
-takes and gives.
+C pairs of a head, S positions, X queries, keys and values, L places of dropout.
 """
 
 from __future__ import annotations
@@ -23,13 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptvae_cli import machine
-
-_ROOT_HALF = 0.5**0.5
-_FLASH_TOKENS = 128
-"""Keys from which on torch's fused kernel attends faster on a CPU than products do, in float32."""
-_VECTOR_BYTES = 64
-"""Of a vector register of 512 bits."""
+from gptvae_cli.attention import as_bias, attend
+from gptvae_cli.products import Linear, Matrix, best_products
 
 
 def supports(options: Mapping[str, Any]) -> bool:
@@ -120,7 +114,7 @@ class Stack:
             self._kept = frozen if self._keeps_frozen else None
             return frozen(x_BTD, mask_BT)
         turns_TC = self.turns(x_BTD.shape[1])
-        bias = None if mask_BT is None else _as_bias(mask_BT, torch.float32)
+        bias = None if mask_BT is None else as_bias(mask_BT, torch.float32)
         drop_LB1D = [None] * 2 * len(self._blocks) if drop_LBD is None else drop_LBD[:, :, None].unbind()
         for layer, drop_attn, drop_ff in zip(self.read(), drop_LB1D[::2], drop_LB1D[1::2], strict=True):
             q_BHTK, k_BHTK, v_BHTK = self.project(layer, x_BTD, turns_TC)
@@ -191,14 +185,14 @@ class Heads:
 
 
 class FrozenLayer(NamedTuple):
-    """A `Layer` whose matrices are transposed, as products take them."""
+    """A `Layer` whose matrices are those of `Products`."""
 
     attn_gamma_D: Tensor
-    qkv_DE: Tensor
-    attn_out_ED: Tensor
+    qkv: Matrix
+    attn_out: Matrix
     ff_gamma_D: Tensor
-    ff_in: tuple[Tensor, Tensor]
-    ff_out: tuple[Tensor, Tensor]
+    ff_in: Linear
+    ff_out: Linear
 
 
 class Frozen:
@@ -217,35 +211,22 @@ class Frozen:
         self._stack, self.device = stack, stack.device
         device = self.device.type
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
-        # What is faster depends on the number of rows on a CPU only; in bfloat16 u + u erf(u) would be too coarse.
-        self._few = device == "cpu" and 0 < rows <= 8 and self.dtype == torch.float32
-        self._many = device == "cpu" and rows > 8
-        # There a product of one row with a matrix that makes it wider takes MKL half as long if that is transposed.
-        self._wide = self._few and rows == 1 and machine.is_amd()
-        # Torch's product of bfloat16 matrices takes a third longer than that of a matrix and a vector.
-        self._single = device == "cpu" and rows == 1 and self.dtype == torch.bfloat16
+        self.products = best_products(self.device, self.dtype, rows)
+        matrix = self.products.matrix
         self.heads, self.head_width = stack.heads, stack.head_width
         self.rotated_dtype = torch.promote_types(self.dtype, torch.float32)
         self.layers = [
             FrozenLayer(
                 attn_gamma_D=layer.attn_gamma_D.detach(),
-                qkv_DE=self.matrix(layer.qkv_ED),
-                attn_out_ED=self.matrix(layer.attn_out_DE),
+                qkv=matrix(layer.qkv_ED),
+                attn_out=matrix(layer.attn_out_DE),
                 ff_gamma_D=layer.ff_gamma_D.detach(),
-                ff_in=(self.matrix(layer.ff_in[0]), layer.ff_in[1].detach().to(self.dtype)),
-                ff_out=(self.matrix(layer.ff_out[0]), layer.ff_out[1].detach()),
+                ff_in=(matrix(layer.ff_in[0]), layer.ff_in[1].detach().to(self.dtype)),
+                ff_out=(matrix(layer.ff_out[0]), layer.ff_out[1].detach()),
             )
             for layer in stack.read()
         ]
         self._final_gamma_D = stack.final_gamma_D().detach()
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """The matrix of an `nn.Linear`, transposed for `product`. Where there are many rows it is transposed in memory,
-        too, which speeds products up, and takes as long as writing ten tokens; for one row it depends on the processor
-        (row `layout` of `tests/benchmarks/speed/`)."""
-        weight_IO = weight.detach().to(self.dtype).T
-        wide = self._wide and weight_IO.shape[1] > weight_IO.shape[0]
-        return weight_IO.contiguous() if self._many or wide else weight_IO
 
     def turns(self, length: int) -> Tensor:
         """As `Stack.turns`, to be broadcast over queries and keys and over the heads [S 1 1 C]."""
@@ -254,7 +235,7 @@ class Frozen:
     def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """As `Stack.__call__`, from which nothing flows back."""
         rows, length, _ = x_BTD.shape
-        bias = None if mask_BT is None else _as_bias(mask_BT, self.dtype)
+        bias = None if mask_BT is None else as_bias(mask_BT, self.dtype)
         x_ND, turns_T11C = x_BTD.flatten(0, 1).clone(), self.turns(length)
         room = Heads(self, (rows, length))
         qkv_XBHTK = room.qkv_XHK.permute(2, 0, 3, 1, 4)
@@ -268,37 +249,14 @@ class Frozen:
     def project(self, layer: FrozenLayer, x_ND: Tensor, turns_11C: Tensor, into: Heads) -> None:
         """Rotated and scaled queries, rotated keys, and values."""
         normed_ND = F.layer_norm(x_ND, x_ND.shape[-1:], weight=layer.attn_gamma_D)
-        if self.dtype == self.rotated_dtype:
-            torch.mm(normed_ND, layer.qkv_DE, out=into.qkv_NE)
-        else:
-            into.qkv_NE.copy_(self.product(normed_ND.to(self.dtype), layer.qkv_DE))
+        self.products.write_product(into.qkv_NE, normed_ND.to(self.dtype), layer.qkv)
         into.pairs_XHC.mul_(turns_11C)
 
     def finish(self, layer: FrozenLayer, x_ND: Tensor, attended_NE: Tensor) -> None:
         """The rest of a layer behind its attention, in place: output product, residuals, feed-forward."""
-        self._add_product(x_ND, attended_NE, layer.attn_out_ED)
+        self.products.add_product(x_ND, attended_NE, layer.attn_out)
         normed_ND = F.layer_norm(x_ND, x_ND.shape[-1:], weight=layer.ff_gamma_D).to(self.dtype)
-        (in_weight, in_bias), (out_weight, out_bias_D) = layer.ff_in, layer.ff_out
-        x_ND.add_(out_bias_D)
-        if self._few:
-            # GELU is u + u erf(u) of u = x / sqrt(2), over sqrt(2); torch's takes longer to start than this to compute.
-            u_N = torch.addmm(in_bias, normed_ND, in_weight, beta=_ROOT_HALF, alpha=_ROOT_HALF)
-            x_ND.addmm_(torch.addcmul(u_N, u_N, torch.erf(u_N)), out_weight, alpha=_ROOT_HALF)
-        else:
-            self._add_product(x_ND, F.gelu(self.product(normed_ND, in_weight, in_bias)), out_weight)
-
-    def product(self, input_N: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A product with one of the stack's matrices."""
-        if self._single and len(input_N) == 1:
-            vector = input_N[0]
-            return (torch.mv(weight.T, vector) if bias is None else torch.addmv(bias, weight.T, vector))[None]
-        return torch.mm(input_N, weight) if bias is None else torch.addmm(bias, input_N, weight)
-
-    def _add_product(self, x_ND: Tensor, input_N: Tensor, weight: Tensor) -> None:
-        if self.dtype == x_ND.dtype:
-            x_ND.addmm_(input_N, weight)
-        else:
-            x_ND.add_(self.product(input_N, weight))
+        self.products.add_feedforward(x_ND, normed_ND, layer.ff_in, layer.ff_out)
 
     def final_norm(self, x_D: Tensor) -> Tensor:
         """The norm behind the last layer, of any leading shape [... D]."""
@@ -337,71 +295,5 @@ def _rotated(q_BHTK: Tensor, k_BHTK: Tensor, turns_TC: Tensor) -> Tensor:
     return qk_XBHTK
 
 
-def _as_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: as good as -inf where a position may not be looked at, but finite, for a row of nothing
-    but padding would make NaN of it [B 1 1 T]."""
-    return torch.zeros_like(mask_BT, dtype=dtype).masked_fill_(~mask_BT, torch.finfo(dtype).min / 2)[:, None, None]
-
-
 def _add(x_BTD: Tensor, block_BTD: Tensor, drop_B1D: Tensor | None) -> Tensor:
     return x_BTD + block_BTD if drop_B1D is None else x_BTD + block_BTD * drop_B1D
-
-
-def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
-    """Softmax attention with scaled queries [B H T K].
-
-    On a CPU, plain products are faster than torch's fused kernel, forward and backward: in bfloat16 3 to 8 times on
-    rows of up to 128 tokens, in float32 1.3 times on shorter ones (`tests/benchmarks/speed/`). A GPU takes the kernel.
-
-    Args:
-        bias: added to the scores, very low where a key may not be seen; broadcasts to [B H T S].
-        causal: a query sees the keys up to its own position; queries and keys then are the same positions.
-    """
-    if bias is not None:
-        bias = bias.to(q_BHTK.dtype)
-    long = q_BHTK.dtype != torch.bfloat16 and k_BHSK.shape[-2] >= _FLASH_TOKENS
-    if q_BHTK.device.type != "cpu" or long:
-        return attend_by_kernel(q_BHTK, k_BHSK, v_BHSK, bias, causal=causal)
-    scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2)
-    if causal:
-        shape = scores_BHTS.shape[-2:]
-        future_TS = torch.full(shape, float("-inf"), dtype=q_BHTK.dtype, device=q_BHTK.device).triu(1)
-        scores_BHTS = scores_BHTS + future_TS
-    if bias is not None:
-        scores_BHTS = scores_BHTS + bias
-    if scores_BHTS.shape[-1] * scores_BHTS.itemsize < _VECTOR_BYTES:
-        weights_BHTS: Tensor = _ShortSoftmax.apply(scores_BHTS)  # type: ignore[no-untyped-call]
-    else:
-        weights_BHTS = scores_BHTS.softmax(dim=-1)
-    return weights_BHTS @ v_BHSK
-
-
-def attend_by_kernel(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
-    """As `attend`, by one of torch's fused kernels, but not cuDNN's, which torch prefers on recent GPUs: it prepares
-    itself anew for every shape, which is every batch of another length and every token that is written."""
-    preferred = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal, scale=1.0)
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(preferred)
-
-
-class _ShortSoftmax(torch.autograd.Function):
-    """Softmax of short rows, in float32 at least. Torch's goes over a CPU's rows one by one, and over their numbers
-    singly where they are fewer than a vector register holds; written out, all rows are gone over together."""
-
-    @staticmethod
-    def forward(ctx: Any, scores_BHTS: Tensor) -> Tensor:
-        exact = torch.promote_types(scores_BHTS.dtype, torch.float32)
-        weights_BHTS = scores_BHTS.to(exact, copy=True)
-        weights_BHTS.sub_(weights_BHTS.amax(dim=-1, keepdim=True)).exp_()
-        weights_BHTS.div_(weights_BHTS.sum(dim=-1, keepdim=True))
-        ctx.save_for_backward(weights_BHTS)
-        return weights_BHTS.to(scores_BHTS.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BHTS: Tensor) -> Tensor:
-        weights_BHTS: Tensor = ctx.saved_tensors[0]
-        each_BHTS = weights_BHTS * grad_BHTS
-        return each_BHTS.sub_(weights_BHTS * each_BHTS.sum(dim=-1, keepdim=True)).to(grad_BHTS.dtype)

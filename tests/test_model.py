@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
@@ -621,62 +620,6 @@ def test_a_row_of_nothing_but_padding_has_a_finite_posterior(tiny_model: Callabl
             found = model.posterior(tokens_BT)
         assert_close(found.mean_BZ, expected.mean_BZ, rtol=1e-4, atol=1e-5)
         assert_close(found.log_var_BZ, expected.log_var_BZ, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("length", [1, 2, 7, 15, 16, 31, 32, 127, 128])
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_equals_torchs_kernel(length: int, causal: bool, dtype: torch.dtype) -> None:
-    """Values and gradients, on both sides of the lengths from which on another way is faster."""
-    generator = torch.Generator().manual_seed(length)
-    q, k, v, grad = (torch.randn(3, 2, length, 16, generator=generator).bfloat16() for _ in range(4))
-    bias = None if causal else torch.zeros(3, 1, 1, length)
-    if bias is not None:
-        bias[0, ..., (length + 1) // 2 :] = float("-inf")
-    inputs = [tensor.to(dtype).requires_grad_() for tensor in (q / 4, k, v)]
-    attended = fused.attend(inputs[0], inputs[1], inputs[2], bias, causal=causal)
-    found = [attended, *torch.autograd.grad(attended, inputs, grad.to(dtype))]
-    queries, keys, values = (tensor.double().requires_grad_() for tensor in (q / 4, k, v))
-    mask = None if bias is None else bias.double()
-    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=causal, scale=1.0)
-    expected = [attended, *torch.autograd.grad(attended, [queries, keys, values], grad.double())]
-    tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
-    for ours, exact in zip(found, expected, strict=True):
-        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
-
-
-def test_cudnn_does_not_attend_and_is_asked_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It prepares itself for every shape, and torch prefers it on recent GPUs."""
-    q = torch.randn(1, 1, 200, 16)
-    allowed: Callable[[], bool] = torch.backends.cuda.cudnn_sdp_enabled
-    asked: list[bool] = []
-
-    def attention(*args: Any, **options: Any) -> torch.Tensor:
-        asked.append(allowed())
-        if options["is_causal"]:
-            raise RuntimeError("as a kernel may")
-        return q
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    before = allowed()
-    fused.attend(q, q, q, None, causal=False)
-    with pytest.raises(RuntimeError, match="as a kernel may"):
-        fused.attend(q, q, q, None, causal=True)
-    assert (before, asked, allowed()) == (True, [False, False], True)
-
-
-def test_the_softmax_of_short_rows_is_torchs() -> None:
-    """Values and gradients; whatever is added to a row, and where some of it is masked."""
-    scores = 30 * torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(0))
-    scores[0] += 1000
-    scores[1, ..., 3:] = float("-inf")
-    found = []
-    short: Any = fused._ShortSoftmax.apply
-    for softmax in (short, lambda scores: scores.softmax(dim=-1)):
-        scores.requires_grad_(True)
-        weights = softmax(scores)
-        found.append((weights, *torch.autograd.grad((weights * torch.arange(7)).sum(), scores)))
-    assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [16, 64])

@@ -30,20 +30,24 @@ import torch
 import torch.nn.functional as F
 from x_transformers import gpt_vae as stock_module
 
+from gptvae_cli.attention import attend, attend_by_kernel, attend_one
 from gptvae_cli.config import DType, ModelConfig, TextConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
 from gptvae_cli.evaluation import measure
-from gptvae_cli.fused import _Rotation, attend
+from gptvae_cli.fused import _Rotation
 from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import Batch, _LinearCrossEntropy
+from gptvae_cli.products import PackedProducts, Products, SplitProducts, VectorProducts
 from gptvae_cli.schedule import Dropout
 from gptvae_cli.sizing import PRESETS, Preset
 from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import _step, _Sums
 
+LAYOUT_WIDTHS = [(256, 768), (1024, 256), (256, 4003), (256, 256), (256, 1024), (512, 512), (512, 1536), (2048, 512)]
+"""Of a layer's matrices, and the vocabulary's, as (in, out)."""
 Side = Callable[[], float]
 """Does a share of the work and returns how much that was: tokens, texts or runs."""
 
@@ -258,6 +262,44 @@ def attention(rounds: int) -> str:
     return "\n".join(lines)
 
 
+def attention_one(rounds: int) -> str:
+    """Attention of one query a row in bfloat16, over 33 slots of caches of 128, one a layer, as `attend_one` computes
+    it, against torch's kernel and against products of bfloat16."""
+
+    def small(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: None) -> torch.Tensor:
+        return (q.bfloat16() @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: None) -> torch.Tensor:
+        return attend_by_kernel(q.bfloat16(), k, v, bias, causal=False)
+
+    def side(function: Callable[..., torch.Tensor], rows: int) -> Side:
+        caches = torch.randn(6, 2, rows, 4, 128, 64).bfloat16()[..., :33, :]
+        query, others = torch.randn(rows, 4, 1, 64), torch.randn(2**22)
+
+        def work() -> float:
+            for _ in range(20):
+                others.sum()  # so that caches are read from memory, as other layers push them out
+                for keys, values in caches:
+                    function(query, keys, values, None)
+            return 120.0
+
+        return work
+
+    with torch.inference_mode():
+        return "\n".join(
+            compare(
+                f"attention-one, {rows}, bf16",
+                "layers/s",
+                {
+                    name: side(function, rows)
+                    for name, function in (("ours", attend_one), ("kernel", kernel), ("products", small))
+                },
+                rounds,
+            )
+            for rows in (2, 8, 32, 128)
+        )
+
+
 def rotation(rounds: int) -> str:
     """Queries and keys of 186 rows of 11 tokens, rotated, forward and backward: ours against autograd's."""
     stack = pair(100, dim=192, depth=1, enc_depth=1, heads=3, longest=64)[0].fused_decoder
@@ -342,29 +384,44 @@ def number_types(rounds: int) -> str:
 
 
 def layout(rounds: int) -> str:
-    """Products of one row of float32 with the matrices of a layer of 256, transposed in memory, against in the order
-    that `nn.Linear` has, which decoding of one text keeps."""
+    """Products with a matrix in every way that `best_products` chooses from. There are as many matrices as a
+    processor's caches do not hold."""
 
-    def side(matrices: list[torch.Tensor], row_1K: torch.Tensor) -> Side:
+    def side(way: Products, weights: list[torch.Tensor], rows_NI: torch.Tensor) -> Side:
+        matrices = [way.matrix(weight) for weight in weights]
+        times = max(1, 1000 // len(rows_NI) // 20)
+
         def work() -> float:
-            for _ in range(20):
-                for matrix_KN in matrices:
-                    torch.mm(row_1K, matrix_KN)
-            return float(20 * len(matrices))
+            for _ in range(times):
+                for matrix in matrices:
+                    way.product(rows_NI, matrix)
+            return float(times * len(matrices))
 
         return work
 
     lines = []
-    for width_in, width_out in ((256, 768), (256, 1024), (1024, 256), (256, 4003)):
-        matrices = [
-            torch.randn(width_out, width_in).T for _ in range(40)
-        ]  # as many as a processor's caches do not hold
-        row_1K = torch.randn(1, width_in)
-        sides = {
-            "transposed": side([matrix_KN.contiguous() for matrix_KN in matrices], row_1K),
-            "as it comes": side(matrices, row_1K),
+    for dtype, count, width_in, width_out in [
+        *((torch.float32, 1, *widths) for widths in LAYOUT_WIDTHS),
+        *((torch.float32, count, *widths) for count in (2, 8, 32, 128, 1024) for widths in LAYOUT_WIDTHS[:3]),
+        *((torch.bfloat16, count, *widths) for count in (1, 2, 8, 32, 128, 1024) for widths in LAYOUT_WIDTHS[:3]),
+    ]:
+        weights = [torch.randn(width_out, width_in) for _ in range(2**23 // (width_in * width_out) + 1)]
+        rows_NI = torch.randn(count, width_in).to(dtype)
+        ways = {
+            "packed": PackedProducts(dtype, count),
+            "split": SplitProducts(dtype),
+            "vector": VectorProducts(dtype),
+            "transposed": Products(dtype, transpose=True),
+            "as it comes": Products(dtype),
         }
-        lines.append(compare(f"1 x {width_in} x {width_out}", "products/s", sides, rounds))
+        if count > 1 or dtype == torch.bfloat16:
+            del ways["split"]
+        if count > 1 or dtype == torch.float32:
+            del ways["vector"]
+        name = f"{count} x {width_in} x {width_out}" + (", bf16" if dtype == torch.bfloat16 else "")
+        with torch.inference_mode():
+            sides = {label: side(way, weights, rows_NI) for label, way in ways.items()}
+            lines.append(compare(name, "products/s", sides, rounds))
     return "\n".join(lines)
 
 
@@ -660,6 +717,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "encode-bf16": lambda rounds: encode(rounds, dtype=torch.bfloat16),
     "start": start,
     "attention": attention,
+    "attention-one": attention_one,
     "rotation": rotation,
     "loss": loss,
     "memory": memory,
