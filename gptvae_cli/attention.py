@@ -55,16 +55,18 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
 def attend_one(q_BH1K: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> Tensor:
     """As `attend`, for one query a row, in the type of keys and values [B H 1 K].
 
-    Where these are bfloat16, a CPU computes in float32: torch's fused kernel takes up to three times as long, except
-    for one row, and products of bfloat16 take twice as long (row `attention-one` of `tests/benchmarks/speed/`).
+    Where these are bfloat16, a CPU computes in float32, whatever autocast says: torch's fused kernel takes up to three
+    times as long for several rows, and products of bfloat16 one and a half times (row `attention-one` of
+    `tests/benchmarks/speed/`).
     """
     dtype = k_BHSK.dtype
-    if q_BH1K.device.type != "cpu" or dtype != torch.bfloat16 or len(q_BH1K) == 1:
+    if q_BH1K.device.type != "cpu" or dtype != torch.bfloat16:
         return attend_by_kernel(q_BH1K.to(dtype), k_BHSK, v_BHSK, bias, causal=False)
-    scores_BH1S = q_BH1K.float() @ k_BHSK.float().transpose(-1, -2)
-    if bias is not None:
-        scores_BH1S += bias
-    return (scores_BH1S.softmax(dim=-1) @ v_BHSK.float()).to(dtype)
+    with torch.autocast("cpu", enabled=False):
+        scores_BH1S = q_BH1K.float() @ k_BHSK.float().transpose(-1, -2)
+        if bias is not None:
+            scores_BH1S += bias
+        return (scores_BH1S.softmax(dim=-1) @ v_BHSK.float()).to(dtype)
 
 
 def attend_by_kernel(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _SLOTS = 128
 """Positions that the cache has room for at first; most texts need no more."""
+_SHARED_WIDTH = 64
 SLOW_SECONDS = 0.3
 """An input that took longer than this to arrive is processed at once, and does not wait for others to share a batch."""
 
@@ -276,7 +277,10 @@ class CachedDecoder:
         self.model = model
         self.embedding_VD = model.decoder.token_emb.emb.weight
         self.stack = fused.Frozen(model.fused_decoder, batch_size)
-        self.to_logits = self.stack.products.matrix(model.decoder.to_logits.weight)
+        weight_VD = model.decoder.to_logits.weight
+        self.vocabulary = len(weight_VD)
+        # Filled up to a width that threads can share.
+        self.to_logits = self.stack.products.matrix(F.pad(weight_VD, (0, 0, 0, -self.vocabulary % _SHARED_WIDTH)))
         self.turns_S11C = self.stack.turns(model.max_seq_len + 1)
         self.room = fused.Heads(self.stack, (0,))
         # The position of each row, kept on the host so that nothing has to wait for the device.
@@ -352,7 +356,8 @@ class CachedDecoder:
         self.positions = [self.positions[i] for i in stay]
 
     def _logits(self, x_BD: Tensor) -> Tensor:
-        return self.stack.products.product(self.stack.final_norm(x_BD).to(self.stack.dtype), self.to_logits)
+        normed_BD = self.stack.final_norm(x_BD).to(self.stack.dtype)
+        return self.stack.products.product(normed_BD, self.to_logits)[:, : self.vocabulary]
 
     def _grow(self, rows: int, slots: int, most: int) -> None:
         """Makes room for at least this many rows and slots. Slots are doubled, up to `most`, since most texts are far

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptvae_cli.attention import as_bias, attend
-from gptvae_cli.products import Linear, Matrix, best_products
+from gptvae_cli.products import Linear, best_products
 
 
 def supports(options: Mapping[str, Any]) -> bool:
@@ -185,11 +185,11 @@ class Heads:
 
 
 class FrozenLayer(NamedTuple):
-    """A `Layer` whose matrices are those of `Products`."""
+    """A `Layer` whose matrices are laid out by `Frozen.products`."""
 
     attn_gamma_D: Tensor
-    qkv: Matrix
-    attn_out: Matrix
+    qkv: Tensor
+    attn_out: Tensor
     ff_gamma_D: Tensor
     ff_in: Linear
     ff_out: Linear

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gptvae_cli import decoding
+from gptvae_cli import decoding, products
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.decoding import Request, Row, decode, draw, filter_logits, run
 from gptvae_cli.model import GPTVAE
@@ -115,17 +115,18 @@ def test_cached_logits_and_greedy_tokens_equal_the_plain_path(
     assert len({token for tokens, _ in found.values() for token in tokens}) > 5
 
 
-@pytest.mark.parametrize("amd", [False, True])
+needs_packing = pytest.mark.skipif(not products.packing_works(), reason="needs oneDNN, with bfloat16")
+
+
+@pytest.mark.parametrize("amd", [False, pytest.param(True, marks=needs_packing)])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_rows_are_written_alike_on_any_processor(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, amd: bool, rows: int
 ) -> None:
-    """However `best_products` lays the weights out there."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        pytest.skip("needs oneDNN, which multiplies on AMD's processors")
-    monkeypatch.setattr("gptvae_cli.machine.is_amd", lambda: amd)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    model = tiny_model()
+    """However `best_products` lays the weights out there, on three threads."""
+    monkeypatch.setattr("gptvae_cli.products.packing_pays", lambda: amd)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    model = tiny_model(dim=192, heads=2)
     requests = some_requests(3, latents="mixed", width=model.dim_latent)
     expected = greedy_logits(model, requests, batch_size=1, cached=False, max_new=9)
     for row, (tokens, logits_TV) in greedy_logits(model, requests, batch_size=rows, cached=True, max_new=9).items():
@@ -141,7 +142,7 @@ def test_cached_logits_under_autocast_are_those_of_float32_rounded(tiny_model: T
     with torch.autocast("cpu", torch.bfloat16):
         engine = decoding.CachedDecoder(model, batch_size)
         rounded = greedy_logits(model, requests, batch_size=batch_size, cached=True, max_new=1)
-    assert {layer.qkv.tensor.dtype for layer in engine.stack.layers} == {engine.cache_LXBHSK.dtype} == {torch.bfloat16}
+    assert {layer.qkv.dtype for layer in engine.stack.layers} == {engine.cache_LXBHSK.dtype} == {torch.bfloat16}
     for row, (_, logits_TV) in rounded.items():
         assert 0 < (logits_TV - exact[row][1]).abs().max() < 0.03 * exact[row][1].abs().max()
 
