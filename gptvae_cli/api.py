@@ -179,7 +179,7 @@ class Model:
         rows: Iterable[Floats | None]
         if latents is not None:
             if prior is not None:
-                raise ConfigError("latents and prior exclude each other", hint="a text is written from one latent")
+                raise ConfigError("latents and prior exclude each other", hint="leave one of them out")
             rows = self._latents(latents, "latents")
         else:
             count = 1 if prior is None else prior

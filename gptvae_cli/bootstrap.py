@@ -72,4 +72,5 @@ def of_share(hits: int, count: int) -> tuple[float, float]:
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     middle = (hits + z**2 / 2) / (count + z**2)
     half = z / (count + z**2) * math.sqrt(hits * (count - hits) / count + z**2 / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At an end the two are equal, but for rounding.
+    return 0.0 if hits == 0 else middle - half, 1.0 if hits == count else middle + half

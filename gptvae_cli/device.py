@@ -111,9 +111,10 @@ def tune_cpu(threads: int | None) -> int:
     - Denormal numbers count as zero, since a CPU computes with them slowly.
     - Freed memory stays with the process: returning the pages of every large tensor and getting them again costs a
       sixth of a training step.
-    - oneDNN, which multiplies bfloat16 and, for `products`, float32, compiles code for every shape of matrices. It keeps 1,024 of these kernels,
-      which batches of many lengths soon exceed; here it keeps more, in at most a quarter of the memory (two hundred
-      shapes of batches fill 3 GB). oneDNN reads this at its first product, so call this before there was one.
+    - oneDNN, which multiplies bfloat16 and, for `products`, float32, compiles code for every shape of matrices. It
+      keeps 1,024 of these kernels, which batches of many lengths soon exceed; here it keeps more, in at most a quarter
+      of the memory (two hundred shapes of batches fill 3 GB). oneDNN reads this at its first product, so call this
+      before there was one.
 
     Args:
         threads: for None torch's own choice, but no more than a container grants, unless `$OMP_NUM_THREADS` says so.

@@ -210,12 +210,20 @@ def decline(kept: Figures, last: Figures, config: TrainConfig, epochs: float) ->
     )
 
 
-def advice(figures: Figures, config: TrainConfig) -> str | None:
-    """What to do where the latent is not being used; None where it is, or where there is none."""
+def advice(figures: Figures, config: TrainConfig, steps: int) -> str | None:
+    """What to do where the latent is not being used; None where it is, or where there is none.
+
+    Args:
+        figures: of the model that is kept.
+        config: of the run.
+        steps: that the run made.
+    """
     if config.without_latent or diagnosis(figures, config) is None:
         return None
     if config.objective == "stock":
         return "the stock objective seldom uses a latent, train without --objective stock"
     if config.on_collapse == "warn" and not has_remedies(config):
         return "train again without --on-collapse warn"
+    if steps < YOUNG_STEPS:
+        return f"{steps:,} steps are few: train for longer with --max-time"
     return "train for longer with --max-time, or on more texts"

@@ -202,7 +202,7 @@ programs.
 {_table(_sizes(header, parameters))}
 ## Training
 
-{_table(_training(training))}
+{_table(_training(header))}
 """
     if training["validation"] is not None:
         page += f"## On held-out texts\n\n{_validation(training)}\n"
@@ -219,10 +219,11 @@ def _sizes(header: ModelHeader, parameters: int) -> Iterator[tuple[str, str]]:
     yield "longest text", f"{model.max_seq_len:,} tokens, 2 special ones among them"
 
 
-def _training(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    config = from_dict(TrainConfig, training["train"])
-    corpus = training["corpus"]
-    yield "corpus", f"{corpus['texts']:,} texts of {corpus['characters']:,} characters, held-out ones among them"
+def _training(header: ModelHeader) -> Iterator[tuple[str, str]]:
+    training = header.training
+    config, corpus = from_dict(TrainConfig, training["train"]), training["corpus"]
+    held_out = "in a file of their own" if header.data.valid_share is None else "among them"
+    yield "corpus", f"{corpus['texts']:,} texts of {corpus['characters']:,} characters, held-out ones {held_out}"
     yield "objective", f"{config.objective}, beta {config.vae_kl_loss_weight:g}"
     yield "free bits", f"{config.target_rate:g} nats per text, {config.vae_kl_div_floor:g} nats per dimension"
     yield "latent dropout", f"{config.latents_dropout_prob:g}"

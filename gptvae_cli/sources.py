@@ -136,7 +136,8 @@ def reading_errors(name: str) -> Iterator[None]:
         packing = _PACKINGS.get(ending(name), "packed text")
         raise DataError(f"{name} is not {packing}, or cut or damaged: {error}") from error
     except OSError as error:
-        hint = "check the path" if isinstance(error, FileNotFoundError) else None
+        missing = isinstance(error, FileNotFoundError)
+        hint = "check the path; a text itself comes through a pipe, named -" if missing else None
         raise DataError(f"cannot read {name}: {error.strerror or error}", hint=hint) from error
 
 

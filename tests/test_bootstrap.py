@@ -56,4 +56,6 @@ def test_the_seed_decides_and_totals_are_sums() -> None:
 @pytest.mark.parametrize(("hits", "count"), [(0, 1000), (1, 1000), (57, 1000), (40, 40), (38, 40), (1, 1), (0, 1)])
 def test_intervals_of_shares_are_those_of_scipy(hits: int, count: int) -> None:
     expected = scipy.stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
-    assert of_share(hits, count) == pytest.approx(tuple(expected), abs=1e-12)
+    found = of_share(hits, count)
+    assert found == pytest.approx(tuple(expected), abs=1e-12)
+    assert (found[0] == 0, found[1] == 1) == (hits == 0, hits == count)

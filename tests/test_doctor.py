@@ -330,8 +330,14 @@ def test_the_verdict_does_not_praise_a_latent_that_the_decoder_does_not_hear() -
 def test_a_latent_that_is_not_used_comes_with_advice(
     figures: Figures, config: dict[str, Any], words: str | None
 ) -> None:
-    found = advice(figures, TrainConfig(**config))
+    found = advice(figures, TrainConfig(**config), 1000)
     assert (found is None) if words is None else (found is not None and words in found)
+
+
+def test_a_run_of_few_steps_is_told_that_they_were_few() -> None:
+    """It is not for want of texts."""
+    assert advice(UNHEARD, TrainConfig(), 999) == "999 steps are few: train for longer with --max-time"
+    assert "more texts" in (advice(UNHEARD, TrainConfig(), 1000) or "")
 
 
 def test_a_run_that_got_worse_is_told_so() -> None:

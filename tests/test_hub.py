@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,12 @@ def test_the_card_is_one_that_the_hub_reads() -> None:
     assert card.text.lstrip().startswith("# A GPT with a Gaussian latent\n")
 
 
+def test_the_card_says_whether_held_out_texts_are_among_the_others() -> None:
+    file, share = header(), replace(header(), data=DataConfig(valid="0.1"))
+    pages = [model_card(each, parameters=1, verdict=None) for each in (file, share)]
+    assert ["held-out ones among them" in page for page in pages] == [False, True]
+
+
 def test_the_card_says_every_figure_with_its_unit() -> None:
     page = model_card(header(target_rate=6.0, seed=3), parameters=1_966_912, verdict="the latent carries 3.2 nats")
     for part in (
@@ -159,7 +165,7 @@ def test_the_card_says_every_figure_with_its_unit() -> None:
         "| parameters | 1,966,912 |",
         "| layers | 1 in the encoder, 1 in the decoder |",
         "| longest text | 24 tokens, 2 special ones among them |",
-        "| corpus | 1,234 texts of 56,789 characters, held-out ones among them |",
+        "| corpus | 1,234 texts of 56,789 characters, held-out ones in a file of their own |",
         "| objective | elbo, beta 1 |",
         "| free bits | 6 nats per text, 0 nats per dimension |",
         "| steps | 4,321 of 2,048 tokens with padding, 1.25 epochs |",

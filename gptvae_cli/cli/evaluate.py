@@ -278,6 +278,8 @@ def _train_baseline(
 # The table ------------------------------------------------------------------------------------------------------------
 
 _NATS = "nats/text"
+_SOME_WORDS = 3
+"""Words of a text on average, its end counted, from which on it consists of words."""
 
 
 def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
@@ -303,7 +305,7 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
     else:
         yield f"likelihood, importance-weighted with {values['nll_samples']:,} samples a text"
     yield line("NLL", "nll_nats_per_text", unit=_NATS)
-    for each in ("token", "word"):
+    for each in ("token", "word") if values["words"] >= _SOME_WORDS * values["texts"] else ("token",):
         key = f"perplexity_per_{each}"
         yield line(f"perplexity per {each}", key, "{:.2f}" if intervals[key][1] < 1e5 else "{:.1e}")
     yield line("bits per byte", "bits_per_byte", "{:.3f}")

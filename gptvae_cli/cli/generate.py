@@ -165,7 +165,7 @@ def generate(
 def _check_sources(sources: dict[str, str | int | None], *, sample: bool) -> None:
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} exclude each other", hint="a text is written from one latent")
+        raise ConfigError(f"{' and '.join(given)} exclude each other", hint="leave all but one out")
     if sample and given not in (["--ref"], ["--text"]):
         raise ConfigError(
             "--sample draws from the posterior of a text, and there is none", hint="use it with --ref or --text"

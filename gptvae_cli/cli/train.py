@@ -379,7 +379,7 @@ def _finish(job: Job, *, quiet: bool) -> None:
         steps = f"step {kept.training['steps']:,} of {job.learner.counters.step:,}"
         worse = decline(job.figures, job.last_figures, job.learner.config, job.epochs)
         console.note(worse or f"that is the model of {steps}, the best on held-out texts")
-    console.note(advice(job.figures, job.learner.config))
+    console.note(advice(job.figures, job.learner.config, job.learner.counters.step))
     if job.learner.config.without_latent:
         console.heading("Next")
         console.command(f"gptvae evaluate test.txt --baseline {shlex.quote(str(job.folder))}")

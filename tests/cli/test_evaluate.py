@@ -112,6 +112,17 @@ def test_the_table_shows_the_figures_of_the_json_in_80_columns(evaluate: Evaluat
     assert max(map(len, short)) <= 80
 
 
+@pytest.mark.parametrize(
+    ("texts", "shown"), [("cat\nCCO\n日本\n", False), ("a cat\nthe dog\n日本\n", False), ("a b\nc d\n", True)]
+)
+def test_what_hardly_consists_of_words_has_no_perplexity_of_them(evaluate: Evaluate, texts: str, shown: bool) -> None:
+    """Of molecules it was 10 to the 34th. The JSON has it all the same."""
+    Path("words.txt").write_text(texts, encoding="utf-8")
+    table = evaluate(corpus="words.txt").stdout
+    assert ("perplexity per word" in table, "perplexity per token" in table) == (shown, True)
+    assert figures(evaluate("--json", corpus="words.txt"))["perplexity_per_word"] > 1
+
+
 def test_the_json_says_what_was_measured_on_what(evaluate: Evaluate, models: Path) -> None:
     found = figures(evaluate("--json", "--seed", "5"))
     about = {"model": str(models / "line.safetensors"), "corpus": ["texts.txt"], "unit": "line", "seed": 5}
