@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _SLOTS = 128
 """Positions that the cache has room for at first; most texts need no more."""
 _SHARED_WIDTH = 64
+"""The vocabulary is filled up to a multiple of it, so that threads can share it evenly (`products.SplitProducts`)."""
 SLOW_SECONDS = 0.3
 """An input that took longer than this to arrive is processed at once, and does not wait for others to share a batch."""
 
@@ -279,7 +280,6 @@ class CachedDecoder:
         self.stack = fused.Frozen(model.fused_decoder, batch_size)
         weight_VD = model.decoder.to_logits.weight
         self.vocabulary = len(weight_VD)
-        # Filled up to a width that threads can share.
         self.to_logits = self.stack.products.matrix(F.pad(weight_VD, (0, 0, 0, -self.vocabulary % _SHARED_WIDTH)))
         self.turns_S11C = self.stack.turns(model.max_seq_len + 1)
         self.room = fused.Heads(self.stack, (0,))
