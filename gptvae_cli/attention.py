@@ -15,6 +15,8 @@ _FLASH_TOKENS = 128
 """Keys from which on torch's fused kernel attends faster on a CPU than products do, in float32."""
 _VECTOR_BYTES = 64
 """Of a vector register of 512 bits."""
+_MANY_ROWS = 8
+"""From which on products of float32 attend to keys of bfloat16 faster than torch's fused kernel, on a CPU."""
 
 
 def as_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,15 +54,17 @@ def attend(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, 
     return weights_BHTS @ v_BHSK
 
 
-def attend_one(q_BH1K: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None) -> Tensor:
+def attend_one(q_BH1K: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, most_rows: int) -> Tensor:
     """As `attend`, for one query a row, in the type of keys and values [B H 1 K].
 
-    Where these are bfloat16, a CPU computes in float32, whatever autocast says: torch's fused kernel takes up to three
-    times as long for several rows, and products of bfloat16 one and a half times (row `attention-one` of
-    `tests/benchmarks/speed/`).
+    Where these are bfloat16 and rows are many, a CPU computes in float32, whatever autocast says: torch's fused kernel
+    takes up to twice as long (row `attention-one` of `tests/benchmarks/speed/`).
+
+    Args:
+        most_rows: that may be there. The way depends on it, so that a row does not depend on how many others are.
     """
     dtype = k_BHSK.dtype
-    if q_BH1K.device.type != "cpu" or dtype != torch.bfloat16:
+    if q_BH1K.device.type != "cpu" or dtype != torch.bfloat16 or most_rows < _MANY_ROWS:
         return attend_by_kernel(q_BH1K.to(dtype), k_BHSK, v_BHSK, bias, causal=False)
     with torch.autocast("cpu", enabled=False):
         scores_BH1S = q_BH1K.float() @ k_BHSK.float().transpose(-1, -2)

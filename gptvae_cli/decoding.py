@@ -275,7 +275,7 @@ class CachedDecoder:
 
     def __init__(self, model: GPTVAE, batch_size: int) -> None:
         assert model.fused_decoder is not None, "these layers have no fused form"
-        self.model = model
+        self.model, self.batch_size = model, batch_size
         self.embedding_VD = model.decoder.token_emb.emb.weight
         self.stack = fused.Frozen(model.fused_decoder, batch_size)
         weight_VD = model.decoder.to_logits.weight
@@ -341,7 +341,8 @@ class CachedDecoder:
                 places[i].copy_(new_XBHK)
             else:
                 cache_LXBHSK[i][:, rows_B, :, positions_B] = new_BXHK.to(dtype)
-            attended_BH1K = attend_one(queries_BH1K, slots[2 * i], slots[2 * i + 1], mask_B11S)
+            keys, values = slots[2 * i : 2 * i + 2]
+            attended_BH1K = attend_one(queries_BH1K, keys, values, mask_B11S, most_rows=self.batch_size)
             self.stack.finish(layer, x_BD, attended_BH1K.view(count, -1))
         return self._logits(x_BD)
 

@@ -73,10 +73,12 @@ def test_the_softmax_of_short_rows_is_torchs() -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_one_query_equals_torchs_kernel(rows: int, masked: bool, dtype: torch.dtype, autocast: bool) -> None:
+@pytest.mark.parametrize(("rows", "most_rows"), [(1, 1), (3, 3), (3, 8), (1, 8)])
+def test_one_query_equals_torchs_kernel(
+    rows: int, most_rows: int, masked: bool, dtype: torch.dtype, autocast: bool
+) -> None:
     """Keys and values are some slots of a longer cache, as in decoding, and the result has their type, to whose
-    nearest numbers it is rounded; scores that were would be off by twice as much."""
+    nearest numbers it is rounded where it is computed in float32; scores that were rounded are off by twice as much."""
     generator = torch.Generator().manual_seed(rows)
     q, *cache = (torch.randn(rows, 2, slots, 16, generator=generator).bfloat16() for slots in (1, 40, 40))
     k, v = (tensor.to(dtype)[:, :, :33] for tensor in cache)
@@ -85,19 +87,21 @@ def test_one_query_equals_torchs_kernel(rows: int, masked: bool, dtype: torch.dt
         bias = torch.zeros(rows, 1, 1, 33, dtype=dtype)
         bias[0, ..., 5:] = float("-inf")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
-        found = attend_one(q.float(), k, v, bias)
+        found = attend_one(q.float(), k, v, bias, most_rows=most_rows)
     mask = None if bias is None else bias.double()
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask, scale=1.0)
     assert found.dtype == dtype
-    assert (found.double() - expected).norm() <= {torch.bfloat16: 2.5e-3, torch.float32: 1e-6}[dtype] * expected.norm()
+    tolerance = 1e-6 if dtype == torch.float32 else 2.5e-3 if most_rows == 8 else 6e-3
+    assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_query_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("most_rows", [5, 8])
+def test_a_query_does_not_depend_on_the_other_rows(most_rows: int, dtype: torch.dtype) -> None:
     """Nor on whether there are any: rows leave a batch as they end."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(5, 2, 1, 16, generator=generator)
     k, v = (torch.randn(5, 2, 33, 16, generator=generator).to(dtype) for _ in range(2))
-    together = attend_one(q, k, v, None)
+    together = attend_one(q, k, v, None, most_rows=most_rows)
     for rows in (1, 2, 4):
-        assert torch.equal(attend_one(q[:rows], k[:rows], v[:rows], None), together[:rows])
+        assert torch.equal(attend_one(q[:rows], k[:rows], v[:rows], None, most_rows=most_rows), together[:rows])
