@@ -219,7 +219,7 @@ def main() -> None:
     # Threads that wait for each other spin, by libgomp's default for so long that training beside a busy process is
     # several times slower than with this (`tests/benchmarks/speed/`). It is read when torch is loaded.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     app(prog_name="gptvae")
 
 

@@ -115,7 +115,7 @@ def test_commands_share_their_common_options(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
     ids=["nothing", "a count", "a policy"],
 )
 def test_waiting_threads_spin_shortly_unless_told_otherwise(given: dict[str, str], expected: str | None) -> None:

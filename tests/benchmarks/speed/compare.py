@@ -527,7 +527,7 @@ def neighbour(rounds: int) -> str:
         return work
 
     def sides(amount: int, seconds: str) -> dict[str, Side]:
-        ours = process(amount, seconds, GOMP_SPINCOUNT="10000")
+        ours = process(amount, seconds, GOMP_SPINCOUNT="3000")
         return {"ours": ours, "libgomp's default": process(amount, seconds)}
 
     train, decode = sides(8, "seconds_of_steps(True, 8)"), sides(64, "seconds_of_tokens(64)")
