@@ -46,7 +46,7 @@ from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import _step, _Sums
 
-LAYOUT_WIDTHS = [(256, 768), (1024, 256), (256, 4003), (256, 256), (256, 1024), (512, 512), (512, 1536), (2048, 512)]
+LAYOUT_WIDTHS = [(256, 768), (1024, 256), (256, 4032), (256, 256), (256, 1024), (512, 512), (512, 1536), (2048, 512)]
 """Of a layer's matrices, and the vocabulary's, as (in, out)."""
 Side = Callable[[], float]
 """Does a share of the work and returns how much that was: tokens, texts or runs."""
