@@ -1,6 +1,6 @@
 """Products with matrices that do not change, in the way that is fastest for a type, a number of rows and a processor.
 
-`best_products` chooses, by rows `layout` and `attention-one` of `tests/benchmarks/speed/`; tests hold all ways equal.
+`best_products` chooses, by row `layout` of `tests/benchmarks/speed/`; tests hold all ways equal.
 
 Shapes: N rows, D model width, I and O widths that a matrix takes and gives, P parts of W numbers each.
 """
