@@ -16,7 +16,8 @@ from gptvae_cli import machine
 _ROOT_HALF = 0.5**0.5
 _FEW_ROWS = 8
 _PANEL = 16
-"""Numbers of which MKL computes several at once: parts of as many, or a multiple, have the very sums of the whole."""
+"""Numbers that MKL computes at once on AMD's processors: parts of as many, or a multiple, have the very sums of the
+whole."""
 _LEAST_PART = 4 * _PANEL
 """Numbers of a row that a thread computes at least."""
 

@@ -105,6 +105,7 @@ def test_as_many_threads_share_a_row_as_get_whole_panels(
     assert SplitProducts(torch.float32).matrix(numbers(width, 24)).shape == (parts, 24, width // parts)
 
 
+@pytest.mark.skipif(not products.packing_pays(), reason="needs a processor on which rows are split")
 @pytest.mark.parametrize(("width_in", "width_out"), [(256, 768), (256, 256), (1024, 256), (256, 4032), (192, 576)])
 def test_a_product_does_not_depend_on_the_number_of_threads(
     monkeypatch: pytest.MonkeyPatch, width_in: int, width_out: int
