@@ -188,26 +188,27 @@ class Model:
             rows = sampling.unconditioned(self._checkpoint, config.seed, count)
         return self._write(rows, copies, config, prompt)
 
-    def interpolate(
-        self, a: str | npt.ArrayLike, b: str | npt.ArrayLike, *, steps: int = 7, path: PathKind = "slerp"
-    ) -> list[str]:
-        """Texts along a path from one point to another, greedily.
+    def interpolate(self, *points: str | npt.ArrayLike, steps: int = 7, path: PathKind = "slerp") -> list[str]:
+        """Texts along a path from one point to the next, greedily.
 
         Args:
-            a, b: a text, or a latent [Z].
-            steps: K, both ends counted.
+            points: N of them, each a text or a latent [Z].
+            steps: from one point to the next, both counted.
             path: `slerp`, along an arc around the origin with the norm in between, or `lerp`, straight.
 
         Returns:
-            K texts. The ends are what the model makes of the latents that went in.
+            (N - 1) x (steps - 1) + 1 texts. Those at the points are what the model makes of the latents that went in.
 
         Raises:
             CheckpointError: for a model that was trained without a latent.
-            ConfigError: for fewer than two steps or another kind of path.
+            ConfigError: for fewer than two points or steps, or another kind of path.
             DataError: for a point that is not one text or one latent of this model.
         """
-        points_NZ = np.stack([self._point(a, "a"), self._point(b, "b")])
-        path_KZ = sampling.walk(points_NZ, steps, path)
+        self.header.require_latent("the model")
+        points_NZ = []
+        for place, point in enumerate(points):  # no comprehension, which is a line of its own to a warning
+            points_NZ.append(self._point(point, f"points[{place}]"))
+        path_KZ = sampling.walk(self._stack(points_NZ), steps, path)
         return self._write(path_KZ, 1, SampleConfig(greedy=True), "")
 
     def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
@@ -221,7 +222,6 @@ class Model:
         return np.stack(rows) if rows else np.empty((0, self.dim_latent), np.float32)
 
     def _point(self, point: str | npt.ArrayLike, name: str) -> Floats:
-        self.header.require_latent("the model")
         if isinstance(point, str):
             encoder = Encoder(self._checkpoint, self.unit, self._dtype)
             latent_Z = encoder.point(point)
@@ -229,7 +229,10 @@ class Model:
             return latent_Z
         latents_NZ = self._latents(point, name)
         if len(latents_NZ) != 1:
-            raise DataError(f"{name} holds {len(latents_NZ)} latents, a point of a path is exactly one")
+            raise DataError(
+                f"{name} holds {len(latents_NZ)} latents, a point of a path is exactly one",
+                hint="model.interpolate(*latents) leads through the rows of latents",
+            )
         return latents_NZ.reshape(-1)
 
     def _latents(self, values: npt.ArrayLike, name: str) -> Floats:

@@ -123,6 +123,9 @@ def test_a_path_is_that_of_gptvae_interpolate(model: Model, command: Callable[..
     straight = model.interpolate(LATENTS[0], LATENTS[1:2], steps=9, path="lerp")
     assert straight == written()
     assert len(straight) == 9
+    np.save("three.npy", LATENTS[:3])
+    command("interpolate", "--latent", "three.npy", "--steps", 4, "--format", "jsonl")
+    assert model.interpolate(*LATENTS[:3], steps=4) == written()
     assert model.interpolate("naïve", LATENTS[0], steps=2) == [
         *model.generate(model.encode(["naïve"]), greedy=True),
         *model.generate(LATENTS[0], greedy=True),
@@ -240,9 +243,9 @@ def test_latents_are_checked_as_those_of_a_file(model: Model, latents: Any, word
 
 
 def test_a_point_of_a_path_is_one_latent(model: Model) -> None:
-    with pytest.raises(DataError, match="b holds 6 latents"):
+    with pytest.raises(DataError, match=r"points\[1\] holds 6 latents"):
         model.interpolate("a", LATENTS)
-    with pytest.raises(DataError, match="a holds 0 latents"):
+    with pytest.raises(DataError, match=r"points\[0\] holds 0 latents"):
         model.interpolate([], "b")
 
 
@@ -259,6 +262,8 @@ def test_a_point_of_a_path_is_one_latent(model: Model) -> None:
         (lambda model: model.generate(top_p=2), "top-p is 2"),
         (lambda model: model.generate(prompt="a\nb"), "the prompt holds a line break"),
         (lambda model: model.interpolate("a", "b", steps=1), "steps is 1"),
+        (lambda model: model.interpolate(), "a path needs at least 2 latents, found 0"),
+        (lambda model: model.interpolate("a"), "a path needs at least 2 latents, found 1"),
         (lambda model: model.interpolate("a", "b", path="spline"), "path is 'spline', it must be one of slerp, lerp"),
     ],
 )
