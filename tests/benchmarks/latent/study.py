@@ -129,8 +129,10 @@ SHAPE = ("dim", "depth", "enc_depth", "heads", "dim_latent", "conditioning")
 DATA = ("vocab_size",)
 
 
-def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts: int) -> dict[str, Any]:
-    """Trains one arm and measures it."""
+def run(
+    arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts: int, keep: Path | None = None
+) -> dict[str, Any]:
+    """Trains one arm and measures it; the model is copied to the path `keep`, if there is one."""
     import numpy as np
     import torch
 
@@ -165,6 +167,9 @@ def run(arm: str, corpus: str, seed: int, minutes: float, *, samples: int, texts
             precision=precision,
             seconds=lambda: time.process_time() - began,
         )
+        if keep is not None:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / "run" / "model.safetensors", keep)
         test = [text for text in read_texts([str(files["test"])], TextConfig(unit=unit)) if text]
         tokens = list(islice(Encoder(saved, unit).rows(test), texts))
         pad_id, eos_id = saved.header.model.pad_id, saved.header.model.eos_id
@@ -401,6 +406,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0, help="of the processor, for a run")
     parser.add_argument("--samples", type=int, default=100, help="K of the importance-weighted NLL")
     parser.add_argument("--texts", type=int, default=1000, help="of the test split")
+    parser.add_argument(
+        "--keep", type=Path, metavar="FOLDER", help="also keep the models, as CORPUS, ARM, SEED.safetensors"
+    )
     parser.add_argument("--table", action="store_true", help="print the results so far, and run nothing")
     parser.add_argument("--examples", action="store_true", help="print what the models wrote, and run nothing")
     asked = parser.parse_args()
@@ -418,7 +426,8 @@ def main() -> None:
                 if (arm, ARMS[arm].get("conditioning", CONDITIONING), corpus, asked.minutes, seed, processor()) in done:
                     continue
                 print(f"{arm}, {corpus}, seed {seed}, {asked.minutes:g} minutes", file=sys.stderr, flush=True)
-                row = run(arm, corpus, seed, asked.minutes, samples=asked.samples, texts=asked.texts)
+                keep = asked.keep and asked.keep / f"{corpus.replace('/', '-')}, {arm}, {seed}.safetensors"
+                row = run(arm, corpus, seed, asked.minutes, samples=asked.samples, texts=asked.texts, keep=keep)
                 with RESULTS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)
