@@ -25,16 +25,18 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from x_transformers import gpt_vae as stock_module
 
+from gptvae_cli import objective
 from gptvae_cli.attention import attend, attend_by_kernel, attend_one
 from gptvae_cli.config import DType, ModelConfig, TextConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
-from gptvae_cli.evaluation import measure
+from gptvae_cli.evaluation import importance_weighted, measure
 from gptvae_cli.fused import _Rotation
 from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
@@ -329,27 +331,64 @@ def rotation(rounds: int) -> str:
 
 
 def loss(rounds: int) -> str:
-    """Forward and backward of the cross-entropy of 2,048 tokens over 2,003, in bfloat16: ours against torch's."""
+    """Forward and backward of the cross-entropy of 2,048 tokens over 2,003: ours against torch's, and in float32 also
+    against ours with the vocabulary as it comes, which is not filled up to a multiple of 8."""
     ours, _ = pair(2000, dim=128, depth=1, enc_depth=1, heads=2, longest=64)
     hidden_ND = torch.randn(2048, 128, requires_grad=True)
     targets_N = torch.randint(0, 2000, (2048,))
     weight_VD = ours.decoder.to_logits.weight
 
-    def side(function: Callable[[], torch.Tensor]) -> Side:
+    def in_parts() -> torch.Tensor:
+        nats: torch.Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, 2000)  # type: ignore[no-untyped-call]
+        return nats
+
+    def as_it_comes() -> torch.Tensor:
+        with patch.object(objective, "_WORDS_TOGETHER", 1):
+            return in_parts()
+
+    def torchs() -> torch.Tensor:
+        return F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N, reduction="sum")
+
+    def side(function: Callable[[], torch.Tensor], bfloat16: bool) -> Side:
         def work() -> float:
             for _ in range(20):
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                     nats = function()
                 nats.backward()  # type: ignore[no-untyped-call]
             return 20
 
         return work
 
-    sides = {
-        "ours": side(lambda: _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, 2000)),  # type: ignore[no-untyped-call]
-        "torch's": side(lambda: F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N, reduction="sum")),
-    }
-    return compare("loss, 2048 x 2003", "passes/s", sides, rounds)
+    both = {"ours": side(in_parts, True), "torch's": side(torchs, True)}
+    three = {"ours": side(in_parts, False), "as it comes": side(as_it_comes, False), "torch's": side(torchs, False)}
+    return "\n".join(
+        (
+            compare("loss, 2048 x 2003", "passes/s", both, rounds),
+            compare("loss, 2048 x 2003, f32", "passes/s", three, rounds),
+        )
+    )
+
+
+def likelihood(rounds: int) -> str:
+    """The importance-weighted likelihood of 100 sentences, 100 latents each, in the sizes of `small` and with 5,003
+    tokens: the logits of few tokens at once, of a vocabulary that is filled up, against all as they come."""
+    lines = corpus(20_000)
+    tokenizer = Tokenizer.train_bpe(lines, 5000)
+    rows = [[tokenizer.bos_id, *row[:62], tokenizer.eos_id] for row in tokenizer.encode_batch(lines[:100])]
+    small = PRESETS["small"]
+    ours, _ = pair(
+        tokenizer.pad_id, dim=small.dim, depth=small.depth, enc_depth=small.enc_depth, heads=small.heads, longest=64
+    )
+    batches = batches_of(rows, None, tokenizer.pad_id, tokens_together(ours.device))
+
+    def in_parts() -> float:
+        return len(importance_weighted(ours, batches, 100))
+
+    def at_once() -> float:
+        with patch.object(objective, "_WORDS_TOGETHER", 1), patch.dict(objective._FEW_LOGITS, cpu=2**40):
+            return in_parts()
+
+    return compare("likelihood, 100 latents", "texts/s", {"ours": in_parts, "at once, as it comes": at_once}, rounds)
 
 
 def memory(rounds: int) -> str:
@@ -724,6 +763,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "attention-one": attention_one,
     "rotation": rotation,
     "loss": loss,
+    "likelihood": likelihood,
     "memory": memory,
     "dtype": number_types,
     "layout": layout,
