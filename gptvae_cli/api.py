@@ -19,6 +19,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -174,17 +175,16 @@ class Model:
             max_tokens=max_tokens,
             seed=_seed(seed),
         )
-        if copies < 1:
-            raise ConfigError(f"copies is {copies}, it must be at least 1")
+        copies = _whole("copies", copies, least=1)
+        if not isinstance(prompt, str):
+            raise ConfigError(f"prompt is of type {type(prompt).__name__}, expected a string")
         rows: Iterable[Floats | None]
         if latents is not None:
             if prior is not None:
                 raise ConfigError("latents and prior exclude each other", hint="leave one of them out")
             rows = self._latents(latents, "latents")
         else:
-            count = 1 if prior is None else prior
-            if count < 0:
-                raise ConfigError(f"prior is {count}, it must be at least 0")
+            count = 1 if prior is None else _whole("prior", prior, least=0)
             rows = sampling.unconditioned(self._checkpoint, config.seed, count)
         return self._write(rows, copies, config, prompt)
 
@@ -205,7 +205,7 @@ class Model:
             DataError: for a point that is not one text or one latent of this model.
         """
         self.header.require_latent("the model")
-        points_NZ = []
+        steps, points_NZ = _whole("steps", steps, least=2), []
         for place, point in enumerate(points):  # no comprehension, which is a line of its own to a warning
             points_NZ.append(self._point(point, f"points[{place}]"))
         path_KZ = sampling.walk(self._stack(points_NZ), steps, path)
@@ -263,6 +263,13 @@ def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
         if not isinstance(text, str):  # such as NaN, which pandas has in the place of a missing text
             raise DataError(f"texts[{row}] is of type {type(text).__name__}, expected a string")
         yield text
+
+
+def _whole(name: str, value: object, *, least: int) -> int:
+    """A whole number, of Python or of NumPy."""
+    if not isinstance(value, Integral) or value < least:
+        raise ConfigError(f"{name} is {value!r}, it must be a whole number, {least} or more")
+    return int(value)
 
 
 def _seed(seed: int | None) -> int:

@@ -49,8 +49,8 @@ class Baseline:
             )
         self.header = header
         self.tokenizer = Tokenizer.from_json(header.tokenizer)
-        self.corpus = Corpus.open(self.cache, self.tokenizer)
-        if self.corpus.facts.digest != _digest(header):
+        self.corpus = Corpus.open(self.cache)
+        if not self.corpus.holds(_digest(header), self.tokenizer):
             raise CheckpointError(f"{self.cache} is not the corpus that {model} was trained on", hint=_BY_HAND)
         self.folder = model.parent / FOLDER_NAME
         self.config = _config(model.parent, header)

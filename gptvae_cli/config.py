@@ -82,13 +82,8 @@ class ModelConfig:
         _check_sizes(self)
         _one_of("conditioning", self.conditioning, get_args(ConditioningName))
         _require(4 <= self.num_tokens <= 2**22, "num_tokens", self.num_tokens, "between 4 and 4194304")
-        # x-transformers gives a single head no output product that could bring it back to the width of the model.
-        _require(
-            self.heads > 1 or self.attn_dim_head == self.dim,
-            "attn_dim_head",
-            self.attn_dim_head,
-            f"dim ({self.dim}) where there is one head",
-        )
+        if self.heads == 1:
+            _check_one_head(self.dim, self.attn_dim_head)
         specials = (self.pad_id, self.bos_id, self.eos_id)
         _require(
             len(set(specials)) == 3 and all(0 <= i < self.num_tokens for i in specials),
@@ -96,6 +91,11 @@ class ModelConfig:
             specials,
             f"three different tokens below {self.num_tokens}",
         )
+
+
+def _check_one_head(dim: int, width: int) -> None:
+    """x-transformers gives a single head no output product that could bring it back to the width of the model."""
+    _require(width == dim, "attn_dim_head", width, f"dim ({dim}) where there is one head")
 
 
 def _check_sizes(sizes: ModelConfig | SizeConfig) -> None:
@@ -140,6 +140,8 @@ class SizeConfig:
         if self.conditioning is not None:
             _one_of("conditioning", self.conditioning, get_args(ConditioningName))
         _check_sizes(self)
+        if self.heads == 1 and self.dim is not None and self.attn_dim_head is not None:
+            _check_one_head(self.dim, self.attn_dim_head)
 
     @property
     def shape(self) -> dict[str, Any]:
@@ -180,7 +182,7 @@ class MachineConfig:
     def __post_init__(self) -> None:
         _require(DEVICE.fullmatch(self.device) is not None, "device", self.device, "auto, cpu, cuda or cuda:n")
         _one_of("dtype", self.dtype, get_args(DType))
-        _require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        _require(self.threads is None or 1 <= self.threads <= 4096, "threads", self.threads, "between 1 and 4096")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,7 +388,8 @@ class SampleConfig:
         ):
             for name in names:
                 value = getattr(self, name)
-                _require(value is None or isinstance(value, kind), name, value, allowed)
+                unset = value is None and name not in ("temperature", "seed")
+                _require(unset or isinstance(value, kind), name, value, allowed)
         # Where denormals count as zero, dividing by one is dividing by zero.
         usable = self.greedy or sys.float_info.min <= self.temperature < float("inf")
         _require(usable, "temperature", self.temperature, "above 0 (or use --greedy)")

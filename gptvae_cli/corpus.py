@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -77,21 +77,23 @@ class Corpus:
     valid_source: TokenStore | None
 
     @classmethod
-    def open(cls, folder: Path, tokenizer: Tokenizer) -> Corpus:
+    def open(cls, folder: Path) -> Corpus:
         """The corpus that `build` left in a folder.
 
         Raises:
-            CheckpointError: for a folder that holds none, or not all of it.
+            CheckpointError: for a folder that holds none, or not all of it, or one of another format.
         """
         try:
             content = json.loads((folder / _FACTS_NAME).read_text("utf-8"))
+            if content["format"] != _CACHE_FORMAT:
+                raise ValueError("it is of another format")
             facts, sizes = CorpusFacts(**content["facts"]), content["sizes"]
             if sizes != _sizes(folder):
                 raise ValueError("a file is missing, or has changed its size")
             stores = {Path(name).stem: None for name in sizes if name.endswith(".tokens")}
             opened = {name: TokenStore(folder, name) for name in stores}
             return cls(
-                tokenizer,
+                Tokenizer.from_json((folder / _TOKENIZER_NAME).read_text("utf-8")),
                 facts,
                 content["fingerprint"],
                 opened["train"],
@@ -99,7 +101,7 @@ class Corpus:
                 opened.get("train.source"),
                 opened.get("valid.source"),
             )
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
             raise CheckpointError(
                 f"the token cache {folder} is missing or damaged",
                 hint="name the corpus again, with --resume or --force",
@@ -113,12 +115,10 @@ class Corpus:
         one of standard input, or none.
         """
         try:
-            content = json.loads((folder / _FACTS_NAME).read_text("utf-8"))
-            if content["fingerprint"] is None or content["fingerprint"] != fingerprint(sources, config):
-                return None
-            return cls.open(folder, Tokenizer.from_json((folder / _TOKENIZER_NAME).read_text("utf-8")))
-        except (OSError, ValueError, TypeError, KeyError, CheckpointError):
+            found = cls.open(folder)
+        except CheckpointError:
             return None
+        return found if found.fingerprint is not None and found.fingerprint == fingerprint(sources, config) else None
 
     @classmethod
     def build(
@@ -149,6 +149,8 @@ class Corpus:
                 f"valid is {config.valid!r}, it must be a share of the corpus where latents-from names a file",
                 hint="leave --valid out, or say for example --valid 0.05",
             )
+        if config.valid_share is None:
+            expand([str(config.valid)])  # it is read last, and a wrong name need not cost hours
         folder.mkdir(parents=True, exist_ok=True)
         for stale in [_FACTS_NAME, *_sizes(folder)]:
             (folder / stale).unlink(missing_ok=True)
@@ -176,11 +178,11 @@ class Corpus:
         facts = CorpusFacts(
             ingest.texts, pairs.empty, ingest.characters, ingest.digest.hexdigest(), reason, repairs.count
         )
-        content = {"fingerprint": mark, "facts": asdict(facts), "sizes": _sizes(folder)}
+        content = {"format": _CACHE_FORMAT, "fingerprint": mark, "facts": asdict(facts), "sizes": _sizes(folder)}
         part = folder / f"{_FACTS_NAME}.part"
         part.write_text(json.dumps(content, indent=1), "utf-8")
         part.replace(folder / _FACTS_NAME)
-        corpus = cls.open(folder, tokenizer)
+        corpus = replace(cls.open(folder), tokenizer=tokenizer)  # which knows whether a user brought it
         if len(corpus.train) < 2 and config.unit != "window":
             place = ", ".join(sources) or "standard input"
             if facts.texts > 2:
@@ -196,6 +198,10 @@ class Corpus:
         if corpus.train.count < 2:
             raise DataError(f"found no text to train on in {', '.join(sources) or 'standard input'}")
         return corpus
+
+    def holds(self, digest: object, tokenizer: Tokenizer) -> bool:
+        """Whether it is the corpus of this digest, in the tokens of this tokenizer."""
+        return self.facts.digest == digest and self.tokenizer.to_json() == tokenizer.to_json()
 
     def is_of(self, sources: Sequence[str], config: DataConfig) -> bool:
         """Whether these sources hold this corpus: by their fingerprint, else by reading all of them.
@@ -243,7 +249,7 @@ def fingerprint(sources: Sequence[str], config: DataConfig) -> str | None:
         marks = [_file_mark(Path(file)) for file in [*files, *filter(None, named)]]
     except OSError:
         return None
-    digest.update(json.dumps([_CACHE_FORMAT, to_dict(config), marks]).encode("utf-8"))
+    digest.update(json.dumps([to_dict(config), marks]).encode("utf-8"))
     return digest.hexdigest()
 
 

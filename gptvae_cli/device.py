@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from gptvae_cli import machine
-from gptvae_cli.config import DEVICE, DType
+from gptvae_cli.config import DEVICE, DType, MachineConfig
 from gptvae_cli.errors import DeviceError, FieldError
 
 BFLOAT16_PAYS = 1.5
@@ -120,11 +120,10 @@ def tune_cpu(threads: int | None) -> int:
         threads: for None torch's own choice, but no more than a container grants, unless `$OMP_NUM_THREADS` says so.
 
     Raises:
-        ConfigError: for less than one.
+        ConfigError: for less than one, or more than any machine has.
     """
     if threads is not None:
-        if threads < 1:
-            raise FieldError("threads", threads, "at least 1")
+        MachineConfig(threads=threads)  # which checks them
         torch.set_num_threads(threads)
     elif "OMP_NUM_THREADS" not in os.environ and (granted := machine.processor_quota()) is not None:
         torch.set_num_threads(min(granted, torch.get_num_threads()))

@@ -71,6 +71,8 @@ def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, sizes: SizeConfig) 
         "max_seq_len": sizing.choose_max_seq_len(long_length, data.unit),
         **sizes.shape,
     }
+    if fitted["heads"] == 1 and sizes.attn_dim_head is None:
+        fitted["attn_dim_head"] = fitted["dim"]  # as x-transformers has it for one head
     tokenizer = corpus.tokenizer
     return ModelConfig(
         num_tokens=tokenizer.num_tokens,

@@ -6,7 +6,8 @@ RUN/README.md        the model card
 
 gptvae reads none of them: the header of `model.safetensors` says it all, and it wins where they differ. The folder
 may be a user's own, with files of these names in it, and a card wants to be edited: only what gptvae wrote, and nobody
-has edited since, is replaced or removed. The first two are known by the model beside them, which gives their content.
+has edited since, is replaced or removed. The first two are known by the model beside them, whose header has their
+digests; the card has its own.
 
 Source: https://huggingface.co/docs/hub/model-cards
 """
@@ -17,6 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,13 @@ _WAYS = {"token": "a token before the text", "bos": "added to the first token, B
 # The folder -----------------------------------------------------------------------------------------------------------
 
 
+def with_digests(header: ModelHeader) -> ModelHeader:
+    """A header by which `config.json` and `tokenizer.json` beside the model are known again, also by a later gptvae
+    that writes them otherwise."""
+    digests = {CONFIG_NAME: _digest(config_json(header)), TOKENIZER_NAME: _digest(tokenizer_json(header))}
+    return replace(header, training={**header.training, "companions": digests})
+
+
 def write_companions(
     folder: Path, header: ModelHeader, foreign: Sequence[str], *, parameters: int, verdict: str | None
 ) -> None:
@@ -50,7 +59,7 @@ def write_companions(
 
     Args:
         folder: of the run.
-        header: of the model that lies there.
+        header: of the model that lies there, `with_digests`.
         foreign: the `foreign_companions` of the model that lay there before.
         parameters: how many the model has.
         verdict: a sentence on what its latent carries.
@@ -101,11 +110,8 @@ def _is_ours(path: Path, header: ModelHeader | None) -> bool:
     if path.name == CARD_NAME:
         signature = _SIGNATURE.search(text)
         return signature is not None and signature[1] == _digest(text[: signature.start()])
-    content = {CONFIG_NAME: config_json, TOKENIZER_NAME: tokenizer_json}[path.name]
-    try:
-        return header is not None and text == content(header)
-    except (KeyError, TypeError, ValueError):  # a stranger's header, of which `read_header` checks what a model needs
-        return False
+    digests = None if header is None else header.training.get("companions")
+    return isinstance(digests, dict) and digests.get(path.name) == _digest(text)
 
 
 # The files ------------------------------------------------------------------------------------------------------------
@@ -257,5 +263,5 @@ def _table(rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
     return "".join(["| | |\n|---|---|\n", *(f"| {name} | {value} |\n" for name, value in rows)])
 
 
-def _digest(page: str) -> str:
-    return hashlib.sha256(page.encode("utf-8")).hexdigest()[:16]
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode("utf-8")).hexdigest()[:16]

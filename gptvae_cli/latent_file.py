@@ -122,6 +122,8 @@ def _pieces(source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
 def _lines(first: bytes, source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
     """The latents of lines of JSON, of which the first byte has been read."""
     for row, line in enumerate(chain([first + source.readline()], source)):
+        if not line.strip():
+            continue
         place = f"{name}, line {row + 1}"
         try:
             found = json.loads(line)

@@ -28,8 +28,9 @@ from gptvae_cli.model import GPTVAE
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same on another device. It is pinned first for a GPU, which can then copy it while the CPU goes on."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    """The same on another device. It is pinned on its way to a GPU, which can then copy it while the CPU goes on."""
+    is_for_gpu = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if is_for_gpu else tensor).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

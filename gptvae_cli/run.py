@@ -28,7 +28,7 @@ from gptvae_cli.events import EVENTS_NAME, event_log, require_log
 from gptvae_cli.fitting import fit_preset, fit_sizes
 from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run, replace_cache, trim_log
 from gptvae_cli.header import FORMAT_VERSION, METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
-from gptvae_cli.hub import foreign_companions, write_companions
+from gptvae_cli.hub import foreign_companions, with_digests, write_companions
 from gptvae_cli.learner import Learner, check_weights, counters_dict
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.text import Repairs
@@ -83,7 +83,7 @@ class Job:
     @property
     def banned(self) -> list[int]:
         """Tokens that a model of this unit never writes."""
-        return self.corpus.tokenizer.line_break_ids() if self.data.unit == "line" else []
+        return self.corpus.tokenizer.line_break_ids if self.data.unit == "line" else []
 
     def run(self, *, should_stop: Callable[[], bool], seconds: Callable[[], float]) -> Iterator[StepReport]:
         """Trains, keeps the files, and passes the reports on.
@@ -139,7 +139,7 @@ class Job:
             GPTVAEError: where one cannot be written; it is unchanged.
         """
         self.learner.check_finite()
-        header, model = self.header(), self.learner.model
+        header, model = with_digests(self.header()), self.learner.model
         foreign = foreign_companions(self.folder)
         save_model(self.folder / MODEL_NAME, model, header)
         write_companions(
@@ -327,8 +327,14 @@ def _reopened(folder: Path, sources: Sequence[str], data: DataConfig, tokenizer:
         f"{', '.join(sources)} is not the corpus that {folder} was trained on",
         hint="--resume needs no corpus; another one needs a run of its own, --out FOLDER",
     )
+    cache, new_cache = folder / CACHE_NAME, folder / NEW_CACHE_NAME
     try:
-        corpus = Corpus.open(folder / CACHE_NAME, tokenizer)
+        corpus = Corpus.open(cache)
+        if not corpus.holds(digest, tokenizer):  # as that of a baseline is, whose model was trained anew
+            raise CheckpointError(
+                f"the token cache {cache} is of another corpus than the run, or of other tokens",
+                hint="name the corpus again, with --resume",
+            )
     except CheckpointError:
         if not sources:
             raise
@@ -336,16 +342,15 @@ def _reopened(folder: Path, sources: Sequence[str], data: DataConfig, tokenizer:
         if sources and not corpus.is_of(sources, data):
             raise another
         return corpus
-    new_cache = folder / NEW_CACHE_NAME
     try:
         corpus = _read_corpus(sources, data, new_cache, None)
-        if (corpus.facts.digest, corpus.tokenizer.to_json()) != (digest, tokenizer.to_json()):
+        if not corpus.holds(digest, tokenizer):
             raise another
         replace_cache(new_cache, folder)
     except BaseException:
         shutil.rmtree(new_cache, ignore_errors=True)
         raise
-    return Corpus.open(folder / CACHE_NAME, tokenizer)
+    return Corpus.open(cache)
 
 
 def resume(

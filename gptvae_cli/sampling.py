@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -213,7 +214,7 @@ def unconditioned(checkpoint: Checkpoint, seed: int, count: int) -> Iterator[Flo
     """What a model writes texts of its own from: draws of the prior [Z], or None for each where it has no latent, so
     that texts differ by the noise of their tokens alone."""
     header = checkpoint.header
-    return prior(seed, count, header.model.dim_latent) if header.has_latent else iter([None] * count)
+    return prior(seed, count, header.model.dim_latent) if header.has_latent else repeat(None, count)
 
 
 def repeated(latents: Iterable[Floats | None], copies: int) -> Iterator[Request]:
@@ -273,7 +274,7 @@ def write(
             checkpoint.model,
             (replace(request, prompt=prompt_ids) for request in requests),
             sample,
-            banned=tokenizer.line_break_ids() if unit == "line" else (),
+            banned=tokenizer.line_break_ids if unit == "line" else (),
             batch_size=1 if pieces else rows_together(device),
             on_token=pieces.add if pieces else None,
         ):

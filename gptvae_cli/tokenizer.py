@@ -199,6 +199,7 @@ class Tokenizer:
         with _library_errors(DataError, "the tokenizer cannot decode"):
             return self._tokenizer.decode(known, skip_special_tokens=False)
 
+    @cached_property
     def line_break_ids(self) -> list[int]:
         """The tokens that hold LF or CR, ascending."""
         with _library_errors(DataError, "the tokenizer cannot decode"):
@@ -245,7 +246,7 @@ def kind_of(model: object) -> TokenizerKind:
     load."""
     if not isinstance(model, dict) or model.get("type") != "BPE":
         return "file"
-    return "bpe" if model.get("merges") else "bytes"
+    return "bytes" if not model.get("merges") and len(model.get("vocab", ())) == 256 else "bpe"
 
 
 def _growth(part: Any) -> float:

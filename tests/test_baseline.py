@@ -181,6 +181,19 @@ def test_one_of_another_run_is_replaced_and_what_is_not_ours_stays(model: Path) 
     assert (model.parent / "baseline/notes.txt").read_text() == "mine"
 
 
+def test_one_that_was_interrupted_does_not_go_on_with_another_corpus(model: Path) -> None:
+    """It shares the cache of its model, which may be trained anew while the baseline waits."""
+    asked = count(1)
+    learn(of(model), lambda: next(asked) == 2)
+    (model.parent.parent / "other.txt").write_text("quite\nanother\nthing\n" * 20)
+    with claimed(model.parent, resume=False, force=True):
+        others = [str(model.parent.parent / "other.txt")]
+        run.start(model.parent, others, DataConfig(), CONFIG, sizes=TINY, device=CPU, precision=FLOAT32)
+    baseline = model.parent / "baseline"
+    with claimed(baseline, resume=True, force=False), pytest.raises(CheckpointError, match="is of another corpus"):
+        run.resume(baseline, {}, sources=[], device=CPU, precision=FLOAT32)
+
+
 def test_without_a_state_the_time_is_that_of_the_configuration_or_of_the_header(model: Path) -> None:
     (model.parent / "state.safetensors").unlink()
     assert of(model).config.max_time is None

@@ -127,7 +127,7 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
     (MachineConfig, {"device": "tpu"}, "device is 'tpu', it must be auto, cpu, cuda or cuda:n"),
     (MachineConfig, {"device": "cuda:12345"}, "device is 'cuda:12345', it must be auto, cpu, cuda or cuda:n"),
     (MachineConfig, {"dtype": "f8"}, "dtype is 'f8', it must be one of auto, float32, bfloat16"),
-    (MachineConfig, {"threads": 0}, "threads is 0, it must be at least 1"),
+    (MachineConfig, {"threads": 0}, "threads is 0, it must be between 1 and 4096"),
     (SampleConfig, {"temperature": 0.0}, "temperature is 0.0, it must be above 0 (or use --greedy)"),
     (SampleConfig, {"temperature": 5e-324}, "temperature is 5e-324, it must be above 0 (or use --greedy)"),
     (SampleConfig, {"temperature": NAN}, "temperature is nan, it must be above 0 (or use --greedy)"),

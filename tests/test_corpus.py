@@ -67,7 +67,7 @@ def rows_of(corpus: Corpus, **changes: int) -> Rows:
 def test_a_corpus_comes_back_from_its_cache(tmp_path: Path, tokenizer: str, size: int | None) -> None:
     lines = ["plain", "Füße 走る", "\t tab and spaces ", "a", "\x00 nul", *LINES]
     built = build(tmp_path, "\n".join(lines), tokenizer=tokenizer, vocab_size=size)
-    opened = Corpus.open(tmp_path / "cache", Tokenizer.from_json(built.tokenizer.to_json()))
+    opened = Corpus.open(tmp_path / "cache")
     for corpus in (built, opened):
         kept, held_out = contents(corpus, corpus.train), contents(corpus, corpus.valid)
         assert Counter(kept + held_out) == Counter(lines)
@@ -140,14 +140,14 @@ def test_more_than_65536_tokens_are_stored_without_wrapping_round(tmp_path: Path
 @pytest.mark.parametrize("damage", ["gone", "empty", "cut", "half"])
 def test_a_damaged_cache_is_an_error_and_not_other_tokens(tmp_path: Path, name: str, damage: str) -> None:
     """Half of a file of two-byte tokens must not pass for one of another width."""
-    corpus = build(tmp_path, "\n".join(LINES))
+    build(tmp_path, "\n".join(LINES))
     path = tmp_path / "cache" / name
     content = path.read_bytes()
     path.unlink()
     if damage != "gone":
         path.write_bytes(content[: {"empty": 0, "cut": len(content) - 2, "half": len(content) // 2}[damage]])
     with pytest.raises(CheckpointError, match="cache is missing or damaged") as caught:
-        Corpus.open(tmp_path / "cache", corpus.tokenizer)
+        Corpus.open(tmp_path / "cache")
     assert caught.value.exit_code == ExitCode.BAD_INPUT
     assert "--force" in str(caught.value.hint)
 
@@ -471,7 +471,7 @@ def test_an_interrupted_cache_is_none_and_is_made_anew(tmp_path: Path, monkeypat
     assert (tmp_path / "cache" / "train.tokens").stat().st_size > 0
     assert recalled(tmp_path) is None
     with pytest.raises(CheckpointError):
-        Corpus.open(tmp_path / "cache", Tokenizer.bytes())
+        Corpus.open(tmp_path / "cache")
     corpus = build(tmp_path, text)
     assert Counter(contents(corpus, corpus.train) + contents(corpus, corpus.valid)) == Counter(LINES)
     assert recalled(tmp_path) is not None

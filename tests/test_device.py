@@ -280,8 +280,8 @@ def test_a_gpu_takes_more_at_once_than_a_cpu() -> None:
     assert device_module.rows_together(GPU) > device_module.rows_together(CPU)
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_less_than_one_thread_is_wrong_usage(count: int) -> None:
+@pytest.mark.parametrize("count", [0, -1, 3_000_000_000])
+def test_no_threads_and_more_than_any_machine_has_are_wrong_usage(count: int) -> None:
     with pytest.raises(ConfigError, match=f"threads is {count}"):
         tune_cpu(count)
 

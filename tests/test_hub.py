@@ -26,6 +26,7 @@ from gptvae_cli.hub import (
     model_card,
     remove_companions,
     tokenizer_json,
+    with_digests,
     write_companions,
 )
 from gptvae_cli.model import GPTVAE
@@ -254,6 +255,7 @@ def test_a_crash_behind_the_model_leaves_a_model(folder: Path, corpus: str, monk
 
 def write(folder: Path, header: ModelHeader, *, parameters: int = 1) -> None:
     """A model that nobody trained, and what lies beside it."""
+    header = with_digests(header)
     foreign = foreign_companions(folder)
     save_model(folder / "model.safetensors", GPTVAE.from_config(header.model), header)
     write_companions(folder, header, foreign, parameters=parameters, verdict=None)
@@ -271,6 +273,19 @@ def test_files_of_ours_are_replaced_and_removed(folder: Path) -> None:
     remove_companions(folder)
     assert names(folder) == {"model.safetensors"}
     remove_companions(folder)
+
+
+def test_files_of_an_earlier_version_are_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which wrote them in another way."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr("gptvae_cli.hub.config_json", lambda header: "{}\n")
+        earlier.setattr("gptvae_cli.hub.tokenizer_json", lambda header: "[]\n")
+        write(folder, header())
+    assert (folder / "config.json").read_text() == "{}\n"
+    assert foreign_companions(folder) == []
+    write(folder, header())
+    assert (folder / "config.json").read_text() == config_json(header())
+    assert (folder / "tokenizer.json").read_text() == tokenizer_json(header())
 
 
 def test_a_link_to_a_file_of_ours_is_kept(folder: Path, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_lines_of_json_are_the_same_numbers(form: str) -> None:
     np.testing.assert_array_equal(read(data), array)
     np.testing.assert_array_equal(np.stack(list(iter_latents(io.BytesIO(data), "z.npy", width=Z))), array)
     np.testing.assert_array_equal(read(b"[0]\n[1e0]\n", width=1), [[0], [1]])
+    np.testing.assert_array_equal(read(b"[0]\n\n[1]\n \r\n\n", width=1), [[0], [1]])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,6 @@ def test_lines_of_json_are_the_same_numbers(form: str) -> None:
         ("[1, 2]", "z.npy, line 2 has the shape (2,), the latents of this model have 3"),
         ("[1, 2, NaN]", "row 1, dimension 2 (both from 0): nan is not a finite number"),
         ("[1, 2, 1e99]", "row 1, dimension 2 (both from 0): 1e+99 is too large"),
-        ("", "z.npy, line 2 is no latent"),
     ],
 )
 def test_a_line_that_is_no_latent_is_named(line: str, words: str) -> None:

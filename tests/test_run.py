@@ -22,6 +22,7 @@ from torch import Tensor
 from gptvae_cli import __version__
 from gptvae_cli.checkpoint import load, load_state, save_state
 from gptvae_cli.config import DataConfig, ModelConfig, PresetName, SizeConfig, TrainConfig, to_dict
+from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import (
     BusyError,
@@ -539,9 +540,10 @@ def test_a_new_run_removes_only_what_gptvae_made(folder: Path, corpus: str) -> N
         ({"data": {"valid": "nowhere.txt"}}, DataError),
         ({"data": {"tokenizer": "nowhere.json"}}, DataError),
         ({"shape": {"dim": 0}}, ConfigError),
-        ({"shape": {"heads": 1, "dim": 48}}, ConfigError),
+        ({"shape": {"heads": 1, "dim": 48, "attn_dim_head": 16}}, ConfigError),
+        ({"shape": {"heads": 1, "dim": 30}}, ConfigError),
     ],
-    ids=["missing", "one-text", "not-utf8", "no-sources", "no-valid", "no-tokenizer", "dim", "heads"],
+    ids=["missing", "one-text", "not-utf8", "no-sources", "no-valid", "no-tokenizer", "dim", "heads", "width"],
 )
 def test_what_cannot_start_loses_nothing(
     folder: Path, corpus: str, change: dict[str, Any], error: type[GPTVAEError]
@@ -555,6 +557,19 @@ def test_what_cannot_start_loses_nothing(
     with pytest.raises(error):
         begin(folder, change.pop("sources", [corpus]), **change)
     assert contents(folder) == before
+
+
+def test_one_head_is_as_wide_as_the_model(folder: Path, corpus: str) -> None:
+    job = begin(folder, [corpus], shape={"heads": 1, "dim": 48, "depth": 1, "enc_depth": 1})
+    assert (job.model_config.heads, job.model_config.attn_dim_head) == (1, 48)
+
+
+def test_a_validation_file_that_is_not_there_is_told_before_the_corpus_is_read(
+    folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptvae_cli.ingest.read_texts", None)
+    with pytest.raises(DataError, match=r"nowhere\.txt"):
+        begin(folder, [corpus], data={"valid": "nowhere.txt"})
 
 
 def test_the_tokens_of_the_same_corpus_are_used_again(folder: Path, corpus: str) -> None:
@@ -693,6 +708,24 @@ def test_a_run_goes_on_without_its_corpus_but_not_without_its_cache(folder: Path
     shutil.rmtree(folder / "cache")
     with pytest.raises(CheckpointError, match=r"token cache .* is missing or damaged"):
         go_on(folder)
+
+
+@pytest.mark.parametrize("other", ["texts", "tokens"])
+def test_a_run_does_not_go_on_with_the_cache_of_another(folder: Path, tmp_path: Path, corpus: str, other: str) -> None:
+    """It is as whole as its own, and its numbers mean something else."""
+    finish(begin(folder, [corpus]), until=3)
+    lines, data = (
+        (LINES[1:], DataConfig()) if other == "texts" else (LINES, DataConfig(tokenizer="bpe", vocab_size=300))
+    )
+    (tmp_path / "other.txt").write_text("\n".join(lines))
+    shutil.rmtree(folder / "cache")
+    Corpus.build([str(tmp_path / "other.txt")], data, folder / "cache")
+    before = contents(folder)
+    with pytest.raises(CheckpointError, match=r"token cache .* is of another corpus than the run, or of other tokens"):
+        go_on(folder)
+    assert contents(folder) == before
+    go_on(folder, [corpus])
+    go_on(folder)
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])

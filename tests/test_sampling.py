@@ -375,7 +375,7 @@ def test_bfloat16_writes_the_texts_of_autocast(checkpoint: Checkpoint) -> None:
         list(sampling.write(checkpoint, requests(30), GREEDY, unit="line", dtype=dtype))
         for dtype in (torch.bfloat16, torch.float32)
     )
-    banned = checkpoint.tokenizer.line_break_ids()
+    banned = checkpoint.tokenizer.line_break_ids
     with torch.autocast("cpu", torch.bfloat16):
         expected = list(decode(checkpoint.model, requests(30), GREEDY, banned=banned))
     assert written == [checkpoint.tokenizer.decode(ids) for ids in expected]

@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 from gptvae_cli.config import TextConfig
 from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.text import read_texts
-from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, pieces
+from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, kind_of, pieces
 
 HARD_TEXTS = [
     "",
@@ -98,6 +98,12 @@ def test_a_tokenizer_and_its_kind_survive_json(tokenizer: Tokenizer) -> None:
     assert again.encode_batch(HARD_TEXTS) == tokenizer.encode_batch(HARD_TEXTS)
 
 
+def test_a_bpe_that_joins_nothing_is_one_of_bytes_only_if_it_has_these() -> None:
+    letters = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    kinds = [kind_of(json.loads(text)["model"]) for text in (letters.to_str(), Tokenizer.bytes().to_json())]
+    assert kinds == ["bpe", "bytes"]
+
+
 def test_decode_skips_specials_and_unknown_ids_and_replaces_invalid_bytes() -> None:
     tokenizer = Tokenizer.bytes()
     assert tokenizer.decode([257, 104, 256, 105, 258, 259, 10**9, -1, -257]) == "hi"
@@ -107,9 +113,9 @@ def test_decode_skips_specials_and_unknown_ids_and_replaces_invalid_bytes() -> N
 
 
 def test_line_break_tokens_are_all_that_decode_to_lf_or_cr() -> None:
-    assert Tokenizer.bytes().line_break_ids() == [10, 13]
+    assert Tokenizer.bytes().line_break_ids == [10, 13]
     tokenizer = Tokenizer.train_bpe(["\n\n\r\n\r\n\x0b\x0b\u2028\u2028" * 5] * 5, 280)
-    found = tokenizer.line_break_ids()
+    found = tokenizer.line_break_ids
     expected = [i for i in range(tokenizer.pad_id) if set(tokenizer.decode([i])) & {"\n", "\r"}]
     assert found == expected
     assert len(found) > 2  # merged ones too

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from gptvae_cli.cli import console, encode, generate, interpolate, train
+from gptvae_cli.config import TrainConfig
 from gptvae_cli.errors import ConfigError, GPTVAEError
 from gptvae_cli.options import parse_seconds
 
@@ -37,7 +38,7 @@ def demo(
     names, run, three, latents = (out / name for name in ("names.txt", "run", "three.txt", "z.npy"))
     if run.exists() and not force:
         raise ConfigError(f"{out} holds a demo already", hint="--force replaces it, --out FOLDER keeps it")
-    parse_seconds(max_time)  # before anything is written
+    TrainConfig(max_time=parse_seconds(max_time))  # checks it before anything is written
     contents = {
         names: files("gptvae_cli").joinpath("corpora/names_us.txt").read_bytes(),
         three: "".join(f"{name}\n" for name in _EXAMPLES).encode(),

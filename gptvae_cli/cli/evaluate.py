@@ -167,7 +167,9 @@ def _measure(
     encoders, readers = ([Encoder(each.checkpoint, unit, each.dtype) for each in opened] for _ in range(2))
     gathered = [Gathered() for _ in opened]
     streams: list[Iterator[Piece]] = []
-    copies = zip(tee(islice(lines, most), len(opened)), tee(sources or (), len(opened)), strict=True)
+    # What is read of a running text is not its windows, which are counted below.
+    some = lines if unit == "window" else islice(lines, most)
+    copies = zip(tee(some, len(opened)), tee(sources or (), len(opened)), strict=True)
     for encoder, reader, (text, source) in zip(encoders, readers, copies, strict=True):
         read = islice(reader.rows(source), most) if _reads_other_texts(encoder.checkpoint.header) else None
         streams.append(
@@ -179,7 +181,7 @@ def _measure(
                 samples=samples,
                 seed=seed,
                 precision=encoder.dtype,
-                banned=encoder.checkpoint.tokenizer.line_break_ids() if unit == "line" else (),
+                banned=encoder.checkpoint.tokenizer.line_break_ids if unit == "line" else (),
                 running=unit == "window",
                 on_progress=advance if encoder is encoders[0] else lambda texts: None,
             )

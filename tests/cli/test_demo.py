@@ -70,10 +70,11 @@ def test_files_of_the_users_own_stay(tmp_path: Path, name: str, option: str) -> 
     assert [path.read_text() for path in tmp_path.iterdir()] == ["my list"]
 
 
-def test_a_time_that_is_none_leaves_nothing(tmp_path: Path) -> None:
-    refused = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "d"), "--max-time", "1x"])
+@pytest.mark.parametrize(("time", "said"), [("1x", "max-time is '1x'"), ("0", "max-time is 0.0")])
+def test_a_time_that_is_none_leaves_nothing(tmp_path: Path, time: str, said: str) -> None:
+    refused = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "d"), "--max-time", time])
     assert refused.exit_code == 2
-    assert "1x" in refused.stderr
+    assert said in refused.stderr
     assert not (tmp_path / "d").exists()
 
 

@@ -460,6 +460,9 @@ def test_windows_are_texts_of_their_own(evaluate: Evaluate) -> None:
         Path(name).rename(Path("folder", name))
     again = figures(evaluate("--json", model="window", corpus="folder"))
     assert again["nll_nats_per_text"] == pytest.approx(found["nll_nats_per_text"]), "nothing is no text"
+    Path("folder", "a.txt").touch()  # the first two files have no window, and the first two windows are asked for
+    some = figures(evaluate("--json", "--texts", "2", model="window", corpus="folder"))
+    assert some["texts"] == 2
     assert_fails(evaluate(model="window", corpus="folder/empty.txt"), 3, "found no texts", hint=False)
     assert found["bytes"] == 100  # a window has no end
     assert found["words"] == 1, "however many windows it is in"

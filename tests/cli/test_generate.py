@@ -366,7 +366,7 @@ def test_options_of_the_machine_are_taken(generate: Generate, models: Path) -> N
     with torch.autocast("cpu", torch.bfloat16):
         found = load(models / "line.safetensors", device=torch.device("cpu"))
         requests = [Request(row, 0, torch.tensor(z_Z.copy())) for row, z_Z in enumerate(np.load("many.npy"))]
-        banned = found.tokenizer.line_break_ids()
+        banned = found.tokenizer.line_break_ids
         written = [*decode(found.model, requests, SampleConfig(greedy=True), banned=banned)]
     assert lines(rounded) == [found.tokenizer.decode(ids) for ids in written]
     assert lines(rounded) != lines(generate(*many)), "they are other texts"
