@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from gptvae_cli.checkpoint import check_finite, claimed_model, is_finite
 from gptvae_cli.config import ModelConfig, TrainConfig
-from gptvae_cli.doctor import UNTREATED
 from gptvae_cli.errors import CheckpointError, DivergedError
 from gptvae_cli.header import brief
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import BagOfWords
+from gptvae_cli.recipe import UNTREATED
 
 EMBEDDINGS_FASTER = 10.0
 """The learning rate of embeddings, as a multiple of that of the rest: a step has gradients for few of their rows. On

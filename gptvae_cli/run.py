@@ -21,7 +21,7 @@ from gptvae_cli.config import DataConfig, ModelConfig, SizeConfig, TrainConfig, 
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
-from gptvae_cli.doctor import UNTREATED, verdict
+from gptvae_cli.doctor import verdict
 from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
@@ -31,6 +31,7 @@ from gptvae_cli.header import FORMAT_VERSION, METRICS_NAME, MODEL_NAME, STATE_NA
 from gptvae_cli.hub import foreign_companions, with_digests, write_companions
 from gptvae_cli.learner import Learner, check_weights, counters_dict
 from gptvae_cli.model import GPTVAE
+from gptvae_cli.recipe import UNTREATED
 from gptvae_cli.text import Repairs
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import StepReport, share_done, train

@@ -25,12 +25,13 @@ from torch import Tensor
 from gptvae_cli.config import ModelConfig, TrainConfig
 from gptvae_cli.data import Epoch, Rows, fixed_batches
 from gptvae_cli.device import autocast, tokens_together
-from gptvae_cli.doctor import UNTREATED, Recipe, diagnosis, recipe, treatable, treatment
+from gptvae_cli.doctor import diagnosis, treatable, treatment
 from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.learner import Counters, Learner, diverged
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, row_normals, row_uniforms
 from gptvae_cli.objective import Batch, Noise, mean_kl, objective
+from gptvae_cli.recipe import UNTREATED, Recipe, recipe
 from gptvae_cli.schedule import Dropout, dropout_shares, learning_rate_factor
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
