@@ -54,11 +54,11 @@ def read_pairs(sources: Sequence[str], config: DataConfig, repairs: Repairs) -> 
     Raises:
         DataError: as `read_texts` does, and where there is not one text for the encoder for each.
     """
-    texts = read_texts(sources, config, repairs=repairs, in_parts=True)
+    texts = read_texts(sources, config, repairs=repairs)
     if config.latents_from is None:
         yield from ((text, "") for text in texts)
         return
-    others = read_texts([config.latents_from], config, repairs=repairs, in_parts=True)
+    others = read_texts([config.latents_from], config, repairs=repairs)
     nothing = object()
     for count, text in enumerate(texts):
         source = next(others, nothing)
@@ -129,7 +129,7 @@ def pairs_from_all(sources: Sequence[str], config: DataConfig) -> Iterator[Pair]
     if not all(map(is_plain, files)) or sum(Path(file).stat().st_size for file in files) <= SAMPLE_CHARS:
         return read_pairs(sources, config, Repairs())
     stream = io.BytesIO(excerpt(files, SAMPLE_CHARS))
-    texts = read_texts([STDIN], TextConfig(unit=config.unit, errors="replace"), stdin=stream, in_parts=True)
+    texts = read_texts([STDIN], TextConfig(unit=config.unit, errors="replace"), stdin=stream)
     return ((text, "") for text in texts)
 
 
@@ -250,7 +250,7 @@ class Ingest:
             file.close()
 
     def _valid_file(self, name: str) -> None:
-        pairs = NotEmpty((text, "") for text in read_texts([name], self.config, repairs=self.repairs, in_parts=True))
+        pairs = NotEmpty((text, "") for text in read_texts([name], self.config, repairs=self.repairs))
         piece = take(pairs, _PIECE_CHARS)
         if not piece:
             raise DataError(f"found no text in the validation file {name}")
@@ -308,7 +308,7 @@ class Ingest:
 def corpus_digest(sources: Sequence[str], config: DataConfig) -> str:
     """The digest that `Ingest` makes, of a corpus as it is now; what the encoder reads is not in it."""
     digest = hashlib.blake2b(digest_size=16)
-    pairs = NotEmpty((text, "") for text in read_texts(sources, config, in_parts=True))
+    pairs = NotEmpty((text, "") for text in read_texts(sources, config))
     while piece := take(pairs, _PIECE_CHARS):
         _update(digest, *_encoded([text for text, _ in piece]))
     return digest.hexdigest()

@@ -58,7 +58,6 @@ def read_texts(
     *,
     repairs: Repairs | None = None,
     stdin: BinaryIO | None = None,
-    in_parts: bool = False,
 ) -> Iterator[str]:
     r"""The texts of files, folders, patterns and stdin, in order; see `sources.expand` for what a name stands for.
 
@@ -70,13 +69,14 @@ def read_texts(
     - `line`: an empty line is an empty text.
     - `paragraph`: lines between blank ones, joined by LF; a line of only whitespace is blank.
     - `file`: one text a file.
-    - `window`: the same; crops of it are the consumer's business.
+    - `window`: the same, in the pieces that `tokenizer.pieces` cuts it into, all but the last a `Part`; crops of it
+      are the consumer's business.
 
     A record of a `.jsonl` file or a row of a `.csv` or `.parquet` file is one text. With `line`, line breaks within it
     become a space; with `window`, the records of a file are joined into one text with a blank line between them. Blank
     lines are no records.
 
-    Memory holds one line, paragraph or record at a time, or one file; of a running text `in_parts`, one part.
+    Memory holds one line, paragraph, record or part at a time, or one file.
 
     Args:
         sources: names, or `-` for stdin; none is stdin.
@@ -84,8 +84,6 @@ def read_texts(
             puts it, and where a JSON string holds half of a surrogate pair.
         repairs: counts these.
         stdin: stands for standard input; None is the process's own.
-        in_parts: a text of `window` comes in the pieces that `tokenizer.pieces` cuts it into, all but the last a
-            `Part`.
 
     Raises:
         DataError: at once for a source that is missing or stands for no file; while reading for one that cannot be
@@ -97,7 +95,7 @@ def read_texts(
         stdin = getattr(sys.stdin, "buffer", None)
         if stdin is None:
             raise DataError("cannot read stdin: it is closed", hint="name a file")
-    form = _Form(config, Repairs() if repairs is None else repairs, in_parts and config.unit == "window")
+    form = _Form(config, Repairs() if repairs is None else repairs)
     return chain.from_iterable(_read_file(file, form, stdin) for file in files)
 
 
@@ -112,7 +110,6 @@ class _Form:
 
     config: TextConfig
     repairs: Repairs
-    in_parts: bool
 
     def replaced(self, text: str) -> str:
         """A text whose bytes that are not UTF-8 arrive as lone surrogates, decoded with U+FFFD."""
@@ -171,8 +168,8 @@ def _chunks(stream: TextIO, name: str, form: _Form) -> Iterator[str]:
 
 
 def _whole(chunks: Iterator[str], form: _Form) -> Iterator[str]:
-    """One text of all chunks, or its parts."""
-    if not form.in_parts:
+    """One text of all chunks, or, of a running one, its parts."""
+    if form.config.unit != "window":
         yield "".join(chunks)
         return
     rest = ""

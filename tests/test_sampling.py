@@ -199,8 +199,7 @@ def test_a_running_text_in_parts_has_the_windows_of_the_whole(checkpoint: Checkp
     lines = "".join(f"{i} times\n" for i in range(20_000))
     for name, text in (("a", lines), ("b", ""), ("c", "c" * 2**17), ("d", "short")):
         (tmp_path / f"{name}.txt").write_text(text)
-    config = TextConfig(unit="window")
-    whole, parts = (list(read_texts([str(tmp_path)], config, in_parts=each)) for each in (False, True))
+    whole, parts = (list(read_texts([str(tmp_path)], TextConfig(unit=unit))) for unit in ("file", "window"))
     assert len(whole) == 4 < len(parts)
     rows = [list(Encoder(checkpoint, "window").rows(texts)) for texts in (whole, parts)]
     assert rows[0] == rows[1]

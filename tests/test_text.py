@@ -268,12 +268,12 @@ def test_a_running_text_comes_in_the_parts_that_it_is_tokenised_in(tmp_path: Pat
     if ending == "jsonl":
         whole = "\n\n".join(whole.split("\n"))
     names = list(map(str, files))
-    parts = list(read_texts(names, TextConfig(unit="window"), in_parts=True))
+    parts = list(read_texts(names, TextConfig(unit="window")))
     assert parts == [*pieces(whole), "", "short"]
+    assert "".join(parts[:-2]) == whole
     assert [type(part) for part in parts] == [Part] * (len(parts) - 3) + [str] * 3
-    assert list(read_texts(names, TextConfig(unit="window"))) == [whole, "", "short"]
     if ending == "txt":
-        files_whole = list(read_texts(names, TextConfig(unit="file"), in_parts=True))
+        files_whole = list(read_texts(names, TextConfig(unit="file")))
         assert files_whole == [whole, "", "short"], "only windows have parts"
 
 

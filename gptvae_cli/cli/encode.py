@@ -78,7 +78,7 @@ def encode(
     header.require_latent(path)
     config = header.data.overridden(unit=unit, field=field, errors=errors)
     repairs = Repairs()
-    texts = read_texts(sources, config, repairs=repairs, in_parts=True)
+    texts = read_texts(sources, config, repairs=repairs)
     seed = console.pick_seed(seed, quiet=quiet) if sample else None
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import sampling

@@ -102,7 +102,7 @@ def evaluate(
             console.note(f"{units}: one of them knows no end of a text", quiet=quiet)
     _check(headers, data.unit, texts, labels=labels, latents_from=latents_from)
     repairs = Repairs()
-    stream = read_texts(corpus or [], data, repairs=repairs, in_parts=True)
+    stream = read_texts(corpus or [], data, repairs=repairs)
     lines: Iterable[str] = stream
     sources = names = None
     if labels is not None or latents_from is not None:

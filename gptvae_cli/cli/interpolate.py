@@ -158,7 +158,7 @@ def _point(name: str, data: TextConfig, width: int, repairs: Repairs) -> str | F
         else:
             by_name = Path(name).is_file()  # whose ending may tell how to read it
             texts = read_texts([name if by_name else "-"], data, repairs=repairs, stdin=stream)
-            found = list(islice(texts, 2))
+            found = ["".join(texts)] if data.unit == "window" else list(islice(texts, 2))
     if len(found) != 1:
         amount, thing = "more than one" if found else "no", "latent" if is_latent else "text"
         raise DataError(

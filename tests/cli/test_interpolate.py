@@ -130,6 +130,8 @@ def test_a_point_of_a_running_text_is_one_window(run: Interpolate) -> None:
     assert len(lines(short)) == 2
     long = run("--from", "x" * 60, "--to", "two", model="window")
     assert_fails(long, 3, "one window of 24 tokens", "has 3")
+    Path("long.txt").write_text("x" * 100_000)
+    assert_fails(run("long.txt", "b.txt", model="window"), 3, "one window of 24 tokens", "has 4348")
 
 
 def test_a_point_is_read_as_the_unit_that_was_asked_for(run: Interpolate) -> None:
