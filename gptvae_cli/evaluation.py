@@ -97,7 +97,7 @@ def measure(
     batches: Sequence[Batch],
     *,
     seed: int = 0,
-    precision: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     without_latent: bool = False,
 ) -> Figures:
     """Figures over these batches; two calls agree.
@@ -106,13 +106,13 @@ def measure(
         model: is put into eval mode and left as it was.
         batches: of whole texts, on any device.
         seed: of the latents' noise.
-        precision: bfloat16 computes under autocast.
+        dtype: bfloat16 computes under autocast.
         without_latent: the model has not learnt what a latent is: its decoder alone is measured, and what the latent
             carries, and costs, is 0.
     """
     tokens = sum(batch.target_tokens for batch in batches)
     if without_latent:
-        nats_N = measure_without_latent(model, batches, precision=precision)
+        nats_N = measure_without_latent(model, batches, dtype=dtype)
         mean = float(nats_N.mean())
         return Figures(
             texts=len(nats_N),
@@ -126,7 +126,7 @@ def measure(
             active_02=0,
             entropy=entropy(read_keys_of(batches, model.pad_id)),
         )
-    found = measure_texts(model, batches, seed=seed, precision=precision)
+    found = measure_texts(model, batches, seed=seed, dtype=dtype)
     mean_NZ = found.posterior.mean_BZ
     return Figures(
         texts=len(mean_NZ),
@@ -144,10 +144,10 @@ def measure(
 
 @torch.no_grad()
 def measure_texts(
-    model: GPTVAE, batches: Sequence[Batch], *, seed: int = 0, precision: torch.dtype = torch.float32
+    model: GPTVAE, batches: Sequence[Batch], *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> TextFigures:
     """What `measure` takes the mean of, with the same arguments."""
-    with _evaluating(model, precision):
+    with _evaluating(model, dtype):
         posteriors = [model.posterior(batch.encoder_BT.to(model.device)).in_float32() for batch in batches]
         posterior = Posterior(torch.cat([p.mean_BZ for p in posteriors]), torch.cat([p.log_var_BZ for p in posteriors]))
         keys_N = np.concatenate([keys_of(batch, model.pad_id) for batch in batches])
@@ -178,17 +178,15 @@ def measure_texts(
 
 
 @torch.no_grad()
-def measure_without_latent(
-    model: GPTVAE, batches: Sequence[Batch], *, precision: torch.dtype = torch.float32
-) -> Tensor:
+def measure_without_latent(model: GPTVAE, batches: Sequence[Batch], *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Nats of every text for a model that was trained without a latent, float64 [N]; this is its exact NLL.
 
     Args:
         model: is put into eval mode and left as it was.
         batches: of whole texts, on any device.
-        precision: bfloat16 computes under autocast.
+        dtype: bfloat16 computes under autocast.
     """
-    with _evaluating(model, precision):
+    with _evaluating(model, dtype):
         return torch.cat([_nats_B(model, batch.to(model.device).tokens_BT, None).cpu() for batch in batches])
 
 
@@ -199,7 +197,7 @@ def importance_weighted(
     samples: int,
     *,
     seed: int = 0,
-    precision: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     widths: Sequence[float] = PROPOSAL_WIDTHS,
     most_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda texts: None,
@@ -216,7 +214,7 @@ def importance_weighted(
         batches: of whole texts, on any device.
         samples: K, latents of each text.
         seed: of the latents' noise.
-        precision: bfloat16 computes under autocast; weights are always summed in float64.
+        dtype: bfloat16 computes under autocast; weights are always summed in float64.
         widths: of the proposals, in standard deviations of the posterior.
         most_tokens: that the decoder reads at once, a batch with one latent a text at least; None asks the device.
         on_progress: called with the texts measured so far.
@@ -230,7 +228,7 @@ def importance_weighted(
     width_W = torch.tensor(widths, dtype=torch.float64, device=model.device)
     share_W = width_W.new_tensor([len(range(first, samples, len(widths))) / samples for first in range(len(widths))])
     log_share_W = share_W.log() - model.dim_latent * width_W.log()
-    with _evaluating(model, precision):
+    with _evaluating(model, dtype):
         for batch in batches:
             random = [stream(seed, Purpose.IMPORTANCE, int(key)) for key in keys_of(batch, model.pad_id)]
             batch = batch.to(model.device)
@@ -292,12 +290,12 @@ def _nats_B(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B:
 
 
 @contextmanager
-def _evaluating(model: GPTVAE, precision: torch.dtype) -> Iterator[None]:
+def _evaluating(model: GPTVAE, dtype: torch.dtype) -> Iterator[None]:
     """Eval mode, frozen, and autocast for bfloat16; the model is then left in the mode it was in."""
     was_training = model.training
     model.eval()
     try:
-        with autocast(model.device, precision), model.frozen():
+        with autocast(model.device, dtype), model.frozen():
             yield
     finally:
         model.train(was_training)
@@ -325,7 +323,7 @@ def reconstruct(model: GPTVAE, rows: Sequence[Tensor], *, banned: Sequence[int] 
 
 @torch.no_grad()
 def write_greedily(
-    model: GPTVAE, latents_NZ: Tensor, *, banned: Sequence[int] = (), precision: torch.dtype = torch.float32
+    model: GPTVAE, latents_NZ: Tensor, *, banned: Sequence[int] = (), dtype: torch.dtype = torch.float32
 ) -> list[list[int]]:
     """The greedy text of each latent: tokens without BOS and EOS.
 
@@ -333,10 +331,10 @@ def write_greedily(
         model: is left in the mode it was in.
         latents_NZ: on the model's device.
         banned: tokens that are never written.
-        precision: bfloat16 computes under autocast.
+        dtype: bfloat16 computes under autocast.
     """
     requests = (Request(row, 0, latent_Z) for row, latent_Z in enumerate(latents_NZ))
-    with _evaluating(model, precision):
+    with _evaluating(model, dtype):
         greedily, together = SampleConfig(greedy=True), rows_together(model.device)
         return list(decode(model, requests, greedily, banned=banned, batch_size=together))
 

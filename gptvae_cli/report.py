@@ -71,7 +71,7 @@ def measured(
     *,
     samples: int,
     seed: int = 0,
-    precision: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
     banned: Sequence[int] = (),
     running: bool = False,
     on_progress: Callable[[int], None] = lambda texts: None,
@@ -84,7 +84,7 @@ def measured(
         sources: what the encoder reads, if not the same.
         samples: K of the importance-weighted likelihood.
         seed: of the latents that are drawn.
-        precision: bfloat16 computes under autocast.
+        dtype: bfloat16 computes under autocast.
         banned: tokens that a reconstruction never holds.
         running: texts are windows of running ones.
         on_progress: called with the texts measured so far.
@@ -105,22 +105,22 @@ def measured(
         columns = tally(plain, texts, ends_N)
         texts_N = np.array([hash(each) for each in zip(texts, columns["bytes"].tolist(), strict=True)])
         if not checkpoint.header.has_latent:
-            columns["nll"] = measure_without_latent(model, batches, precision=precision).numpy()[back]
+            columns["nll"] = measure_without_latent(model, batches, dtype=dtype).numpy()[back]
             done += len(targets)
             on_progress(done)
             yield Piece(columns, keys_N, texts_N, None)
             continue
-        found = measure_texts(model, batches, seed=seed, precision=precision)
+        found = measure_texts(model, batches, seed=seed, dtype=dtype)
         nll_N = importance_weighted(
             model,
             batches,
             samples,
             seed=seed,
-            precision=precision,
+            dtype=dtype,
             on_progress=lambda texts, before=done: on_progress(before + texts),  # type: ignore[misc]
         )
         mean_NZ = found.posterior.mean_BZ[back]
-        written = write_greedily(model, mean_NZ.to(model.device), banned=banned, precision=precision)
+        written = write_greedily(model, mean_NZ.to(model.device), banned=banned, dtype=dtype)
         ngrams = [bleu.counts(a, tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
         columns |= {
             "nll": nll_N.numpy()[back],

@@ -98,7 +98,7 @@ class Job:
             self.learner,
             self.rows,
             self.valid,
-            precision=self.precision.dtype,
+            dtype=self.precision.dtype,
             should_stop=should_stop,
             seconds=seconds,
         )

@@ -100,7 +100,7 @@ def train(
     rows: Rows,
     valid: Rows,
     *,
-    precision: torch.dtype,
+    dtype: torch.dtype,
     should_stop: Callable[[], bool] = lambda: False,
     seconds: Callable[[], float] | None = None,
 ) -> Iterator[StepReport]:
@@ -110,7 +110,7 @@ def train(
         learner: is changed in place.
         rows: to train on.
         valid: held out.
-        precision: bfloat16 computes under autocast; weights stay float32.
+        dtype: bfloat16 computes under autocast; weights stay float32.
         should_stop: asked after every step; True ends the loop early, at a step's end.
         seconds: since this session began, start-up included; by default since this call.
 
@@ -121,7 +121,7 @@ def train(
     began = time.monotonic()
     session = seconds or (lambda: time.monotonic() - began)
     earlier = counters.seconds
-    held_out = fixed_batches(valid, tokens_together(model.device, precision), VALIDATION_TEXTS)
+    held_out = fixed_batches(valid, tokens_together(model.device, dtype), VALIDATION_TEXTS)
     micro_tokens = max(1, config.batch_tokens // config.accumulate)
     weights_per_token = model.decoder.get_parameter("token_emb.emb.weight").numel() / rows.store.count
     furthest = 0.0
@@ -145,7 +145,7 @@ def train(
         while micro_batches := list(islice(batches, config.accumulate)):
             now = progress()
             dropout = dropout_shares(config.dropout, counters.texts / len(rows), weights_per_token)
-            beta, learning_rate, norm = _step(learner, micro_batches, now, dropout, precision, sums)
+            beta, learning_rate, norm = _step(learner, micro_batches, now, dropout, dtype, sums)
             counters.tokens += sum(b.target_tokens for b in micro_batches)
             counters.texts += sum(len(b.tokens_BT) for b in micro_batches)
             counters.seconds = earlier + session()
@@ -159,7 +159,7 @@ def train(
             figures, improved, wrong, cure = None, False, None, None
             if due:
                 start = time.monotonic()
-                figures = _validate(learner, held_out, precision)
+                figures = _validate(learner, held_out, dtype)
                 # Before beta has reached its final value a model is not comparable with later ones; without a latent it
                 # weighs nothing.
                 final = config.without_latent or recipe(config, progress(), counters.treated_at).beta_is_final
@@ -199,10 +199,10 @@ def train(
         counters.epoch += 1
 
 
-def _validate(learner: Learner, held_out: Sequence[Batch], precision: torch.dtype) -> Figures:
+def _validate(learner: Learner, held_out: Sequence[Batch], dtype: torch.dtype) -> Figures:
     """Figures of the held-out texts; raises a `DivergedError` where one is not finite."""
     seed, without = learner.config.seed, learner.config.without_latent
-    figures = measure(learner.model, held_out, seed=seed, precision=precision, without_latent=without)
+    figures = measure(learner.model, held_out, seed=seed, dtype=dtype, without_latent=without)
     if not all(math.isfinite(value) for value in asdict(figures).values()):
         raise diverged("validation is not finite", learner.counters.step)
     return figures
@@ -235,7 +235,7 @@ def share_done(config: TrainConfig, counters: Counters, texts: int) -> float:
 
 
 def tokens_per_second(
-    model: ModelConfig, config: TrainConfig, rows: Rows, device: torch.device, precision: torch.dtype
+    model: ModelConfig, config: TrainConfig, rows: Rows, device: torch.device, dtype: torch.dtype
 ) -> float:
     """How fast a model of these sizes would learn here: the median of a few steps of one that is thrown away."""
     learner = Learner(GPTVAE.from_config(model).to(device), config)
@@ -243,7 +243,7 @@ def tokens_per_second(
     speeds = []
     for batch in islice(Epoch(rows, micro_tokens, config.seed, 0).batches(0), _TRIAL_STEPS):
         sums = _Sums(time.monotonic())
-        norm = _step(learner, [batch], 0.0, Dropout(0.0, 0.0), precision, sums)[2]
+        norm = _step(learner, [batch], 0.0, Dropout(0.0, 0.0), dtype, sums)[2]
         _read(sums, norm, learner.counters.step)
         speeds.append(batch.target_tokens / (time.monotonic() - sums.began))
     return median(speeds)
@@ -264,7 +264,7 @@ def _step(
     batches: Sequence[Batch],
     progress: float,
     dropout: Dropout,
-    precision: torch.dtype,
+    dtype: torch.dtype,
     sums: _Sums,
 ) -> tuple[float, float, Tensor]:
     """One optimizer step; returns beta, learning rate and the gradient's norm, which stays on the device."""
@@ -285,10 +285,10 @@ def _step(
         length = batch.tokens_BT.shape[1]
         parts.append((batch, training_noise(now, learner.counters.step, rows, length, model.config, dropout)))
     if len(parts) > 1 and not weights.language_model:
-        with autocast(device, precision):
+        with autocast(device, dtype):
             step_kl_Z = mean_kl(model, ((batch.to(device), noise.to(device)) for batch, noise in parts))
     for batch, noise in parts:
-        with autocast(device, precision):
+        with autocast(device, dtype):
             terms = objective(
                 model,
                 learner.bag_of_words,

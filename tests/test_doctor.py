@@ -152,7 +152,7 @@ def learner_of(plan: TrainConfig) -> Learner:
 
 
 def run(learner: Learner, rows: Rows) -> list[StepReport]:
-    return list(train(learner, rows, rows, precision=torch.float32))
+    return list(train(learner, rows, rows, dtype=torch.float32))
 
 
 def test_it_saves_a_run_that_otherwise_collapses(rows: Rows) -> None:
@@ -191,11 +191,11 @@ def test_a_treatment_outlives_a_pause(rows: Rows) -> None:
             steps += 1
             return steps == pause
 
-        list(train(first, rows, rows, precision=torch.float32, should_stop=stop))
+        list(train(first, rows, rows, dtype=torch.float32, should_stop=stop))
         tensors = {name: tensor.clone() for name, tensor in first.tensors().items()}
         second = learner_of(plan)
         second.restore(tensors, counters_dict(first.counters))
-        list(train(second, rows, rows, precision=torch.float32))
+        list(train(second, rows, rows, dtype=torch.float32))
         for name, tensor in whole.tensors().items():
             assert torch.equal(second.tensors()[name], tensor), (pause, name)
 

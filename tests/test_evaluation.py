@@ -187,7 +187,7 @@ def test_a_latent_that_says_nothing_is_called_collapsed(tiny_model: TinyModel) -
 def test_bfloat16_figures_are_near_those_of_float32(tiny_model: TinyModel) -> None:
     """The KL is summed in float32 whatever the model computes in."""
     model, batches = tiny_model(), batches_of(rows_of(), 5)
-    exact, coarse = measure(model, batches), measure(model, batches, precision=torch.bfloat16)
+    exact, coarse = measure(model, batches), measure(model, batches, dtype=torch.bfloat16)
     assert coarse.cross_entropy != exact.cross_entropy
     assert_equal_figures(replace(coarse, active_001=exact.active_001, active_02=exact.active_02), exact, rel=0.05)
 

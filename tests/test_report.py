@@ -173,11 +173,11 @@ def test_everything_is_computed_in_the_type_that_was_asked_for(checkpoint: Check
     rows = list(Encoder(checkpoint, "line").rows(TEXTS))
     batches = batches_of(rows, None, checkpoint.header.model.pad_id, 1024)
     exact, rounded = (
-        list(measured(checkpoint, rows, samples=SAMPLES, seed=2, precision=dtype))
+        list(measured(checkpoint, rows, samples=SAMPLES, seed=2, dtype=dtype))
         for dtype in (torch.float32, torch.bfloat16)
     )
-    nll_N = importance_weighted(checkpoint.model, batches, SAMPLES, seed=2, precision=torch.bfloat16)
-    found = measure(checkpoint.model, batches, seed=2, precision=torch.bfloat16)
+    nll_N = importance_weighted(checkpoint.model, batches, SAMPLES, seed=2, dtype=torch.bfloat16)
+    found = measure(checkpoint.model, batches, seed=2, dtype=torch.bfloat16)
     (columns,) = [piece.columns for piece in rounded]
     assert columns["nll"].mean() == pytest.approx(float(nll_N.mean()), rel=1e-6)
     assert columns["right"].mean() == pytest.approx(found.cross_entropy, rel=1e-6)

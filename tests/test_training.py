@@ -62,7 +62,7 @@ def learner_of(train_config: TrainConfig, *, seed: int = 0, **sizes: int) -> Lea
 
 def run(learner: Learner, rows: Rows, **options: Any) -> list[StepReport]:
     """A whole run, held-out texts being those that it trains on."""
-    return list(train(learner, rows, rows, precision=torch.float32, **options))
+    return list(train(learner, rows, rows, dtype=torch.float32, **options))
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_reports_average_over_every_step_since_the_one_before(
     monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 0.0)
     learner = learner_of(train_config)
     losses, tokens = [], [0]
-    for report in train(learner, rows, rows, precision=torch.float32):
+    for report in train(learner, rows, rows, dtype=torch.float32):
         losses.append(report.cross_entropy)
         tokens.append(learner.counters.tokens)
     monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 1e9)
@@ -284,7 +284,7 @@ def test_embeddings_learn_faster_than_the_rest(make_rows: MakeRows) -> None:
 
 def test_weights_stay_float32_under_bfloat16(make_rows: MakeRows) -> None:
     learner, rows = learner_of(config(steps=3)), make_rows()
-    reports = list(train(learner, rows, rows, precision=torch.bfloat16))
+    reports = list(train(learner, rows, rows, dtype=torch.bfloat16))
     assert math.isfinite(reports[-1].cross_entropy)
     assert {tensor.dtype for tensor in learner.tensors().values()} == {torch.float32}
 
@@ -292,7 +292,7 @@ def test_weights_stay_float32_under_bfloat16(make_rows: MakeRows) -> None:
 def test_a_step_in_bfloat16_is_computed_in_it(make_rows: MakeRows) -> None:
     rows, train_config = make_rows(), config(steps=1, on_collapse="warn", bag_of_words=0.0)
     learner, same = learner_of(train_config), learner_of(train_config)
-    (report,) = train(learner, rows, rows, precision=torch.bfloat16)
+    (report,) = train(learner, rows, rows, dtype=torch.bfloat16)
     batch = next(Epoch(rows, 64, seed=0, epoch=0).batches())
     noise = training_noise(recipe(train_config, 0.0), 0, *whole(batch), shape(), Dropout(0.0, 0.0))
     exact = objective(same.model, None, batch, noise, Weights("elbo", 0.0, 0.0, 0.0)).cross_entropy
@@ -513,7 +513,7 @@ def test_progress_of_a_resumed_run_goes_on_where_it_was(make_rows: MakeRows, mon
             learner,
             make_rows(),
             make_rows(),
-            precision=torch.float32,
+            dtype=torch.float32,
             seconds=clock,
             should_stop=lambda: learner.counters.seconds >= until,
         ):
@@ -663,9 +663,9 @@ def test_a_resumed_run_validates_where_it_would_have(
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_a_validation_has_the_seed_and_the_type_of_its_run(make_rows: MakeRows, precision: torch.dtype) -> None:
     learner, rows = learner_of(config(steps=1, seed=7)), make_rows()
-    (report,) = train(learner, rows, rows, precision=precision)
+    (report,) = train(learner, rows, rows, dtype=precision)
     found = {
-        (seed, dtype): measure(learner.model, fixed_batches(rows, 64, 1000), seed=seed, precision=dtype).cross_entropy
+        (seed, dtype): measure(learner.model, fixed_batches(rows, 64, 1000), seed=seed, dtype=dtype).cross_entropy
         for seed in (0, 7)
         for dtype in (torch.float32, torch.bfloat16)
     }
@@ -752,7 +752,7 @@ def test_the_best_score_survives_a_pause(make_rows: MakeRows, measured: Callable
 
 
 def poisoned(learner: Learner, rows: Rows, at: int, name: str) -> Iterator[StepReport]:
-    for report in train(learner, rows, rows, precision=torch.float32):
+    for report in train(learner, rows, rows, dtype=torch.float32):
         yield report
         if report.step >= at:
             with torch.no_grad():
@@ -777,7 +777,7 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_anything_is_reported(m
     learner = learner_of(config(steps=200, lr=1e30, warmup=0.0))
     reports: list[StepReport] = []
     with pytest.raises(DivergedError):
-        for report in train(learner, make_rows(), make_rows(), precision=torch.float32):
+        for report in train(learner, make_rows(), make_rows(), dtype=torch.float32):
             assert all(bool(tensor.isfinite().all()) for tensor in learner.tensors().values()), report
             reports.append(report)
 

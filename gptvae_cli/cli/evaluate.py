@@ -180,7 +180,7 @@ def _measure(
                 read,
                 samples=samples,
                 seed=seed,
-                precision=encoder.dtype,
+                dtype=encoder.dtype,
                 banned=encoder.checkpoint.tokenizer.line_break_ids if unit == "line" else (),
                 running=unit == "window",
                 on_progress=advance if encoder is encoders[0] else lambda texts: None,

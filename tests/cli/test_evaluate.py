@@ -429,7 +429,7 @@ def test_bfloat16_is_what_a_model_is_measured_in(evaluate: Evaluate, models: Pat
     found = load(models / "line.safetensors", device=torch.device("cpu"))
     batches = batches_of(list(Encoder(found, "line").rows(TEXTS)), None, found.header.model.pad_id, 1024)
     for name in ("float32", "bfloat16"):
-        nll_N = importance_weighted(found.model, batches, 3, precision=getattr(torch, name))
+        nll_N = importance_weighted(found.model, batches, 3, dtype=getattr(torch, name))
         nll = figures(evaluate("--json", "--dtype", name))["nll_nats_per_text"]
         assert nll == pytest.approx(float(nll_N.mean()), rel=1e-6), name
 

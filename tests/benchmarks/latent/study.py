@@ -187,7 +187,7 @@ def run(
             "test": asdict(figures) | {"nll_bound": figures.nll_bound},
         }
         if not arm.startswith("none"):
-            nll_N = importance_weighted(saved.model, batches, samples, seed=seed, precision=precision.dtype)
+            nll_N = importance_weighted(saved.model, batches, samples, seed=seed, dtype=precision.dtype)
             error = float(nll_N.std()) / math.sqrt(len(nll_N))
             row["iw_nll"] = {
                 "nll": float(nll_N.mean()),

@@ -514,7 +514,7 @@ def validate(rounds: int) -> str:
         batches = batches_of(rows, None, tokenizer.pad_id, tokens_together(torch.device("cpu"), dtype))
 
         def work() -> float:
-            measure(model, batches, precision=torch.bfloat16, **keywords)
+            measure(model, batches, dtype=torch.bfloat16, **keywords)
             return len(rows)
 
         return work
