@@ -140,43 +140,12 @@ class BagOfWords(nn.Module):
         return nats
 
 
-_LOGITS_TOGETHER = {"cpu": (2**23, 2**18), "cuda": (2**26, 2**26)}
-"""How many logits one product makes, and how many of them are normalised at once. On a CPU the first number is large,
-since after every product the gradient of all weights is added to, and the second fits in the cache; a GPU wants few
-kernels, and the logits take a quarter of a gigabyte there."""
-
-_FEW_LOGITS = {"cpu": 2**20, "cuda": 2**26}
-"""How many logits one product makes where no gradient of the weights is added to, and they are best used at once."""
-
-_WORDS_TOGETHER = 8
-"""What the vocabulary is filled up to a multiple of. MKL takes up to half as long again for an odd number of outputs in
-float32 (row `loss` of `tests/benchmarks/speed/`), and a GPU's matrix units want whole eights."""
-
-
-def _product_type(hidden_ND: Tensor) -> torch.dtype:
-    """What a product with the hidden states is computed in."""
-    device = hidden_ND.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-
-
-def _filled_up(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The output matrix in the type of the product, with rows of zeros behind it."""
-    return F.pad(weight_VD.to(dtype), (0, 0, 0, -len(weight_VD) % _WORDS_TOGETHER))
-
-
 def cross_entropy_BT(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, noise: Noise) -> Tensor:
     """Nats of every token but the first, given those before it and the latent; 0 at padding [B T-1]."""
     hidden_BTD, targets_BT = _hidden_and_targets(model, tokens_BT, latents_BZ, noise)
-    weight_VD: Tensor = model.decoder.to_logits.weight
-    matrix_VD = _filled_up(weight_VD, _product_type(hidden_BTD))
-    few_rows = max(1, _FEW_LOGITS.get(hidden_BTD.device.type, _FEW_LOGITS["cuda"]) // len(weight_VD))
-    nats = []
-    for hidden_CD, targets_C in zip(
-        torch.split(hidden_BTD.flatten(0, 1), few_rows), torch.split(targets_BT.flatten(), few_rows), strict=True
-    ):
-        logits_CV = F.linear(hidden_CD, matrix_VD)[:, : len(weight_VD)]
-        nats.append(F.cross_entropy(logits_CV, targets_C, ignore_index=model.pad_id, reduction="none"))
-    return torch.cat(nats).view_as(targets_BT)
+    logits_NV = model.logits(hidden_BTD).flatten(0, 1)
+    nats_N = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=model.pad_id, reduction="none")
+    return nats_N.view_as(targets_BT)
 
 
 def summed_cross_entropy(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, noise: Noise) -> Tensor:
@@ -186,6 +155,16 @@ def summed_cross_entropy(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | 
         hidden_BTD.flatten(0, 1), model.decoder.to_logits.weight, targets_BT.flatten(), model.pad_id
     )
     return nats
+
+
+_LOGITS_TOGETHER = {"cpu": (2**23, 2**18), "cuda": (2**26, 2**26)}
+"""How many logits one product makes, and how many of them are normalised at once. On a CPU the first number is large,
+since after every product the gradient of all weights is added to, and the second fits in the cache; a GPU wants few
+kernels, and the logits take a quarter of a gigabyte there."""
+
+_WORDS_TOGETHER = 8
+"""What the vocabulary is filled up to a multiple of. In float32 MKL is faster then (row `loss` of
+`tests/benchmarks/speed/`), and a GPU's matrix units want whole eights."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -200,15 +179,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, pad_id: int) -> Tensor:
-        dtype, words = _product_type(hidden_ND), len(weight_VD)
+        device, words = hidden_ND.device.type, len(weight_VD)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         exact = torch.promote_types(dtype, torch.float32)
-        inputs_ND, matrix_VD = hidden_ND.to(dtype), _filled_up(weight_VD, dtype)
+        inputs_ND, matrix_VD = hidden_ND.to(dtype), F.pad(weight_VD.to(dtype), (0, 0, 0, -words % _WORDS_TOGETHER))
         real_N1 = (targets_N != pad_id)[:, None]
         targets_N1 = targets_N[:, None].masked_fill(~real_N1, 0)
         hidden_grad_ND = torch.empty_like(inputs_ND)
         weight_grad_VD = torch.zeros_like(matrix_VD, dtype=weight_VD.dtype)
         nats = hidden_ND.new_zeros((), dtype=exact)
-        together = _LOGITS_TOGETHER.get(hidden_ND.device.type, _LOGITS_TOGETHER["cuda"])
+        together = _LOGITS_TOGETHER.get(device, _LOGITS_TOGETHER["cuda"])
         product_rows, few_rows = (max(1, logits // words) for logits in together)
         for start in range(0, len(inputs_ND), product_rows):
             here = slice(start, start + product_rows)

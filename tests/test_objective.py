@@ -14,7 +14,6 @@ from torch.testing import assert_close
 
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import (
-    _FEW_LOGITS,
     _LOGITS_TOGETHER,
     BagOfWords,
     Batch,
@@ -248,23 +247,6 @@ def test_hiding_leaves_the_callers_noise_as_it_was(tiny_model: TinyModel) -> Non
     hide_BT = torch.ones_like(batch.tokens_BT, dtype=torch.bool)
     objective(model, None, batch, Noise(latent_noise(), hide_BT=hide_BT), ELBO)
     assert hide_BT.all()
-
-
-@pytest.mark.parametrize("rows", [1, 7, 1000], ids=["row by row", "in parts", "at once"])
-@pytest.mark.parametrize("words", [20, 21, 24], ids=lambda words: f"{words} words")
-def test_the_cross_entropy_is_that_of_torch(
-    tiny_model: TinyModel, words: int, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the vocabulary is filled up with, and however many logits there are at once."""
-    model, batch, latents_BZ = tiny_model(num_tokens=words).double(), batch_of(texts()), latent_noise().double()
-    with torch.no_grad():
-        model.decoder.to_logits.weight.mul_(20)
-    monkeypatch.setitem(_FEW_LOGITS, "cpu", rows * words)
-    targets_BT = batch.tokens_BT[:, 1:]
-    expected_BT = -log_prob(model.logits(model.hidden(batch.tokens_BT[:, :-1], latents_BZ)), targets_BT)
-    expected_BT = expected_BT.masked_fill(targets_BT == PAD, 0)
-    found_BT = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ))
-    assert_close(found_BT, expected_BT, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

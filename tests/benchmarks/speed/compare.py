@@ -36,7 +36,7 @@ from gptvae_cli.attention import attend, attend_by_kernel, attend_one
 from gptvae_cli.config import DType, ModelConfig, TextConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
-from gptvae_cli.evaluation import importance_weighted, measure
+from gptvae_cli.evaluation import measure
 from gptvae_cli.fused import _Rotation
 from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
@@ -367,28 +367,6 @@ def loss(rounds: int) -> str:
             compare("loss, 2048 x 2003, f32", "passes/s", three, rounds),
         )
     )
-
-
-def likelihood(rounds: int) -> str:
-    """The importance-weighted likelihood of 100 sentences, 100 latents each, in the sizes of `small` and with 5,003
-    tokens: the logits of few tokens at once, of a vocabulary that is filled up, against all as they come."""
-    lines = corpus(20_000)
-    tokenizer = Tokenizer.train_bpe(lines, 5000)
-    rows = [[tokenizer.bos_id, *row[:62], tokenizer.eos_id] for row in tokenizer.encode_batch(lines[:100])]
-    small = PRESETS["small"]
-    ours, _ = pair(
-        tokenizer.pad_id, dim=small.dim, depth=small.depth, enc_depth=small.enc_depth, heads=small.heads, longest=64
-    )
-    batches = batches_of(rows, None, tokenizer.pad_id, tokens_together(ours.device))
-
-    def in_parts() -> float:
-        return len(importance_weighted(ours, batches, 100))
-
-    def at_once() -> float:
-        with patch.object(objective, "_WORDS_TOGETHER", 1), patch.dict(objective._FEW_LOGITS, cpu=2**40):
-            return in_parts()
-
-    return compare("likelihood, 100 latents", "texts/s", {"ours": in_parts, "at once, as it comes": at_once}, rounds)
 
 
 def memory(rounds: int) -> str:
@@ -763,7 +741,6 @@ ROWS: dict[str, Callable[[int], str]] = {
     "attention-one": attention_one,
     "rotation": rotation,
     "loss": loss,
-    "likelihood": likelihood,
     "memory": memory,
     "dtype": number_types,
     "layout": layout,
