@@ -30,8 +30,10 @@ from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint
 from gptvae_cli.checkpoint import load as load_checkpoint
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
-from gptvae_cli.device import resolve_device, resolve_dtype
+from gptvae_cli.data import batches_of, plan_batches
+from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together
 from gptvae_cli.errors import ConfigError, DataError
+from gptvae_cli.evaluation import importance_weighted, measure_without_latent
 from gptvae_cli.header import ModelHeader, locate_model
 from gptvae_cli.latent_file import checked_latents
 from gptvae_cli.model import GPTVAE
@@ -129,6 +131,41 @@ class Model:
         encodings = self._encoded(texts)
         return Posteriors(self._stack([e.mean_Z for e in encodings]), self._stack([e.std_Z for e in encodings]))
 
+    def nll(self, texts: Iterable[str], *, samples: int = 100, seed: int = 0) -> npt.NDArray[np.float64]:
+        """How unlikely the model finds each text: its importance-weighted NLL, as `gptvae evaluate --per-text` has it,
+        in nats, the end counted, float64 [N]; rows as in `encode`.
+
+        Args:
+            texts: each is one row; where the unit is `window`, a row for each of its consecutive windows.
+            samples: K, latents of a text; the estimate falls towards the NLL as they grow. Of a model that was trained
+                without a latent it is exact.
+            seed: of the latents' noise.
+
+        Raises:
+            ConfigError: for one string in place of a list, no samples, a seed below 0, or a model whose latents come
+                from other texts than it writes.
+            DataError: for what is not a string, or not valid Unicode.
+
+        Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8.
+        """
+        samples, seed = _whole("samples", samples, least=1), _seed(seed)
+        if self.header.has_latent and self.header.data.latents_from is not None:
+            raise ConfigError(
+                "the latents of the model come from other texts than it writes",
+                hint="gptvae evaluate --latents-from --per-text has the likelihood of such pairs",
+            )
+        rows, most = self._rows(texts), tokens_together(self.network.device)
+        nll_N = np.empty(len(rows))
+        if rows:
+            order = np.concatenate(plan_batches(np.array([*map(len, rows)]), most))
+            batches = batches_of(rows, None, self.header.model.pad_id, most)
+            if self.header.has_latent:
+                found_N = importance_weighted(self.network, batches, samples, seed=seed, dtype=self._dtype)
+            else:
+                found_N = measure_without_latent(self.network, batches, dtype=self._dtype)
+            nll_N[order] = found_N.numpy()
+        return nll_N
+
     def generate(
         self,
         latents: npt.ArrayLike | None = None,
@@ -217,6 +254,13 @@ class Model:
         encodings = list(encoder.encode(_checked_texts(texts)))
         _warn(encoder)
         return encodings
+
+    def _rows(self, texts: Iterable[str]) -> list[list[int]]:
+        """Texts as tokens, with their specials."""
+        encoder = Encoder(self._checkpoint, self.unit, self._dtype)
+        rows = list(encoder.rows(_checked_texts(texts)))
+        _warn(encoder)
+        return rows
 
     def _stack(self, rows: Sequence[Floats]) -> Floats:
         return np.stack(rows) if rows else np.empty((0, self.dim_latent), np.float32)

@@ -149,6 +149,11 @@ class Corpus:
                 f"valid is {config.valid!r}, it must be a share of the corpus where latents-from names a file",
                 hint="leave --valid out, or say for example --valid 0.05",
             )
+        if config.latents_from is not None and [config.latents_from] == list(sources):
+            raise ConfigError(
+                f"latents-from is {config.latents_from}, the corpus itself, which the encoder reads anyway",
+                hint="leave it out, or give each side a file of its own",
+            )
         if config.valid_share is None:
             expand([str(config.valid)])  # it is read last, and a wrong name need not cost hours
         folder.mkdir(parents=True, exist_ok=True)

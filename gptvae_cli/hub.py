@@ -52,9 +52,7 @@ def with_digests(header: ModelHeader) -> ModelHeader:
     return replace(header, training={**header.training, "companions": digests})
 
 
-def write_companions(
-    folder: Path, header: ModelHeader, foreign: Sequence[str], *, parameters: int, verdict: str | None
-) -> None:
+def write_companions(folder: Path, header: ModelHeader, foreign: Sequence[str], *, parameters: int) -> None:
     """Writes these files, each in one step, but for those that are somebody else's.
 
     Args:
@@ -62,7 +60,6 @@ def write_companions(
         header: of the model that lies there, `with_digests`.
         foreign: the `foreign_companions` of the model that lay there before.
         parameters: how many the model has.
-        verdict: a sentence on what its latent carries.
 
     Raises:
         GPTVAEError: where one cannot be written; one that was there is unchanged.
@@ -70,7 +67,7 @@ def write_companions(
     contents = {
         CONFIG_NAME: config_json(header),
         TOKENIZER_NAME: tokenizer_json(header),
-        CARD_NAME: model_card(header, parameters=parameters, verdict=verdict),
+        CARD_NAME: model_card(header, parameters=parameters),
     }
     for name, content in contents.items():
         if name not in foreign:
@@ -158,15 +155,15 @@ def tokenizer_json(header: ModelHeader) -> str:
     return json.dumps(values, ensure_ascii=False, indent=2) + "\n"
 
 
-def model_card(header: ModelHeader, *, parameters: int, verdict: str | None) -> str:
+def model_card(header: ModelHeader, *, parameters: int) -> str:
     """The page that the Hub shows: numbers only, neither text nor names nor paths of the corpus.
 
     Args:
         header: of the model.
         parameters: how many it has.
-        verdict: a sentence on what its latent carries.
     """
     model, training = header.model, header.training
+    verdict = training["verdict"]
     summary = f"{verdict[0].upper()}{verdict[1:]}.\n\n" if verdict else ""
     page = f"""---
 library_name: gptvae

@@ -49,6 +49,14 @@ _GOLDEN = 0x4F1BBCDCBFA53E0B
 """2^63 over the golden ratio: multiples of it, modulo 2^63, are spread as evenly as can be."""
 _PIECE_TEXTS, _PIECE_TOKENS = 4096, 2**21
 _COUNTS = ("texts", "empty", "tokens", "words", "bytes")
+_PER_TEXT = {
+    "nll": "nll_nats",
+    "right": "cross_entropy_nats",
+    "shuffled": "cross_entropy_shuffled_nats",
+    "without": "cross_entropy_without_nats",
+    "kl": "kl_nats",
+}
+"""Columns of nats, and what they are called of one text."""
 _NGRAMS = [f"bleu_{i}" for i in range(bleu.COUNTS)]
 
 
@@ -235,6 +243,15 @@ class Gathered:
     def order(self) -> npt.NDArray[np.int64]:
         """That of the keys. What is drawn from texts in this order does not depend on the order that they came in."""
         return np.argsort(np.concatenate(self.keys), kind="stable")
+
+    def per_text(self) -> Iterator[dict[str, int | float | bool]]:
+        """The figures of every text, in the order that the texts came in: nats, and what `Report` is of in all."""
+        for columns in self.columns:
+            for row in range(len(columns["nll"])):
+                counts = {name: round(columns[name][row]) for name in ("tokens", "bytes")}
+                nats = {name: float(columns[key][row]) for key, name in _PER_TEXT.items() if key in columns}
+                whole = {"exact_match": bool(columns["exact"][row])} if "exact" in columns else {}
+                yield counts | nats | whole
 
     def table(self, order: npt.NDArray[np.int64]) -> Columns:
         """The columns of all texts."""

@@ -148,7 +148,6 @@ class Job:
             header,
             foreign,
             parameters=sum(p.numel() for p in model.parameters()),
-            verdict=None if self.figures is None else verdict(self.figures, self.learner.config),
         )
 
     def save_state(self) -> None:
@@ -187,6 +186,7 @@ class Job:
             "seconds": round(counters.seconds, 1),
             "tokens_seen": counters.tokens,
             "validation": None if self.figures is None else asdict(self.figures),
+            "verdict": None if self.figures is None else verdict(self.figures, self.learner.config),
         }
         return ModelHeader(FORMAT_VERSION, self.model_config, self.data, self.corpus.tokenizer.to_json(), training)
 

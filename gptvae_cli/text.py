@@ -17,11 +17,13 @@ from itertools import chain, islice
 from typing import BinaryIO, TextIO
 
 from gptvae_cli.config import TextConfig
-from gptvae_cli.errors import DataError
+from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.sources import STDIN, ending, expand, is_packed, opened, reading_errors
 from gptvae_cli.tokenizer import PIECE_CHARS, SURROGATE, pieces
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+_PACKED = {"\x1f\udc8b": "gzip -dc", "\udcfd7zXZ": "xz -dc", "BZh": "bzip2 -dc", "(\udcb5/\udcfd": "zstd -dc"}
+"""What unpacks a file, by its first bytes."""
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 """Arrow's types that may hold text; files of some programs do not say that their bytes are strings."""
 _PARQUET_ROWS, _PARQUET_BUFFER = 256, 2**20
@@ -61,10 +63,10 @@ def read_texts(
 ) -> Iterator[str]:
     r"""The texts of files, folders, patterns and stdin, in order; see `sources.expand` for what a name stands for.
 
-    A file is UTF-8 text whatever its ending, except `.jsonl` (one JSON object a line), `.csv` (whose first row names
-    the columns), `.parquet`, and `.gz` and `.zst` around the others. LF, CRLF and CR end a line and nothing else does;
-    they are LF within a text. A byte order mark at the start of a file and its last line end are not text; every other
-    character is, NUL included.
+    A file is UTF-8 text whatever its ending, except `.jsonl` and `.ndjson` (one JSON object a line), `.csv` and `.tsv`
+    (whose first row names the columns), `.parquet`, and `.gz` and `.zst` around the others. LF, CRLF and CR end a line
+    and nothing else does; they are LF within a text. A byte order mark at the start of a file and its last line end are
+    not text; every other character is, NUL included.
 
     - `line`: an empty line is an empty text.
     - `paragraph`: lines between blank ones, joined by LF; a line of only whitespace is blank.
@@ -101,7 +103,27 @@ def read_texts(
 
 def is_plain(file: str) -> bool:
     """Whether a file's bytes are its texts: it is neither packed nor made of records."""
-    return not is_packed(file) and ending(file) not in (*_RECORDS, ".parquet")
+    return not is_packed(file) and not _has_fields(file)
+
+
+def _has_fields(file: str) -> bool:
+    return ending(file, unpacked=True) in (*_RECORDS, ".parquet")
+
+
+def require_fields(sources: Sequence[str], field: str) -> None:
+    """Keeps texts that are named by a field from being read as they stand, where nothing that is read has fields.
+
+    Raises:
+        ConfigError: where none of the sources has.
+        DataError: for a source that is missing.
+    """
+    files = expand(sources or [STDIN])
+    if not any(map(_has_fields, files)):
+        names = ", ".join("standard input" if file == STDIN else file for file in files[:3])
+        raise ConfigError(
+            f"--field {field} is for files that end in {', '.join(_RECORDS)} or .parquet, and {names} is plain text",
+            hint=f"name it so, or pipe the texts themselves: jq -r .{field} FILE | gptvae ...",
+        )
 
 
 @dataclass(frozen=True)
@@ -201,13 +223,15 @@ def _valid(text: str, name: str, number: int | None, form: _Form, column: int = 
     """
     if text.isascii() or not (escaped := _ESCAPED_BYTE.search(text)):
         return text
+    first = (number, column) == (1, 0)
+    if first and (unpack := next((command for magic, command in _PACKED.items() if text.startswith(magic)), None)):
+        raise DataError(f"{name} is packed, by its first bytes", hint=f"{unpack} < FILE | gptvae ...")
     if form.config.errors == "replace":
         return form.replaced(text)
     what = f"byte 0x{ord(escaped[0]) - 0xDC00:02x} is not UTF-8"
     before, hint = text[: escaped.start()], "--errors replace puts U+FFFD there"
     if number is None:
         raise DataError(f"{name}: {what} (byte {_bytes(before) + 1} of the text)", hint=hint)
-    first = (number, column) == (1, 0)
     if first and text.startswith("\udc93NUMPY"):
         raise DataError(f"{name} holds latents, not texts", hint="gptvae generate --latent reads them")
     number += before.count("\n")
@@ -270,11 +294,16 @@ def _records(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
         yield text
 
 
+_SOME = "to leave such records out: jq -rR 'fromjson? | .{field} | strings' FILE | gptvae ..."
+
+
 def _record_text(line: str, place: str, field: str) -> str:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(
+            f"{place} is not JSON: {error.msg} at column {error.colno}", hint=_SOME.format(field=field)
+        ) from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting
         raise DataError(f"{place} is not JSON that can be read: {error}") from error
     if not isinstance(record, dict):
@@ -283,7 +312,9 @@ def _record_text(line: str, place: str, field: str) -> str:
         raise DataError(f"{place} has no field {field!r}", hint=f"--field names it; this line has {_some(record)}")
     text = record[field]
     if not isinstance(text, str):
-        raise DataError(f"{place}: the field {field!r} is {_json_type(text)}, expected a string")
+        raise DataError(
+            f"{place}: the field {field!r} is {_json_type(text)}, expected a string", hint=_SOME.format(field=field)
+        )
     return text
 
 
@@ -329,7 +360,7 @@ def _cells(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
         ) from error
 
 
-_RECORDS = {".jsonl": _records, ".csv": _cells}
+_RECORDS = {".jsonl": _records, ".ndjson": _records, ".csv": _cells, ".tsv": _cells}
 """What reads the lines of a file, by its ending."""
 
 

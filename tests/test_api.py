@@ -266,6 +266,9 @@ def test_a_point_of_a_path_is_one_latent(model: Model) -> None:
         (lambda model: model.generate(temperature=0), "temperature is 0"),
         (lambda model: model.generate(top_p=2), "top-p is 2"),
         (lambda model: model.generate(prompt="a\nb"), "the prompt holds a line break"),
+        (lambda model: model.nll("one"), "texts is one string, expected a list"),
+        (lambda model: model.nll(["a"], samples=0), "samples is 0"),
+        (lambda model: model.nll(["a"], seed=-1), "seed is -1"),
         (lambda model: model.interpolate("a", "b", steps=1), "steps is 1"),
         (lambda model: model.interpolate("a", "b", steps=3.0), "steps is 3.0, it must be a whole number, 2 or more"),
         (lambda model: model.interpolate(), "a path needs at least 2 latents, found 0"),
@@ -308,6 +311,7 @@ def test_a_text_that_is_cut_is_warned_of_at_the_line_that_gave_it(model: Model) 
         lambda: model.encode(["x" * 60, "a"]),
         lambda: model.posterior(["x" * 60]),
         lambda: model.interpolate("a", "x" * 60, steps=2),
+        lambda: model.nll(["x" * 60], samples=1),
     ):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

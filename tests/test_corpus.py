@@ -680,3 +680,11 @@ def test_a_validation_file_has_no_texts_for_the_encoder(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("\n".join(LINES))
     with pytest.raises(ConfigError, match=r"valid is .*x\.txt.*must be a share"):
         build(tmp_path, "\n".join(LINES), latents_from=str(tmp_path / "x.txt"), valid=str(tmp_path / "x.txt"))
+
+
+def test_a_corpus_is_not_a_source_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "other": "two"}\n' * 9)
+    config = DataConfig(latents_from=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ConfigError, match=r"latents-from is .*a\.jsonl, the corpus itself"):
+        Corpus.build([str(tmp_path / "a.jsonl")], config, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

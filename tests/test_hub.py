@@ -87,6 +87,7 @@ def header(
         "seconds": 598.7,
         "tokens_seen": 999,
         "validation": None if figures is None else asdict(figures),
+        "verdict": None if figures is None else "the latent carries 3.2 nats",
     }
     data = from_dict(DataConfig, {"unit": unit, "valid": "/home/me/valid.txt", "tokenizer": "/home/me/t.json"})
     return ModelHeader(FORMAT_VERSION, model, data, tokenizer.to_json(), training)
@@ -143,7 +144,7 @@ def test_the_configuration_has_our_names_and_those_of_the_hub() -> None:
 
 def test_the_card_is_one_that_the_hub_reads() -> None:
     hub = pytest.importorskip("huggingface_hub", reason="it reads the front matter")
-    card = hub.ModelCard(model_card(header(), parameters=1, verdict=None))
+    card = hub.ModelCard(model_card(header(), parameters=1))
     data = card.data.to_dict()
     assert data["library_name"] == "gptvae"
     assert data["pipeline_tag"] == "text-generation"
@@ -154,12 +155,12 @@ def test_the_card_is_one_that_the_hub_reads() -> None:
 
 def test_the_card_says_whether_held_out_texts_are_among_the_others() -> None:
     file, share = header(), replace(header(), data=DataConfig(valid="0.1"))
-    pages = [model_card(each, parameters=1, verdict=None) for each in (file, share)]
+    pages = [model_card(each, parameters=1) for each in (file, share)]
     assert ["held-out ones among them" in page for page in pages] == [False, True]
 
 
 def test_the_card_says_every_figure_with_its_unit() -> None:
-    page = model_card(header(target_rate=6.0, seed=3), parameters=1_966_912, verdict="the latent carries 3.2 nats")
+    page = model_card(header(target_rate=6.0, seed=3), parameters=1_966_912)
     for part in (
         "into a latent of 8 numbers",
         "The latent carries 3.2 nats.\n",
@@ -180,8 +181,8 @@ def test_the_card_says_every_figure_with_its_unit() -> None:
         "| active dimensions | 8, 4 strongly |",
     ):
         assert part in page, part
-    assert "On held-out texts" not in model_card(header(figures=None), parameters=1, verdict=None)
-    baseline = model_card(header(latents_dropout_prob=1.0), parameters=1, verdict=None)
+    assert "On held-out texts" not in model_card(header(figures=None), parameters=1)
+    baseline = model_card(header(latents_dropout_prob=1.0), parameters=1)
     assert "| cross-entropy without a latent | 24.50 nats/text |" in baseline
     assert "information" not in baseline, "it never learnt what a latent is"
 
@@ -258,7 +259,7 @@ def write(folder: Path, header: ModelHeader, *, parameters: int = 1) -> None:
     header = with_digests(header)
     foreign = foreign_companions(folder)
     save_model(folder / "model.safetensors", GPTVAE.from_config(header.model), header)
-    write_companions(folder, header, foreign, parameters=parameters, verdict=None)
+    write_companions(folder, header, foreign, parameters=parameters)
 
 
 def test_files_of_ours_are_replaced_and_removed(folder: Path) -> None:
@@ -269,7 +270,7 @@ def test_files_of_ours_are_replaced_and_removed(folder: Path) -> None:
     later.training["gptvae"] = "0.2.0"
     write(folder, later, parameters=2)
     assert json.loads((folder / "config.json").read_text())["gptvae_version"] == "0.2.0"
-    assert (folder / "README.md").read_text() == model_card(later, parameters=2, verdict=None)
+    assert (folder / "README.md").read_text() == model_card(later, parameters=2)
     remove_companions(folder)
     assert names(folder) == {"model.safetensors"}
     remove_companions(folder)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -17,9 +19,9 @@ from typing import Any
 import pytest
 from pyarrow import csv as arrow_csv
 
-from gptvae_cli.config import UNITS, TextConfig, Unit
-from gptvae_cli.errors import DataError
-from gptvae_cli.text import Part, Repairs, read_texts
+from gptvae_cli.config import UNITS, Errors, TextConfig, Unit
+from gptvae_cli.errors import ConfigError, DataError
+from gptvae_cli.text import Part, Repairs, read_texts, require_fields
 from gptvae_cli.tokenizer import pieces
 
 
@@ -275,6 +277,35 @@ def test_a_running_text_comes_in_the_parts_that_it_is_tokenised_in(tmp_path: Pat
     if ending == "txt":
         files_whole = list(read_texts(names, TextConfig(unit="file")))
         assert files_whole == [whole, "", "short"], "only windows have parts"
+
+
+@pytest.mark.parametrize("packing", [gzip, lzma, bz2], ids=lambda module: str(module.__name__))
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_a_packed_file_under_another_name_is_told_from_text(tmp_path: Path, packing: Any, errors: Errors) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_bytes(packing.compress("".join(f"{i} times, {i * i} in all\n" for i in range(999)).encode()))
+    with pytest.raises(DataError, match="is packed, by its first bytes") as caught:
+        list(read_texts([str(file)], TextConfig(errors=errors)))
+    command = str(caught.value.hint).partition(" -dc <")[0].removeprefix("unpack it: ")
+    assert command == {"gzip": "gzip", "lzma": "xz", "bz2": "bzip2"}[packing.__name__]
+
+
+@pytest.mark.parametrize("name", ["a.ndjson", "a.tsv", "a.JSONL"])
+def test_records_have_other_endings_too(tmp_path: Path, name: str) -> None:
+    records = "text\tmore\none\t1\ntwo\t2\n" if name == "a.tsv" else '{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_text(records)
+    assert list(read_texts([str(tmp_path / name)], TextConfig())) == ["one", "two"]
+
+
+def test_a_field_is_of_records(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl", "c.csv.gz"):
+        (tmp_path / name).touch()
+    names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.csv.gz")]
+    for sources in (names, names[1:], names[2:]):
+        require_fields(sources, "review")
+    for sources, said in (([], "standard input"), (["-"], "standard input"), (names[:1], r"a\.txt")):
+        with pytest.raises(ConfigError, match=f"--field review .* and .*{said} is plain text"):
+            require_fields(sources, "review")
 
 
 @pytest.mark.parametrize("unit", UNITS)

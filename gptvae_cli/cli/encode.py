@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -41,8 +42,11 @@ def encode(
         str | None, typer.Option(metavar="FILE", help="Also write the posteriors' standard deviations, a .npy file.")
     ] = None,
     format: Annotated[
-        Literal["npy", "jsonl"], typer.Option(help="One float32 array (texts, Z), or one JSON object a text.")
-    ] = "npy",
+        Literal["npy", "jsonl"] | None,
+        typer.Option(
+            help="One float32 array (texts, Z), or one JSON object a text. [default: jsonl for such an --out, else npy]"
+        ),
+    ] = None,
     unit: console.UnitOption = None,
     field: console.FieldOption = None,
     errors: console.ErrorsOption = None,
@@ -60,10 +64,11 @@ def encode(
     """
     from gptvae_cli.header import locate_model, read_header
     from gptvae_cli.sources import expand
-    from gptvae_cli.text import Repairs, read_texts
+    from gptvae_cli.text import Repairs, read_texts, require_fields
 
     if not files or "-" in files:
         streams.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
+    format = format or ("jsonl" if out is not None and out.endswith(".jsonl") else "npy")
     on_stdout = streams.is_stdout(out)
     if on_stdout and format == "npy":
         streams.refuse_terminal_stdout("gptvae encode texts.txt > z.npy")
@@ -71,6 +76,8 @@ def encode(
     if out is not None and std_out is not None and os.path.realpath(out) == os.path.realpath(std_out):
         raise ConfigError(f"--out and --std-out are both {std_out}", hint="name two files")
     sources = expand(files or ["-"])
+    if field is not None:
+        require_fields(sources, field)
     streams.refuse_input("--out", out, sources)
     streams.refuse_input("--std-out", std_out, sources)
     path = locate_model(model)
@@ -112,10 +119,12 @@ def latents_to(name: str | None, format: Literal["npy", "jsonl"], width: int) ->
             with LatentWriter(stream, width) as writer:
                 yield lambda latent_Z: writer.write(latent_Z[None])
         else:
+            rows = itertools.count()
 
             def write(latent_Z: Floats) -> None:
                 # NumPy's digits are the fewest that name a float32; JSON's would be those of a float64.
-                stream.write(f'{{"latent": [{", ".join(map(str, latent_Z))}]}}\n'.encode())
+                numbers = ", ".join(map(str, latent_Z))
+                stream.write(f'{{"row": {next(rows)}, "latent": [{numbers}]}}\n'.encode())
                 stream.flush()
 
             yield write

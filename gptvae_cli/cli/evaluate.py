@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice, tee, zip_longest
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,7 @@ gptvae evaluate test.txt
 gptvae evaluate test.txt --with-baseline
 gptvae evaluate test.txt --labels test.labels.txt
 gptvae evaluate test.txt --texts 0 --json | jq .nll_nats_per_text
+gptvae evaluate test.txt --texts 0 --per-text scores.jsonl
 """
 
 
@@ -58,6 +60,10 @@ def evaluate(
         typer.Option(metavar="FILE", help="Texts for the encoder, one for each text of the corpus."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
+    per_text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Also write the figures of every text, one JSON object a line."),
+    ] = None,
     unit: console.UnitOption = None,
     field: console.FieldOption = None,
     errors: console.ErrorsOption = None,
@@ -83,10 +89,14 @@ def evaluate(
     Likelihoods are importance-weighted, in nats per text, its end counted. Intervals are 95 % over the texts.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import Repairs, read_texts
+    from gptvae_cli.text import Repairs, read_texts, require_fields
 
+    if field is not None:
+        require_fields([*(corpus or ["-"]), *filter(None, [labels, latents_from])], field)
     if not corpus or "-" in corpus:
         streams.refuse_terminal_stdin("gptvae evaluate test.txt")
+    streams.refuse_stdout("--per-text", per_text)
+    streams.refuse_input("--per-text", per_text, [*(corpus or []), *filter(None, [labels, latents_from])])
     path = locate_model(model)
     header = read_header(path)
     data = header.data.overridden(unit=unit, field=field, errors=errors)
@@ -123,16 +133,22 @@ def evaluate(
 
     opened = [sampling.open_model(each, device=device, dtype=dtype, threads=threads) for each in paths]
     console.note(opened[0].note, quiet=quiet)
-    with console.progress("measuring", "texts", quiet=quiet, total=texts or None) as advance:
-        gathered, cut, remarks = _measure(
-            opened, lines, sources, unit=data.unit, most=texts or None, samples=samples, seed=seed, advance=advance
-        )
-    if gathered[0].texts < 2:
-        found_texts = "one text" if gathered[0].texts else "no texts"
-        raise DataError(f"found {found_texts}, a model is evaluated on two at least")
-    for remark in (*remarks, repairs.note):
-        console.note(remark, quiet=quiet)
-    found = report.report(*gathered, labels=names, samples=samples, seed=seed)
+    with ExitStack() as stack:
+        # Before hours of measuring: it may not be writable.
+        scores = None if per_text is None else stack.enter_context(streams.output(per_text))
+        with console.progress("measuring", "texts", quiet=quiet, total=texts or None) as advance:
+            gathered, cut, remarks = _measure(
+                opened, lines, sources, unit=data.unit, most=texts or None, samples=samples, seed=seed, advance=advance
+            )
+        if gathered[0].texts < 2:
+            found_texts = "one text" if gathered[0].texts else "no texts"
+            raise DataError(f"found {found_texts}, a model is evaluated on two at least")
+        for remark in (*remarks, repairs.note):
+            console.note(remark, quiet=quiet)
+        found = report.report(*gathered, labels=names, samples=samples, seed=seed)
+        if scores is not None:
+            for row, figures in enumerate(gathered[0].per_text()):
+                scores.write(f"{json.dumps({'row': row, **figures})}\n".encode())
     about = {
         "model": str(path),
         "corpus": corpus or ["-"],

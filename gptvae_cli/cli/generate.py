@@ -92,12 +92,18 @@ def generate(
     as lines; texts of other units have an empty line between them, see also -0 and --format jsonl.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import Repairs, read_texts
+    from gptvae_cli.text import Repairs, read_texts, require_fields
 
     config = SampleConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy, max_tokens=max_tokens
     )
     _check_sources({"--latent": latent, "--ref": ref, "--text": text, "--prior": prior}, sample=sample)
+    if field is not None:
+        if ref is None:
+            raise ConfigError("--field is of the texts of --ref, and there are none", hint="leave it out")
+        require_fields([ref], field)
+    if (latent, ref, text, prior) == (None, None, None, None) and streams.is_fed():
+        console.note("standard input is not read: --ref - takes texts from it, --latent - latents", quiet=quiet)
     if "-" in (latent, ref):
         streams.refuse_terminal_stdin("gptvae generate --latent z.npy")
     path = locate_model(model)

@@ -121,6 +121,7 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", _told(figures, **rows)
         rows = {"kl": "KL {:.2f}", "mutual_information": "information {:.2f}"}
         yield "", _told(figures, **rows, active_001="{:,} dimensions active", active_02="{:,} of them strongly")
+        yield "verdict", _told(training, verdict="{}")
     else:
         yield "", _told(figures, cross_entropy_without="cross-entropy {:.2f}")
 

@@ -71,9 +71,11 @@ def interpolate(
     points, each point is printed once: N points give (N - 1) x (steps - 1) + 1 texts.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import Repairs
+    from gptvae_cli.text import Repairs, require_fields
 
     _check_points(points or [], start, end, latent)
+    if field is not None:
+        require_fields(points or [], field)
     streams.refuse_stdout("--latents-out", latents_out)
     streams.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else [])])
     path = locate_model(model)

@@ -35,6 +35,15 @@ def refuse_terminal_stdin(example: str) -> None:
         raise NothingToReadError("nothing to read: standard input is a terminal", hint=example)
 
 
+def is_fed() -> bool:
+    """Whether standard input is a pipe or a file with something in it."""
+    try:
+        found = os.fstat(0)
+    except OSError:
+        return False
+    return stat.S_ISFIFO(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_size > 0)
+
+
 def refuse_terminal_stdout(example: str) -> None:
     """Keeps a binary off the terminal.
 
@@ -57,7 +66,7 @@ def refuse_stdout(option: str, name: str | None) -> None:
         ConfigError: where the name is that.
     """
     if name is not None and is_stdout(name):
-        raise ConfigError(f"{option} needs a file, standard output is in use", hint=f"{option} FILE.npy")
+        raise ConfigError(f"{option} needs a file, standard output is in use", hint=f"{option} FILE")
 
 
 def refuse_input(option: str, name: str | None, inputs: Sequence[str]) -> None:

@@ -226,6 +226,7 @@ def train(
     from gptvae_cli.doctor import diagnosis
     from gptvae_cli.folder import claimed
     from gptvae_cli.sources import expand
+    from gptvae_cli.text import require_fields
 
     with plan.naming():
         where = resolve_device(plan.machine.device)
@@ -233,6 +234,9 @@ def train(
         precision = resolve_dtype(plan.machine.dtype, where.device, training=True)
     if not resume:
         expand(plan.run.corpus)  # before a run that is there is spoken of: a name may be mistyped
+        if plan.data.field != DataConfig().field:
+            valid = plan.data.valid if plan.data.valid_share is None else None
+            require_fields([*corpus, *filter(None, [valid, plan.data.latents_from])], plan.data.field)
     folder = Path(plan.run.out)
     with claimed(folder, resume=resume, force=force):
         if resume:

@@ -258,7 +258,7 @@ def test_a_place_that_cannot_be_written_is_named(encode: Encode, texts: Path, op
 
 
 def test_deviations_do_not_mix_with_latents(encode: Encode, texts: Path, tmp_path: Path) -> None:
-    assert_fails(encode(texts, "--std-out", "-"), 2, "--std-out", "--std-out FILE.npy")
+    assert_fails(encode(texts, "--std-out", "-"), 2, "--std-out", "--std-out FILE")
     assert_fails(encode(texts, "--out", "z.npy", "--std-out", "./z.npy"), 2, "--std-out", "--out")
     assert not (tmp_path / "z.npy").exists()
 
@@ -266,9 +266,10 @@ def test_deviations_do_not_mix_with_latents(encode: Encode, texts: Path, tmp_pat
 def test_json_lines_hold_exactly_the_same_numbers(encode: Encode, texts: Path, tmp_path: Path) -> None:
     result = encode(texts, "--format", "jsonl")
     records: list[Any] = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [list(record) for record in records] == [["latent"]] * len(TEXTS)
+    assert [list(record) for record in records] == [["row", "latent"]] * len(TEXTS)
+    assert [record["row"] for record in records] == list(range(len(TEXTS)))
     assert_array_equal(np.array([record["latent"] for record in records], np.float32), latents(encode(texts)))
-    assert encode(texts, "--format", "jsonl", "--out", "z.jsonl").stdout == ""
+    assert encode(texts, "--out", "z.jsonl").stdout == "", "by its ending"
     assert (tmp_path / "z.jsonl").read_bytes() == result.stdout_bytes
     assert encode("--format", "jsonl", stdin=b"").stdout == ""
 

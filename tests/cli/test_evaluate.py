@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import gptvae_cli
 from gptvae_cli.checkpoint import load, save_model
 from gptvae_cli.cli.app import app
 from gptvae_cli.data import batches_of
@@ -466,6 +468,42 @@ def test_windows_are_texts_of_their_own(evaluate: Evaluate) -> None:
     assert_fails(evaluate(model="window", corpus="folder/empty.txt"), 3, "found no texts", hint=False)
     assert found["bytes"] == 100  # a window has no end
     assert found["words"] == 1, "however many windows it is in"
+
+
+@pytest.mark.parametrize("model", ["line", "window", "baseline"])
+def test_the_figures_of_every_text_are_those_of_all(evaluate: Evaluate, models: Path, model: str) -> None:
+    """And those that Python gives, each in its place."""
+    path = models / f"{model}.safetensors"
+    if model == "baseline":
+        path = make_model(Path("baseline.safetensors").absolute(), train={"latents_dropout_prob": 1.0})
+    whole = figures(evaluate("--json", "--per-text", "scores.jsonl", model=str(path.with_suffix(""))))
+    each = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
+    assert [record["row"] for record in each] == list(range(whole["texts"]))
+    means = {
+        "nll_nats": "nll_nats_per_text",
+        "cross_entropy_nats": "cross_entropy_nats_per_text",
+        "cross_entropy_shuffled_nats": "cross_entropy_shuffled_nats_per_text",
+        "cross_entropy_without_nats": "cross_entropy_without_nats_per_text",
+        "kl_nats": "kl_nats_per_text",
+        "exact_match": "exact_match",
+    }
+    named = [name for name in means if name in each[0]]
+    assert named == (["nll_nats"] if model == "baseline" else list(means))
+    for name in named:
+        assert np.mean([record[name] for record in each]) == pytest.approx(whole[means[name]]), name
+    for name in ("tokens", "bytes"):
+        assert sum(record[name] for record in each) == whole[name]
+    texts = Path("texts.txt").read_text()
+    with warnings.catch_warnings(action="ignore"):  # of a text that is cut
+        found = gptvae_cli.load(path, device="cpu")
+        found_N = found.nll([texts.removesuffix("\n")] if model == "window" else texts.splitlines(), samples=3)
+    np.testing.assert_allclose(found_N, [record["nll_nats"] for record in each], rtol=1e-6)
+
+
+def test_the_figures_of_texts_need_a_file_of_their_own(evaluate: Evaluate) -> None:
+    assert_fails(evaluate("--per-text", "-"), 2, "--per-text needs a file")
+    assert_fails(evaluate("--per-text", "texts.txt"), 2, "--per-text texts.txt is what is read")
+    assert_fails(evaluate("--per-text", "nowhere/scores.jsonl"), 1, "nowhere/scores.jsonl")
 
 
 def test_standard_input_is_a_corpus(evaluate: Evaluate, models: Path) -> None:

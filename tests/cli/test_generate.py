@@ -433,3 +433,18 @@ def test_a_baseline_writes_texts_without_a_latent(generate: Generate, baseline: 
     drawn = lines(CliRunner().invoke(app, [*arguments, "--prior", "3", "-n", "2", "--seed", "1"]))
     assert len(set(drawn)) == 6, "each has token noise of its own"
     assert lines(CliRunner().invoke(app, [*arguments, "--seed", "1"])) == drawn[:1]
+
+
+def test_texts_that_are_not_read_are_told_of(models: Path, tmp_path: Path) -> None:
+    """Every other command reads standard input where nothing is named."""
+    command = [sys.executable, "-m", "gptvae_cli", "generate", "--model", str(models / "line.safetensors")]
+    piped = subprocess.run([*command, "--seed", "1"], input=b"a text\n", capture_output=True, check=True)
+    assert b"standard input is not read: --ref - takes texts from it" in piped.stderr
+    asked = subprocess.run([*command, "--prior", "1", "--seed", "1"], input=b"a\n", capture_output=True, check=True)
+    assert b"standard input" not in asked.stderr
+    assert asked.stdout == piped.stdout
+
+
+def test_a_field_is_of_texts_in_records(generate: Generate) -> None:
+    assert_fails(generate("--prior", "1", "--field", "review"), 2, "--field is of the texts of --ref")
+    assert_fails(generate("--ref", "texts.txt", "--field", "review"), 2, "texts.txt is plain text", "jq -r .review")

@@ -196,7 +196,7 @@ def test_one_latent_is_no_path(run: Interpolate) -> None:
         (["a.txt", "--from", "a", "--to", "b"], ["one of the three"]),
         (["a.txt", "b.txt", "--steps", "1"], ["--steps"]),
         (["a.txt", "b.txt", "--path", "around"], ["--path", "around", "slerp"]),
-        (["a.txt", "b.txt", "--latents-out", "-"], ["--latents-out", "--latents-out FILE.npy"]),
+        (["a.txt", "b.txt", "--latents-out", "-"], ["--latents-out", "--latents-out FILE"]),
         (["a.txt", "b.txt", "-0", "--format", "jsonl"], ["-0 and --format jsonl"]),
     ],
     ids=lambda value: " ".join(value) or "nothing",

@@ -105,6 +105,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "small, enc 1": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3},
     "small, enc 3": {"dim": 192, "depth": 4, "enc_depth": 3, "heads": 3},
     "small, enc 1, rate 7": {"dim": 192, "depth": 4, "enc_depth": 1, "heads": 3, "target_rate": 7.0},
+    "small, rate 32": {"dim": 192, "depth": 4, "enc_depth": 2, "heads": 3, "target_rate": 32.0},
     "small, ramp 0.15": {"dim": 192, "depth": 4, "enc_depth": 2, "heads": 3, "kl_warmup": 0.15},
     "small, token": {"dim": 192, "depth": 4, "enc_depth": 2, "heads": 3, "conditioning": "token"},
     "none, nano": {"latents_dropout_prob": 1.0, "dim": 64, "depth": 3, "enc_depth": 1, "heads": 2},
