@@ -225,10 +225,13 @@ def _sizes(header: ModelHeader, parameters: int) -> Iterator[tuple[str, str]]:
 def _training(header: ModelHeader) -> Iterator[tuple[str, str]]:
     training = header.training
     config, corpus = from_dict(TrainConfig, training["train"]), training["corpus"]
+    treatment = training["treatment"]
     held_out = "in a file of their own" if header.data.valid_share is None else "among them"
     yield "corpus", f"{corpus['texts']:,} texts of {corpus['characters']:,} characters, held-out ones {held_out}"
     yield "objective", f"{config.objective}, beta {config.vae_kl_loss_weight:g}"
     yield "free bits", f"{config.target_rate:g} nats per text, {config.vae_kl_div_floor:g} nats per dimension"
+    if treatment is not None:
+        yield "treatment, as the latent was not being used", treatment
     yield "latent dropout", f"{config.latents_dropout_prob:g}"
     yield (
         "steps",

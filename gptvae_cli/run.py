@@ -21,7 +21,7 @@ from gptvae_cli.config import DataConfig, ModelConfig, SizeConfig, TrainConfig, 
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
-from gptvae_cli.doctor import verdict
+from gptvae_cli.doctor import treatment, verdict
 from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
@@ -185,6 +185,7 @@ class Job:
             "epochs": round(self.epochs, 2),
             "seconds": round(counters.seconds, 1),
             "tokens_seen": counters.tokens,
+            "treatment": self._treatment(),
             "validation": None if self.figures is None else asdict(self.figures),
             "verdict": None if self.figures is None else verdict(self.figures, self.learner.config),
         }
@@ -197,6 +198,11 @@ class Job:
         batch = self.valid.batch(self.valid.spans(index))
         written = reconstruct(self.learner.model, list(batch.encoder_BT), banned=self.banned)
         return [(decode(row.tolist()), decode(ids)) for row, ids in zip(batch.encoder_BT, written, strict=True)]
+
+    def _treatment(self) -> str | None:
+        """When a treatment began and what it does; None where there was none."""
+        began, config = self.learner.counters.treated_at, self.learner.config
+        return None if began == UNTREATED else f"from {began:.0%} of the run on: {treatment(config, again=False)}"
 
     def _log(self, report: StepReport, write_events: Callable[[Mapping[str, Any]], None]) -> None:
         values = {key: value for key, value in asdict(report).items() if value is not None}

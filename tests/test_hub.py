@@ -87,6 +87,7 @@ def header(
         "seconds": 598.7,
         "tokens_seen": 999,
         "validation": None if figures is None else asdict(figures),
+        "treatment": None,
         "verdict": None if figures is None else "the latent carries 3.2 nats",
     }
     data = from_dict(DataConfig, {"unit": unit, "valid": "/home/me/valid.txt", "tokenizer": "/home/me/t.json"})

@@ -664,6 +664,17 @@ def test_a_treatment_stays_where_it_was_when_a_run_is_made_longer(
     assert counters.treated_at == pytest.approx(done[next(iter(limits))] / 2)
 
 
+def test_a_model_says_that_its_run_was_treated(folder: Path, corpus: str) -> None:
+    """Its configuration is that of the run, and not what was in force in the end."""
+    job = begin(folder, [corpus], target_rate=0.0, steps=4)
+    assert job.header().training["treatment"] is None
+    job.learner.counters.treated_at = 0.25
+    finish(job)
+    said = load(folder / "model.safetensors", device=torch.device("cpu")).header.training["treatment"]
+    assert "% of the run on: beta starts over from 0, the first 8 nats of KL are free" in said
+    assert said in (folder / "README.md").read_text()
+
+
 def test_a_treatment_is_not_over_when_a_run_is_made_shorter(folder: Path, corpus: str) -> None:
     """Of what was 0.65 of a hundred seconds, the last validation counted, nothing is after the end."""
     job = finish(begin(folder, [corpus], steps=None, max_time=100.0), until=4)

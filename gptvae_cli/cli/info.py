@@ -110,6 +110,7 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     defaults = to_dict(DataConfig()) | to_dict(TrainConfig())
     changed = (name for name, default in defaults.items() if chosen.get(name) not in (None, default))
     yield "options", " ".join(f"--{name.replace('_', '-')} {_shown(chosen[name])}" for name in changed)
+    yield "treated", _told(training, treatment="{}")
     figures = training.get("validation")
     yield "held out", _told(figures, texts="{:,} texts", tokens="{:,} tokens; in nats a text:")
     if summary["has_latent"]:

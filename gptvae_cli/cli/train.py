@@ -223,7 +223,7 @@ def train(
 
     from gptvae_cli import run
     from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
-    from gptvae_cli.doctor import diagnosis
+    from gptvae_cli.doctor import advice, diagnosis
     from gptvae_cli.folder import claimed
     from gptvae_cli.sources import expand
     from gptvae_cli.text import require_fields
@@ -262,7 +262,8 @@ def train(
         streams.write_text(f"{folder / MODEL_NAME}\n")
         strict = job.learner.config.strict and not job.learner.config.without_latent
         if strict and job.figures is not None and (wrong := diagnosis(job.figures, job.learner.config)) is not None:
-            raise CollapsedError(f"{wrong}, and --strict was given", hint="train longer, or raise --target-rate")
+            what_to_do = advice(job.figures, job.learner.config, job.learner.counters.step)
+            raise CollapsedError(f"{wrong}, and --strict was given", hint=what_to_do)
 
 
 class _Plan:
@@ -292,6 +293,11 @@ class _Plan:
             self.sizes = _config(SizeConfig, values)
             self.train = _config(TrainConfig, values)
             self.machine = _config(MachineConfig, values)
+            # Loading a model checks no such thing: what it was trained with is past.
+            if self.train.objective == "stock" and self.train.target_rate > 0:
+                raise FieldError("target_rate", self.train.target_rate, "0 with --objective stock, which knows none")
+            if self.train.objective == "stock" and self.train.on_collapse == "treat":
+                raise FieldError("on_collapse", "treat", "warn with --objective stock, which has no free nats to give")
 
     @contextmanager
     def naming(self) -> Iterator[None]:

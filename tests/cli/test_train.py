@@ -277,7 +277,8 @@ def test_an_empty_standard_input_is_bad_input(train: Train) -> None:
     ("options", "words"),
     [
         (["--dim", "0"], ["dim", "0"]),
-        (["--dim", "100", "--heads", "1"], ["dim", "100"]),
+        (["--dim", "30", "--heads", "1"], ["dim", "30"]),
+        (["--dim", "100", "--heads", "1", "--attn-dim-head", "64"], ["attn-dim-head is 64", "dim (100)"]),
         (["--dim", "two"], ["--dim", "integer"]),
         (["--max-seq-len", "2"], ["max-seq-len", "2"]),
         (["--unit", "word"], ["unit", "word", "line, paragraph, file, window"]),
@@ -452,7 +453,7 @@ def test_a_resumed_run_takes_the_machine_but_no_limit_from_the_environment(
 
 def test_every_field_of_the_training_has_a_flag() -> None:
     values: dict[str, Any] = to_dict(TrainConfig(steps=3, epochs=2.0, lr=0.25, strict=True, log="tensorboard"))
-    values |= {"objective": "stock", "max_time": 77.0}
+    values |= {"objective": "stock", "target_rate": 0.0, "on_collapse": "warn", "max_time": 77.0}
     flags: list[object] = []
     for name, value in values.items():
         flags.append(f"--{name.replace('_', '-')}")
@@ -462,6 +463,9 @@ def test_every_field_of_the_training_has_a_flag() -> None:
         values[name] = changed
         flags.append(changed)
     assert print_config("x.txt", *flags)["train"] == values
+    assert print_config("x.txt", "--target-rate", "4", "--on-collapse", "warn")["train"] == print_config("x.txt")[
+        "train"
+    ] | {"target_rate": 4.0, "on_collapse": "warn"}
 
 
 def test_without_a_limit_a_run_takes_ten_minutes_and_with_one_no_time_limit() -> None:
@@ -477,6 +481,9 @@ def test_the_stock_objective_brings_its_recipe_unless_told_otherwise() -> None:
     assert {name: stock[name] for name in STOCK_RECIPE} == STOCK_RECIPE
     mixed = print_config("x.txt", "--objective", "stock", "--bag-of-words", "0.5")["train"]
     assert (mixed["bag_of_words"], mixed["latents_dropout_prob"]) == (0.5, 0.5)
+    for option, value in (("--target-rate", "16"), ("--on-collapse", "treat")):
+        refused = CliRunner().invoke(app, ["train", "x.txt", "--objective", "stock", option, value, "--print-config"])
+        assert_fails(refused, 2, f"{option[2:]} is ", "with --objective stock", hint=False)
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
@@ -720,6 +727,7 @@ def test_a_collapse_is_a_verdict_and_under_strict_a_failure(train: Train, names:
     assert strict.exit_code == 5
     assert "the latent is not being used: it carries 0." in strict.stderr
     assert "--strict was given" in strict.stderr
+    assert strict.stderr.endswith("hint: the stock objective seldom uses a latent, train without --objective stock\n")
     assert strict.stdout == f"{out}/model.safetensors\n", "the model is there all the same"
 
 
