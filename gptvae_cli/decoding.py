@@ -73,6 +73,7 @@ def decode(
     sample: SampleConfig,
     *,
     banned: Sequence[int] = (),
+    begins: Sequence[int] = (),
     batch_size: int = 64,
     on_token: Callable[[int, int], None] | None = None,
     cached: bool = True,
@@ -87,6 +88,7 @@ def decode(
         requests: taken as places in the batch become free.
         sample: how tokens are chosen.
         banned: tokens that are never written, besides padding and BOS.
+        begins: what the first new token of a text is one of; nothing is any.
         batch_size: rows that are decoded together.
         on_token: called with (position of the request, token) as each token is chosen.
         cached: False takes the plain path.
@@ -95,9 +97,14 @@ def decode(
     assert config is not None, "decode needs a model that was built from a config"
     max_new = sample.max_tokens or config.max_seq_len - 1
     never = torch.tensor(sorted({config.pad_id, config.bos_id, *banned}), device=model.device)
+    no_beginning_V = torch.ones(config.num_tokens, dtype=torch.bool, device=model.device)
+    no_beginning_V[list(begins)] = False
 
     def choose(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
         logits_BV = logits_BV.index_fill(-1, never, float("-inf"))
+        if begins:
+            first_B1 = torch.tensor([[not row.new] for row in rows], device=logits_BV.device)
+            logits_BV = logits_BV.masked_fill(first_B1 & no_beginning_V, float("-inf"))
         if sample.greedy:
             return greedy(logits_BV)
         uniforms_B = torch.tensor([next(row.uniforms) for row in rows], dtype=torch.float64)

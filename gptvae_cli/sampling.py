@@ -267,7 +267,7 @@ def write(
     tokenizer, device = checkpoint.tokenizer, checkpoint.model.device
     if unit == "line" and ("\n" in prompt or "\r" in prompt):
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
-    prompt_ids = tokenizer.encode_batch([prompt])[0]
+    prompt_ids, begins = _open_ended(tokenizer, prompt)
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
     with autocast(device, dtype):
         for ids in decode(
@@ -275,6 +275,7 @@ def write(
             (replace(request, prompt=prompt_ids) for request in requests),
             sample,
             banned=tokenizer.line_break_ids if unit == "line" else (),
+            begins=begins,
             batch_size=1 if pieces else rows_together(device),
             on_token=pieces.add if pieces else None,
         ):
@@ -283,6 +284,20 @@ def write(
             if pieces:
                 pieces.finish(text)
             yield text
+
+
+def _open_ended(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt, and what the first new one is one of; nothing is any.
+
+    The space before a word is in the word's own token, and no text that was learnt has it alone there. So spaces at the
+    end of a prompt are left to the token behind it, which begins with them.
+    """
+    ids = tokenizer.encode_batch([prompt])[0]
+    if prompt.endswith(" ") and tokenizer.is_exact and not (last := tokenizer.decode(ids[-1:])).strip(" "):
+        begins = tokenizer.beginning_with(last)
+        if len(begins) > 1:
+            return ids[:-1], begins
+    return ids, []
 
 
 class _Pieces:

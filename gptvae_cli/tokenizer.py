@@ -202,9 +202,17 @@ class Tokenizer:
     @cached_property
     def line_break_ids(self) -> list[int]:
         """The tokens that hold LF or CR, ascending."""
+        return [i for i, text in enumerate(self._texts) if "\n" in text or "\r" in text]
+
+    def beginning_with(self, text: str) -> list[int]:
+        """The tokens whose text begins so, ascending."""
+        return [i for i, each in enumerate(self._texts) if each.startswith(text)]
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """The text of every token by itself, but for special ones."""
         with _library_errors(DataError, "the tokenizer cannot decode"):
-            texts = self._tokenizer.decode_batch([[i] for i in range(self.pad_id)], skip_special_tokens=False)
-        return [i for i, text in enumerate(texts) if "\n" in text or "\r" in text]
+            return self._tokenizer.decode_batch([[i] for i in range(self.pad_id)], skip_special_tokens=False)
 
 
 _FILE_HINT = "give a tokenizer.json of the tokenizers library (Tokenizer.save), or --tokenizer bytes|bpe"

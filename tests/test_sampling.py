@@ -342,6 +342,30 @@ def test_a_text_is_its_prompt_and_what_follows(checkpoint: Checkpoint, prompt: s
         assert len(text) <= len(prompt) + 5
 
 
+def test_spaces_at_the_end_of_a_prompt_are_left_to_the_next_word(tmp_path: Path) -> None:
+    """A token has the space before its word, and after one by itself a model has only seen the end of its knowledge."""
+    words = Tokenizer.train_bpe(["the cat sat on the mat, the dog sat on the log"] * 20, 300)
+    path = make_model(tmp_path / "bpe.safetensors", tokenizer=words)
+    checkpoint = sampling.open_model(path, device="cpu").checkpoint
+    spaced = [i for i in range(words.pad_id) if words.decode([i]).startswith(" ")]
+    banned = words.line_break_ids
+    assert len(spaced) > 5
+    for cached in (True, False):
+        latents = [torch.tensor(latent_Z) for latent_Z in rows_of(20)]
+        heads = [Request(row, 0, latent_Z, words.encode_batch(["the"])[0]) for row, latent_Z in enumerate(latents)]
+        found = list(decode(checkpoint.model, heads, GREEDY, banned=banned, begins=spaced, cached=cached))
+        anything = list(decode(checkpoint.model, heads, GREEDY, banned=banned, cached=cached))
+        assert all(ids[0] in spaced for ids in found)
+        assert any(ids[:1] and ids[0] not in spaced for ids in anything)
+        assert all(one == other for one, other in zip(found, anything, strict=True) if other[:1] and other[0] in spaced)
+    written = list(sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt="the "))
+    assert written == [words.decode([*heads[0].prompt, *ids]) for ids in found]
+    assert all(text.startswith("the ") for text in written)
+    pieces: list[str] = []
+    streamed = list(sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt="the ", on_text=pieces.append))
+    assert (streamed, "".join(pieces)) == (written, "".join(written))
+
+
 def test_a_prompt_changes_what_follows(checkpoint: Checkpoint) -> None:
     def follows(prompt: str) -> list[str]:
         written = sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt)
