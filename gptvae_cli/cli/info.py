@@ -122,7 +122,9 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", _told(figures, **rows)
         rows = {"kl": "KL {:.2f}", "mutual_information": "information {:.2f}"}
         yield "", _told(figures, **rows, active_001="{:,} dimensions active", active_02="{:,} of them strongly")
-        yield "verdict", _told(training, verdict="{}")
+        carries, _, rest = _told(training, verdict="{}").partition("; ")
+        yield "verdict", f"{carries};" if rest else carries
+        yield "", rest
     else:
         yield "", _told(figures, cross_entropy_without="cross-entropy {:.2f}")
 

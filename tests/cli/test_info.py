@@ -88,6 +88,7 @@ TRAINING: dict[str, Any] = {
         "active_001": 8,
         "active_02": 5,
     },
+    "verdict": "the latent carries 6.0 nats; it lowers the cross-entropy",
 }
 
 
@@ -104,6 +105,15 @@ def test_people_see_what_a_model_is(tmp_path: Path) -> None:
         "held out  30 texts, 900 tokens; in nats a text:",
         "          cross-entropy 21.55, 37.80 with another text's latent, 28.46 without one",
         "          KL 7.89, information 6.04, 8 dimensions active, 5 of them strongly",
+        "verdict   the latent carries 6.0 nats;",
+        "          it lowers the cross-entropy",
+    ]
+    treated = make_model(
+        tmp_path / "treated.safetensors", treatment="from 7% of the run on: \x1b[31mbeta", verdict="dead"
+    )
+    assert info(treated).stdout.splitlines()[-2:] == [
+        "treated   from 7% of the run on: \\x1b[31mbeta",
+        "verdict   dead",
     ]
 
 
