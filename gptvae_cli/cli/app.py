@@ -132,7 +132,10 @@ def _show_usage_error(problem: typer.TyperException, arguments: list[str]) -> in
     possible = _meant(problem, arguments) or re.findall(r"'([^']+)'", guess)
     hint = f"did you mean {' or '.join(sorted(possible))}?" if possible else None
     if command == "gptvae generate" and "extra argument" in message:
-        hint = "texts of a file come with --ref FILE, one text with --text, latents with --latent FILE, each once"
+        hint = (
+            "--ref FILE takes texts, --text one text, --latent FILE latents, --prior a number of random ones:"
+            " gptvae generate --help"
+        )
     if parameter is not None and found is not None:
         choices = parameter.type_descriptor.choices
         allowed = f"one of {', '.join(choices)}" if choices else _allowed(problem.message)

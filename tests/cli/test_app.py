@@ -310,7 +310,7 @@ def test_what_nobody_foresaw_is_no_traceback_either(
         ("GPTVAE_DTYPE", "float23", "interpolate", "is 'float23', it must be one of auto, float32, bfloat16"),
         ("GPTVAE_DEVICE", "tpu", "demo", "is 'tpu', it must be auto, cpu, cuda or cuda:n"),
         ("GPTVAE_DEVICE", "tpu", "train", "is 'tpu', it must be auto, cpu, cuda or cuda:n"),
-        ("GPTVAE_THREADS", "0", "train", "is 0, it must be at least 1"),
+        ("GPTVAE_THREADS", "0", "train", "is 0, it must be between 1 and 4096"),
         ("GPTVAE_DIM", "two", "train", "is 'two', it must be a whole number"),
         ("GPTVAE_KL_WARMUP", "2", "train", "is 2.0, it must be between 0 and 1"),
         ("GPTVAE_PRESET", "mirco", "train", "is 'mirco', it must be one of auto, nano, micro"),
