@@ -355,7 +355,7 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
         yield line("BLEU", "bleu", "{:.1f}")
         yield f"    {values['bleu_signature']}"
     if "probe" in values:
-        yield from _probe_lines(about["labels"], values["probe"], intervals)
+        yield from _probe_lines(about["labels"], values["texts"], values["probe"], intervals)
     if values["collapsed"]:
         yield "collapsed: the latent carries next to nothing"
     elif not values["latent_used"]:
@@ -368,13 +368,16 @@ def _line(name: str, value: float, interval: Sequence[float], form: str, unit: s
     return f"  {name:<28}{form.format(value):>8}  {ends:<18}  {unit}".rstrip()
 
 
-def _probe_lines(labels: str, probe: dict[str, Any], intervals: dict[str, tuple[float, float]]) -> Sequence[str]:
+def _probe_lines(
+    labels: str, texts: int, probe: dict[str, Any], intervals: dict[str, tuple[float, float]]
+) -> Iterator[str]:
     def line(name: str, key: str) -> str:
         return _line(name, probe[key], intervals.get(f"probe.{key}", ()), "{:.1%}")
 
-    return [
-        f"labels of {labels}: {probe['labels']}, on {probe['held_out_texts']:,} of {probe['texts']:,} texts held out",
-        line("from z", "z_accuracy"),
-        line("from TF-IDF + SVD", "words_accuracy"),
-        line("the commonest label", "commonest_label_accuracy"),
-    ]
+    yield f"labels of {labels}: {probe['labels']}, on {probe['held_out_texts']:,} of {probe['texts']:,} texts held out"
+    if probe["texts"] < texts:
+        more = " or beyond the most that are used" if texts > 10_000 else ""
+        yield f"  {texts - probe['texts']:,} left out: repeats, of a rare label or of none{more}"
+    yield line("from z", "z_accuracy")
+    yield line("from TF-IDF + SVD", "words_accuracy")
+    yield line("the commonest label", "commonest_label_accuracy")
