@@ -80,8 +80,8 @@ def decode(
 ) -> Iterator[list[int]]:
     """Writes texts, and yields the new tokens of each, without EOS, in the order of the requests.
 
-    A text depends on its request and on `sample`, not on the other rows. Neither does it on the batch size, but for
-    what rounding does: products of few and of many rows are computed in different ways, and tokens may be as good.
+    A text depends on its request and on `sample`, not on the other rows. Neither does it on the batch size, but where
+    rounding decides between tokens that are as likely: products of few and of many rows are computed in different ways.
 
     Args:
         model: a model with a config (it names the special tokens).

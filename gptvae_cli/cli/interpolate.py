@@ -75,7 +75,9 @@ def interpolate(
 
     _check_points(points or [], start, end, latent)
     if field is not None:
-        require_fields(points or [], field)
+        if not points:
+            raise ConfigError("--field is of texts in files, and there are none", hint="leave it out")
+        require_fields(points, field)
     streams.refuse_stdout("--latents-out", latents_out)
     streams.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else [])])
     path = locate_model(model)

@@ -134,6 +134,15 @@ def test_a_point_of_a_running_text_is_one_window(run: Interpolate) -> None:
     assert_fails(run("long.txt", "b.txt", model="window"), 3, "one window of 24 tokens", "has 4348")
 
 
+def test_a_field_is_of_points_in_records(run: Interpolate) -> None:
+    Path("a.jsonl").write_text('{"review": "one"}\n')
+    assert run("a.jsonl", "b.txt", "--field", "review", "--steps", "2").exit_code == 0
+    assert_fails(
+        run("b.txt", "b.txt", "--field", "review"), 2, "--field review", "b.txt is plain text", "jq -r .review"
+    )
+    assert_fails(run("--from", "a", "--to", "b", "--field", "review"), 2, "--field is of texts in files")
+
+
 def test_a_point_is_read_as_the_unit_that_was_asked_for(run: Interpolate) -> None:
     Path("two.txt").write_text("one\ntwo\n")
     assert_fails(run("two.txt", "b.txt"), 3, "two.txt", "more than one text", "--from")
