@@ -48,9 +48,8 @@ class Baseline:
                 f"a baseline learns from the corpus of the model, and {self.cache} is not there", hint=_BY_HAND
             )
         self.header = header
-        self.tokenizer = Tokenizer.from_json(header.tokenizer)
         self.corpus = Corpus.open(self.cache)
-        if not self.corpus.holds(_digest(header), self.tokenizer):
+        if not self.corpus.holds(_digest(header), Tokenizer.from_json(header.tokenizer)):
             raise CheckpointError(f"{self.cache} is not the corpus that {model} was trained on", hint=_BY_HAND)
         self.folder = model.parent / FOLDER_NAME
         self.config = _config(model.parent, header)

@@ -102,7 +102,7 @@ def decode(
 
     def choose(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
         logits_BV = logits_BV.index_fill(-1, never, float("-inf"))
-        if begins:
+        if begins and not all(row.new for row in rows):
             first_B1 = torch.tensor([[not row.new] for row in rows], device=logits_BV.device)
             logits_BV = logits_BV.masked_fill(first_B1 & no_beginning_V, float("-inf"))
         if sample.greedy:

@@ -22,8 +22,13 @@ from gptvae_cli.sources import STDIN, ending, expand, is_packed, opened, reading
 from gptvae_cli.tokenizer import PIECE_CHARS, SURROGATE, pieces
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-_PACKED = {"\x1f\udc8b": "gzip -dc", "\udcfd7zXZ": "xz -dc", "BZh": "bzip2 -dc", "(\udcb5/\udcfd": "zstd -dc"}
-"""What unpacks a file, by its first bytes."""
+_PACKED = {
+    "gzip": re.compile("\x1f\udc8b"),
+    "xz": re.compile("\udcfd7zXZ"),
+    "bzip2": re.compile("BZh[1-9]1AY&SY"),
+    "zstd": re.compile(r"\(\udcb5/\udcfd"),
+}
+"""The first bytes of what these programs pack."""
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 """Arrow's types that may hold text; files of some programs do not say that their bytes are strings."""
 _PARQUET_ROWS, _PARQUET_BUFFER = 256, 2**20
@@ -224,8 +229,8 @@ def _valid(text: str, name: str, number: int | None, form: _Form, column: int = 
     if text.isascii() or not (escaped := _ESCAPED_BYTE.search(text)):
         return text
     first = (number, column) == (1, 0)
-    if first and (unpack := next((command for magic, command in _PACKED.items() if text.startswith(magic)), None)):
-        raise DataError(f"{name} is packed, by its first bytes", hint=f"{unpack} < FILE | gptvae ...")
+    if first and (program := next((program for program, begins in _PACKED.items() if begins.match(text)), None)):
+        raise DataError(f"{name} is packed, by its first bytes", hint=f"{program} -dc < FILE | gptvae ...")
     if form.config.errors == "replace":
         return form.replaced(text)
     what = f"byte 0x{ord(escaped[0]) - 0xDC00:02x} is not UTF-8"
@@ -294,7 +299,7 @@ def _records(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
         yield text
 
 
-_SOME = "to leave such records out: jq -rR 'fromjson? | .{field} | strings' FILE | gptvae ..."
+_OTHERS = "to leave such records out: jq -rR 'fromjson? | .{field} | strings' FILE | gptvae ..."
 
 
 def _record_text(line: str, place: str, field: str) -> str:
@@ -302,7 +307,7 @@ def _record_text(line: str, place: str, field: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{place} is not JSON: {error.msg} at column {error.colno}", hint=_SOME.format(field=field)
+            f"{place} is not JSON: {error.msg} at column {error.colno}", hint=_OTHERS.format(field=field)
         ) from error
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting
         raise DataError(f"{place} is not JSON that can be read: {error}") from error
@@ -313,7 +318,8 @@ def _record_text(line: str, place: str, field: str) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise DataError(
-            f"{place}: the field {field!r} is {_json_type(text)}, expected a string", hint=_SOME.format(field=field)
+            f"{place}: the field {field!r} is {_json_type(text)}, expected a string",
+            hint=_OTHERS.format(field=field),
         )
     return text
 

@@ -288,6 +288,8 @@ def test_a_packed_file_under_another_name_is_told_from_text(tmp_path: Path, pack
         list(read_texts([str(file)], TextConfig(errors=errors)))
     command = str(caught.value.hint).partition(" -dc <")[0].removeprefix("unpack it: ")
     assert command == {"gzip": "gzip", "lzma": "xz", "bz2": "bzip2"}[packing.__name__]
+    file.write_bytes(b"BZh, a text \xff\n")
+    assert list(read_texts([str(file)], TextConfig(errors="replace"))) == ["BZh, a text \ufffd"]
 
 
 @pytest.mark.parametrize("name", ["a.ndjson", "a.tsv", "a.JSONL"])
