@@ -13,14 +13,14 @@ import pytest
 import torch
 from sacrebleu.metrics.bleu import BLEU
 
-from gptvae_cli import bleu, report
+from gptvae_cli import bleu, pieces, report
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.data import batches_of
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
 from gptvae_cli.latent import mutual_information
 from gptvae_cli.objective import Noise, Weights, objective
-from gptvae_cli.report import Gathered, measured
+from gptvae_cli.pieces import Gathered, Piece, measured
 from gptvae_cli.sampling import Encoder
 from tests.cli.conftest import make_model
 
@@ -110,8 +110,8 @@ def test_neither_pieces_nor_order_change_a_figure(
     labels = ["even" if len(text) % 2 == 0 else "odd" for text in TEXTS]  # equal texts have one
     whole = values_of(checkpoint, TEXTS, labels)
     assert_same(values_of(checkpoint, TEXTS[::-1], labels[::-1]), whole)
-    monkeypatch.setattr(report, "_PIECE_TEXTS", piece_texts)
-    monkeypatch.setattr(report, "tokens_together", lambda device: 40)
+    monkeypatch.setattr(pieces, "_PIECE_TEXTS", piece_texts)
+    monkeypatch.setattr(pieces, "tokens_together", lambda device: 40)
     apart = values_of(checkpoint, TEXTS, labels)
     for values in (whole, apart):
         assert values.pop("cross_entropy_shuffled_nats_per_text") > 0
@@ -122,8 +122,8 @@ def test_neither_pieces_nor_order_change_a_figure(
 def test_information_is_that_of_a_random_sample_where_there_are_many(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "SAMPLE_TEXTS", 6)
-    monkeypatch.setattr(report, "_PIECE_TEXTS", 4)
+    monkeypatch.setattr(pieces, "SAMPLE_TEXTS", 6)
+    monkeypatch.setattr(pieces, "_PIECE_TEXTS", 4)
     found, gathered = values_of(checkpoint, TEXTS), gather(checkpoint, TEXTS)
     sample = gathered.sample
     assert sample is not None
@@ -147,7 +147,7 @@ def test_of_a_sample_too_it_is_known_which_texts_are_equal(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The most that it can show is the entropy of its own texts, which come in batches in another order."""
-    monkeypatch.setattr(report, "SAMPLE_TEXTS", 8)
+    monkeypatch.setattr(pieces, "SAMPLE_TEXTS", 8)
     texts = ["a", "bcdefg", "a", "hi", "bcdefg", "jklmno pqrs", "a", "t", "uv", "wxyz wxyz", "hi", "a"]
     found = gather(checkpoint, texts)
     assert found.sample is not None
@@ -161,7 +161,7 @@ def test_active_dimensions_are_those_of_all_texts_and_not_of_a_sample(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     means_NZ = np.stack([encoding.mean_Z for encoding in Encoder(checkpoint, "line").encode(TEXTS)])
-    monkeypatch.setattr(report, "SAMPLE_TEXTS", 2)
+    monkeypatch.setattr(pieces, "SAMPLE_TEXTS", 2)
     found = values_of(checkpoint, TEXTS)
     for name, least in (("active_001", 0.01), ("active_02", 0.2)):
         assert found[name] == (means_NZ.var(axis=0) > least).sum(), name
@@ -189,8 +189,8 @@ def test_everything_is_computed_in_the_type_that_was_asked_for(checkpoint: Check
 def test_progress_counts_the_texts_of_all_pieces(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, piece_texts: int
 ) -> None:
-    monkeypatch.setattr(report, "_PIECE_TEXTS", piece_texts)
-    monkeypatch.setattr(report, "tokens_together", lambda device: 40)
+    monkeypatch.setattr(pieces, "_PIECE_TEXTS", piece_texts)
+    monkeypatch.setattr(pieces, "tokens_together", lambda device: 40)
     told: list[int] = []
     rows = Encoder(checkpoint, "line").rows(TEXTS)
     for piece in measured(checkpoint, rows, samples=1, on_progress=told.append):
@@ -202,14 +202,14 @@ def test_progress_counts_the_texts_of_all_pieces(
 
 def test_a_text_that_is_there_often_is_as_often_in_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """3,000 of 10,000 lines of a log are the same one; whatever their order, and the pieces that they come in."""
-    monkeypatch.setattr(report, "SAMPLE_TEXTS", 1000)
+    monkeypatch.setattr(pieces, "SAMPLE_TEXTS", 1000)
     random = np.random.default_rng(0)
     samples = []
-    for pieces in (7, 10):
+    for count in (7, 10):
         keys_N = random.permutation(np.append(np.random.default_rng(1).integers(0, 2**63, 7000), [12345] * 3000))
         found = Gathered()
-        for part_N in np.array_split(keys_N, pieces):
-            found.add(report.Piece({}, part_N, part_N, {"mean": np.zeros((len(part_N), 1)), "key": part_N}))
+        for part_N in np.array_split(keys_N, count):
+            found.add(Piece({}, part_N, part_N, {"mean": np.zeros((len(part_N), 1)), "key": part_N}))
         assert found.sample is not None
         assert 0.25 < np.mean(found.sample["key"] == 12345) < 0.35
         samples.append(found.sample["key"].tolist())
@@ -231,7 +231,7 @@ def test_all_of_a_text_must_come_back_its_last_token_too(
 ) -> None:
     texts = ["one", "two", ""]
     wrong = [list(b"one"), list(b"twx"), []]
-    monkeypatch.setattr(report, "write_greedily", lambda *args, **options: wrong)
+    monkeypatch.setattr(pieces, "write_greedily", lambda *args, **options: wrong)
     found = values_of(checkpoint, texts)
     assert found["exact_match"] == pytest.approx(2 / 3)
     assert found["token_accuracy"] == pytest.approx(8 / 9), "ends counted"
@@ -256,7 +256,7 @@ def test_bytes_are_those_that_were_read_where_a_text_is_cut_within_a_character(
 def test_a_word_that_two_windows_share_counts_once(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, piece_texts: int
 ) -> None:
-    monkeypatch.setattr(report, "_PIECE_TEXTS", piece_texts)
+    monkeypatch.setattr(pieces, "_PIECE_TEXTS", piece_texts)
     text = "A running text  has words of\nmany sizes, extraordinarily " + "long" * 20 + " ones and a b c d e f g h."
     found = Gathered()
     # And where one text ends and another begins, the words are two.

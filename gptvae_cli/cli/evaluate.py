@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from gptvae_cli.config import Unit
     from gptvae_cli.header import ModelHeader
-    from gptvae_cli.report import Gathered, Piece, Report
+    from gptvae_cli.pieces import Gathered, Piece
+    from gptvae_cli.report import Report
     from gptvae_cli.sampling import Opened
 
 EXAMPLES = """\
@@ -177,7 +178,7 @@ def _measure(
 ) -> tuple[list[Gathered], int, list[str | None]]:
     """What every model makes of the texts, which are read once, how many of them the first one cuts, and what people
     should know about them."""
-    from gptvae_cli.report import Gathered, measured
+    from gptvae_cli.pieces import Gathered, measured
     from gptvae_cli.sampling import Encoder
 
     encoders, readers = ([Encoder(each.checkpoint, unit, each.dtype) for each in opened] for _ in range(2))

@@ -450,7 +450,7 @@ def test_lines_are_written_back_without_line_breaks(
         banned.append(tuple(options["banned"]))
         return write_greedily(*arguments, **options)
 
-    monkeypatch.setattr("gptvae_cli.report.write_greedily", record)
+    monkeypatch.setattr("gptvae_cli.pieces.write_greedily", record)
     figures(evaluate("--json", model=model))
     assert banned == [tuple(b"\n\r") if model == "line" else ()]
 

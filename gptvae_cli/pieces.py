@@ -1,0 +1,253 @@
+"""What `evaluate` measures of texts, of which there may be any number: they come in pieces.
+
+Of each text a few numbers are kept, and its posterior's mean; of a random sample of them the whole posterior and the
+text itself. Memory does not grow beyond that.
+
+Shapes: N texts, all or those of the sample, Z latent width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gptvae_cli import bleu
+from gptvae_cli.checkpoint import Checkpoint
+from gptvae_cli.data import batches_of, plan_batches
+from gptvae_cli.device import tokens_together
+from gptvae_cli.evaluation import (
+    Keys,
+    correct_tokens,
+    importance_weighted,
+    keys_of,
+    measure_texts,
+    measure_without_latent,
+    read_keys_of,
+    write_greedily,
+)
+
+Columns = dict[str, npt.NDArray[np.float64]]
+Arrays = dict[str, npt.NDArray[Any]]
+Row = Sequence[int]
+
+SAMPLE_TEXTS = 10_000
+"""Texts, at random, over which mutual information is estimated (the estimate takes their number squared) and probes
+are trained, where there are more."""
+NGRAMS = [f"bleu_{i}" for i in range(bleu.COUNTS)]
+"""Columns of the counts that BLEU is made of."""
+_GOLDEN = 0x4F1BBCDCBFA53E0B
+"""2^63 over the golden ratio: multiples of it, modulo 2^63, are spread as evenly as can be."""
+_PIECE_TEXTS, _PIECE_TOKENS = 4096, 2**21
+_PER_TEXT = {
+    "nll": "nll_nats",
+    "right": "cross_entropy_nats",
+    "shuffled": "cross_entropy_shuffled_nats",
+    "without": "cross_entropy_without_nats",
+    "kl": "kl_nats",
+}
+"""Columns of nats, and what they are called of one text."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What was measured of some consecutive texts: columns and hashes of the texts [N], and for a model with a latent
+    their `posteriors`: places in the corpus, texts, and numbers of what the encoder read [N], means, log-variances and
+    a sample of each [N Z]."""
+
+    columns: Columns
+    keys_N: Keys
+    texts_N: Keys
+    posteriors: Arrays | None
+
+
+def measured(
+    checkpoint: Checkpoint,
+    rows: Iterable[Row],
+    sources: Iterable[Row] | None = None,
+    *,
+    samples: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    banned: Sequence[int] = (),
+    running: bool = False,
+    on_progress: Callable[[int], None] = lambda texts: None,
+) -> Iterator[Piece]:
+    """Measures texts, a piece at a time, in their order.
+
+    Args:
+        checkpoint: the model; one that was trained without a latent is measured without.
+        rows: texts as tokens with their specials, what the decoder writes.
+        sources: what the encoder reads, if not the same.
+        samples: K of the importance-weighted likelihood.
+        seed: of the latents that are drawn.
+        dtype: bfloat16 computes under autocast.
+        banned: tokens that a reconstruction never holds.
+        running: texts are windows of running ones.
+        on_progress: called with the texts measured so far.
+    """
+    model, config, tokenizer = checkpoint.model, checkpoint.header.model, checkpoint.tokenizer
+    tally = _Tally(checkpoint, running=running)
+    done, most = 0, tokens_together(model.device)
+    for piece in _pieces(zip(rows, repeat(None) if sources is None else sources, strict=False)):
+        targets = [row for row, _ in piece]
+        read = None if sources is None else [source for _, source in piece if source is not None]
+        batches = batches_of(targets, read, config.pad_id, most)
+        # Batches are in order of length; back[i] is where in them text i is.
+        back = np.argsort(np.concatenate(plan_batches(np.array([*map(len, targets)]), most)))
+        keys_N = np.concatenate([keys_of(batch, config.pad_id) for batch in batches])[back]
+        plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in targets]
+        texts = [tokenizer.decode(ids) for ids in plain]
+        ends_N = np.array([row[-1] == config.eos_id for row in targets])
+        columns = tally(plain, texts, ends_N)
+        texts_N = np.array([hash(each) for each in zip(texts, columns["bytes"].tolist(), strict=True)])
+        if not checkpoint.header.has_latent:
+            columns["nll"] = measure_without_latent(model, batches, dtype=dtype).numpy()[back]
+            done += len(targets)
+            on_progress(done)
+            yield Piece(columns, keys_N, texts_N, None)
+            continue
+        found = measure_texts(model, batches, seed=seed, dtype=dtype)
+        nll_N = importance_weighted(
+            model,
+            batches,
+            samples,
+            seed=seed,
+            dtype=dtype,
+            on_progress=lambda texts, before=done: on_progress(before + texts),  # type: ignore[misc]
+        )
+        mean_NZ = found.posterior.mean_BZ[back]
+        written = write_greedily(model, mean_NZ.to(model.device), banned=banned, dtype=dtype)
+        ngrams = [bleu.counts(a, tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
+        columns |= {
+            "nll": nll_N.numpy()[back],
+            "right": found.cross_entropy_N.numpy()[back],
+            "shuffled": found.cross_entropy_shuffled_N.numpy()[back],
+            "without": found.cross_entropy_without_N.numpy()[back],
+            "kl": found.kl_N.numpy()[back],
+            "correct": np.array([correct_tokens(*each) for each in zip(plain, written, ends_N, strict=True)], float),
+            "exact": np.array([a == b for a, b in zip(plain, written, strict=True)], float),
+            **dict(zip(NGRAMS, np.array(ngrams, float).T, strict=True)),
+        }
+        posteriors = {
+            "place": np.arange(done, done + len(targets)),
+            "text": np.array(texts, dtype=object),
+            "read": read_keys_of(batches, config.pad_id)[back],
+            "mean": mean_NZ.numpy(),
+            "log_var": found.posterior.log_var_BZ[back].numpy(),
+            "sample": found.sample_NZ[back].numpy(),
+        }
+        done += len(targets)
+        yield Piece(columns, keys_N, texts_N, posteriors)
+
+
+class _Tally:
+    """Counts the tokens, words and bytes of texts, which come in pieces.
+
+    Args:
+        checkpoint: whose tokens they are.
+        running: texts are windows, and one that is as long as the model reads goes on in the next: a word may be in
+            two of them, and counts once. (So does one too few where a file ends as a window does, once in T files.)
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, running: bool) -> None:
+        tokenizer = checkpoint.tokenizer
+        self.sizes = tokenizer.sizes() if tokenizer.is_exact else None
+        self.longest = checkpoint.header.model.max_seq_len - 1
+        self.running, self.within_a_word = running, False
+
+    def __call__(self, plain: Sequence[Row], texts: Sequence[str], ends_N: npt.NDArray[np.bool_]) -> Columns:
+        """The counts of the next texts: as tokens without specials, as they are, and whether each has its end, which
+        counts as a token, a word and a byte."""
+        tokens_N = np.array([*map(len, plain)])
+        words_N = np.array([len(text.split()) for text in texts])
+        if self.running:
+            begins_N = np.array([text[:1].strip() != "" for text in texts])
+            ends_within_N = (tokens_N == self.longest) & np.array([text[-1:].strip() != "" for text in texts])
+            goes_on_N = np.append(self.within_a_word, ends_within_N)
+            words_N -= begins_N & goes_on_N[:-1]
+            self.within_a_word = bool(goes_on_N[-1])
+        if self.sizes is None:
+            bytes_N = np.array([len(text.encode()) for text in texts])
+        else:  # a text that was cut may end within a character, which the decoded one shows as U+FFFD
+            bytes_N = np.array([sum(map(self.sizes.__getitem__, ids)) for ids in plain])
+        counts = {"tokens": tokens_N + ends_N, "words": words_N + ends_N, "bytes": bytes_N + ends_N}
+        counts |= {"texts": np.ones(len(texts)), "empty": bytes_N == 0}
+        return {name: count_N.astype(float) for name, count_N in counts.items()}
+
+
+def _pieces(items: Iterable[tuple[Row, Row | None]]) -> Iterator[list[tuple[Row, Row | None]]]:
+    """Cuts texts into lists that fit in memory. Two wait for the next list, for a lone text has no other beside it."""
+    piece: list[tuple[Row, Row | None]] = []
+    tokens = 0
+    for item in items:
+        piece.append(item)
+        tokens += len(item[0])
+        if len(piece) >= 4 and (len(piece) >= _PIECE_TEXTS + 2 or tokens >= _PIECE_TOKENS):
+            yield piece[:-2]
+            piece = piece[-2:]
+            tokens = sum(len(row) for row, _ in piece)
+    if piece:
+        yield piece
+
+
+@dataclass
+class Gathered:
+    """The pieces of one model together."""
+
+    columns: list[Columns] = field(default_factory=list)
+    keys: list[Keys] = field(default_factory=list)
+    hashes: list[Keys] = field(default_factory=list)
+    means: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    sample: Arrays | None = None
+    """Posteriors of the texts whose rank is among the lowest, in order of rank. Ranks are as good as random, so these
+    are a random sample of the texts, the same one in whatever order the texts come."""
+    seen: Counter[int] = field(default_factory=Counter)
+
+    def add(self, piece: Piece) -> None:
+        """Adds the next piece."""
+        self.columns.append(piece.columns)
+        self.keys.append(piece.keys_N)
+        self.hashes.append(piece.texts_N)
+        if piece.posteriors is not None:
+            self.means.append(piece.posteriors["mean"])
+            ranked = {"rank": self._ranks(piece.keys_N), **piece.posteriors}
+            if self.sample is not None:
+                ranked = {name: np.concatenate([self.sample[name], ranked[name]]) for name in ranked}
+            lowest = np.argsort(ranked["rank"], kind="stable")[:SAMPLE_TEXTS]
+            self.sample = {name: values[lowest] for name, values in ranked.items()}
+
+    def _ranks(self, keys_N: Keys) -> Keys:
+        """Of texts with these keys, which are hashes: equal texts have one key, and each time another rank."""
+        ranks = []
+        for key in keys_N.tolist():
+            ranks.append((key + self.seen[key] * _GOLDEN) % 2**63)
+            self.seen[key] += 1
+        return np.array(ranks, dtype=np.int64)
+
+    @property
+    def texts(self) -> int:
+        return sum(map(len, self.keys))
+
+    def order(self) -> npt.NDArray[np.int64]:
+        """That of the keys. What is drawn from texts in this order does not depend on the order that they came in."""
+        return np.argsort(np.concatenate(self.keys), kind="stable")
+
+    def per_text(self) -> Iterator[dict[str, int | float | bool]]:
+        """The figures of every text, in the order that the texts came in: nats, and what `report` is of in all."""
+        for columns in self.columns:
+            for row in range(len(columns["nll"])):
+                counts = {name: round(columns[name][row]) for name in ("tokens", "bytes")}
+                nats = {name: float(columns[key][row]) for key, name in _PER_TEXT.items() if key in columns}
+                whole = {"exact_match": bool(columns["exact"][row])} if "exact" in columns else {}
+                yield counts | nats | whole
+
+    def table(self, order: npt.NDArray[np.int64]) -> Columns:
+        """The columns of all texts."""
+        return {name: np.concatenate([each[name] for each in self.columns])[order] for name in self.columns[0]}
