@@ -8,8 +8,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from gptvae_cli.errors import GPTVAEError
@@ -24,9 +24,7 @@ _WRITE_HINTS = {
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, previous_name: str | None = None) -> None:
-    """Replaces a file in one step: readers, and whoever comes after a crash, see the old one or the new one.
-
-    The new file gets the mode that the umask gives. A symbolic link is kept and the file it points to replaced.
+    """Replaces a file in one step, see `replacing`.
 
     Args:
         path: the file to make or replace.
@@ -36,15 +34,39 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, previous_na
     Raises:
         GPTVAEError: where that fails; a file that was there is unchanged.
     """
-    try:
-        target = behind_links(path)
-        exists = _is_replaceable(target)
-        # A folder of its own, in the same file system: whatever `write` leaves behind when it fails goes with it.
-        with tempfile.TemporaryDirectory(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", ignore_cleanup_errors=True
-        ) as folder:
-            new = Path(folder) / target.name
-            write(new)
+    with replacing(path, previous_name=previous_name) as new, _naming(path):
+        write(new)
+
+
+@contextmanager
+def replacing(path: Path, *, previous_name: str | None = None) -> Iterator[Path]:
+    """Replaces a file in one step: readers, and whoever comes after a crash, see the old one or the new one.
+
+    The new file gets the mode that the umask gives. A symbolic link is kept and the file it points to replaced.
+
+    Args:
+        path: the file to make or replace.
+        previous_name: keep a file that is replaced under this name in the same folder.
+
+    Yields:
+        The path to write the new content to. Where that fails, a file that was there is unchanged.
+
+    Raises:
+        GPTVAEError: where a file cannot be made there, or be replaced; likewise.
+    """
+    with ExitStack() as stack:
+        with _naming(path):
+            target = behind_links(path)
+            exists = _is_replaceable(target)
+            # A folder of its own, in the same file system: whatever is left in it by a failure goes with it.
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(
+                    dir=target.parent, prefix=f".{target.name}.", suffix=".tmp", ignore_cleanup_errors=True
+                )
+            )
+        new = Path(folder) / target.name
+        yield new
+        with _naming(path):
             sync(new)
             # The only way to learn the umask without changing it for every thread is to make a file.
             probe = Path(folder) / "mode"
@@ -53,7 +75,14 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, previous_na
             if previous_name is not None and exists:
                 target.replace(target.with_name(previous_name))
             new.replace(target)
-        sync_folder(target.parent)
+    sync_folder(target.parent)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says of an error of the system which file could not be written, and that it is unchanged."""
+    try:
+        yield
     except OSError as error:
         hint = _WRITE_HINTS.get(error.errno or 0, "what was there is unchanged")
         raise GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
@@ -65,7 +94,7 @@ def remove_file(path: Path) -> None:
 
 
 def remove_unfinished(path: Path) -> None:
-    """Removes what a `write_atomically` left there whose process was killed. Nobody else may be writing the file."""
+    """Removes what a `replacing` left there whose process was killed. Nobody else may be writing the file."""
     target = behind_links(path)
     for folder in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         shutil.rmtree(folder, ignore_errors=True)

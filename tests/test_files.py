@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptvae_cli.errors import ExitCode, GPTVAEError
-from gptvae_cli.files import remove_file, remove_unfinished, write_atomically
+from gptvae_cli.files import remove_file, remove_unfinished, replacing, write_atomically
 
 
 def test_pipe_folder_and_loop_are_refused_and_kept(tmp_path: Path) -> None:
@@ -54,6 +54,17 @@ def test_interrupted_write_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "file", interrupted)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_fails_beside_a_file_is_not_told_as_its_own(tmp_path: Path) -> None:
+    """A command reads its corpus while it writes: an error of that says nothing about the file."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(FileNotFoundError), replacing(path) as new:
+        new.write_bytes(b"half")
+        (tmp_path / "corpus").read_bytes()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

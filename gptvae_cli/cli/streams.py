@@ -11,14 +11,14 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from gptvae_cli.cli.console import TextFormat, sanitize
 from gptvae_cli.config import Unit
 from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
-from gptvae_cli.files import behind_links, is_no_file, sync_folder
+from gptvae_cli.files import is_no_file, replacing
 
 
 class NothingToReadError(ConfigError):
@@ -127,32 +127,20 @@ def output(name: str | None, *, binary: bool = False) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         return
     assert name is not None
-    in_place = is_no_file(Path(name))
-    # A link is kept and the file it points to replaced; the links of /dev/fd lead to no path at all.
-    path = Path(name) if in_place else behind_links(Path(name))
-    part = path if in_place else path.with_name(f".{path.name}.{os.getpid()}.part")
-    with _naming(name):
-        stream = io.BufferedWriter(_NamedFile(part, name))
-    if binary and stream.isatty():
-        stream.close()
-        raise ConfigError(f"{name} is a terminal, latents are binary", hint="name a file, or pipe them on")
-    try:
-        yield stream
-        if in_place:
-            stream.close()
-        else:
+    path = Path(name)
+    with nullcontext(path) if is_no_file(path) else replacing(path) as written:
+        with _naming(name):
+            stream = io.BufferedWriter(_NamedFile(written, name))
+        try:
+            if binary and stream.isatty():
+                raise ConfigError(f"{name} is a terminal, latents are binary", hint="name a file, or pipe them on")
+            yield stream
             with _naming(name):
-                stream.flush()
-                os.fsync(stream.fileno())  # or a power cut may leave the name without its content
                 stream.close()
-                part.replace(path)
-            sync_folder(path.parent)
-    except BaseException:
-        with suppress(OSError, GPTVAEError):
-            stream.close()
-        if not in_place:
-            part.unlink(missing_ok=True)
-        raise
+        except BaseException:
+            with suppress(OSError, GPTVAEError):
+                stream.close()
+            raise
 
 
 class _NamedFile(io.FileIO):
