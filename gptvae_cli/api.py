@@ -38,6 +38,7 @@ from gptvae_cli.header import ModelHeader, locate_model
 from gptvae_cli.latent_file import checked_latents
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.sampling import Encoder, Encoding, Floats
+from gptvae_cli.text import of_unit
 
 
 class Posteriors(NamedTuple):
@@ -109,7 +110,8 @@ class Model:
         Warns (UserWarning) of texts that are longer than the model; their beginning counts.
 
         Args:
-            texts: each is one row; where the unit is `window`, a row for each of its consecutive windows.
+            texts: each is one row; where the unit is `window`, a row for each of its consecutive windows. Line breaks
+                become spaces where the unit is `line`.
             sample: a random draw of each posterior instead of its mean.
             seed: of these draws; None is a new one.
 
@@ -154,16 +156,18 @@ class Model:
                 "the latents of the model come from other texts than it writes",
                 hint="gptvae evaluate --latents-from --per-text has the likelihood of such pairs",
             )
-        rows, most = self._rows(texts), tokens_together(self.network.device)
-        nll_N = np.empty(len(rows))
-        if rows:
+        every, most = self._rows(texts), tokens_together(self.network.device)
+        nll_N = np.zeros(len(every))
+        # An empty text of windows has no token to predict: nothing is unlikely about it.
+        told = [place for place, row in enumerate(every) if len(row) > 1]
+        if rows := [every[place] for place in told]:
             order = np.concatenate(plan_batches(np.array([*map(len, rows)]), most))
             batches = batches_of(rows, None, self.header.model.pad_id, most)
             if self.header.has_latent:
                 found_N = importance_weighted(self.network, batches, samples, seed=seed, dtype=self._dtype)
             else:
                 found_N = measure_without_latent(self.network, batches, dtype=self._dtype)
-            nll_N[order] = found_N.numpy()
+            nll_N[np.array(told)[order]] = found_N.numpy()
         return nll_N
 
     def generate(
@@ -251,16 +255,24 @@ class Model:
     def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
         self.header.require_latent("the model")
         encoder = Encoder(self._checkpoint, self.unit, self._dtype)
-        encodings = list(encoder.encode(_checked_texts(texts)))
+        encodings = list(encoder.encode(self._checked(texts)))
         _warn(encoder)
         return encodings
 
     def _rows(self, texts: Iterable[str]) -> list[list[int]]:
         """Texts as tokens, with their specials."""
         encoder = Encoder(self._checkpoint, self.unit, self._dtype)
-        rows = list(encoder.rows(_checked_texts(texts)))
+        rows = list(encoder.rows(self._checked(texts)))
         _warn(encoder)
         return rows
+
+    def _checked(self, texts: Iterable[str]) -> Iterator[str]:
+        if isinstance(texts, str):
+            raise ConfigError("texts is one string, expected a list of them", hint="put it in brackets: [text]")
+        for row, text in enumerate(texts):
+            if not isinstance(text, str):  # such as NaN, which pandas has in the place of a missing text
+                raise DataError(f"texts[{row}] is of type {type(text).__name__}, expected a string")
+            yield of_unit(text, self.unit)
 
     def _stack(self, rows: Sequence[Floats]) -> Floats:
         return np.stack(rows) if rows else np.empty((0, self.dim_latent), np.float32)
@@ -268,7 +280,7 @@ class Model:
     def _point(self, point: str | npt.ArrayLike, name: str) -> Floats:
         if isinstance(point, str):
             encoder = Encoder(self._checkpoint, self.unit, self._dtype)
-            latent_Z = encoder.point(point)
+            latent_Z = encoder.point(of_unit(point, self.unit))
             _warn(encoder)
             return latent_Z
         latents_NZ = self._latents(point, name)
@@ -298,15 +310,6 @@ class Model:
         return list(
             sampling.write(self._checkpoint, requests, config, unit=self.unit, prompt=prompt, dtype=self._dtype)
         )
-
-
-def _checked_texts(texts: Iterable[str]) -> Iterator[str]:
-    if isinstance(texts, str):
-        raise ConfigError("texts is one string, expected a list of them", hint="put it in brackets: [text]")
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):  # such as NaN, which pandas has in the place of a missing text
-            raise DataError(f"texts[{row}] is of type {type(text).__name__}, expected a string")
-        yield text
 
 
 def _whole(name: str, value: object, *, least: int) -> int:

@@ -180,9 +180,9 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, into: Any) -> int:
         while not self._unread:
-            packed = self._raw.read(_ZSTD_PIECE)
+            # What is left behind a frame comes first: there may be thousands of small ones in it.
+            packed = (self._frame.unused_data if self._frame.eof else b"") or self._raw.read(_ZSTD_PIECE)
             if self._frame.eof:
-                packed = self._frame.unused_data + packed
                 if not packed:
                     return 0
                 self._frame = self._unpacker.decompressobj()

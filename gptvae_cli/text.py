@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import BinaryIO, TextIO
 
-from gptvae_cli.config import TextConfig
+from gptvae_cli.config import TextConfig, Unit
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.sources import STDIN, ending, expand, is_packed, opened, reading_errors
 from gptvae_cli.tokenizer import PIECE_CHARS, SURROGATE, pieces
@@ -69,9 +69,9 @@ def read_texts(
     r"""The texts of files, folders, patterns and stdin, in order; see `sources.expand` for what a name stands for.
 
     A file is UTF-8 text whatever its ending, except `.jsonl` and `.ndjson` (one JSON object a line), `.csv` and `.tsv`
-    (whose first row names the columns), `.parquet`, and `.gz` and `.zst` around the others. LF, CRLF and CR end a line
-    and nothing else does; they are LF within a text. A byte order mark at the start of a file and its last line end are
-    not text; every other character is, NUL included.
+    (whose first row names the columns), `.parquet`, and `.gz` and `.zst` around all but the last. LF, CRLF and CR end a
+    line and nothing else does; they are LF within a text. A byte order mark at the start of a file and its last line
+    end are not text; every other character is, NUL included.
 
     - `line`: an empty line is an empty text.
     - `paragraph`: lines between blank ones, joined by LF; a line of only whitespace is blank.
@@ -148,7 +148,9 @@ class _Form:
 def _read_file(file: str, form: _Form, stdin: BinaryIO | None) -> Iterator[str]:
     name = "stdin" if file == STDIN else file
     with reading_errors(name):
-        if ending(file) == ".parquet":
+        if ending(file, unpacked=True) == ".parquet":
+            if is_packed(file):
+                raise DataError(f"{file} is a packed Parquet file, which is not read", hint="unpack it first")
             yield from _of_records(_rows(file, form), form)
             return
         with _decoded(file, stdin) as stream:
@@ -268,12 +270,16 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
 # Records --------------------------------------------------------------------------------------------------------------
 
 
+def of_unit(text: str, unit: Unit) -> str:
+    """A text that was no file's, such as a record or an argument, with the line ends that a file's would have."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+    return text.replace("\n", " ") if unit == "line" else text
+
+
 def _of_records(records: Iterator[str], form: _Form) -> Iterator[str]:
-    """Texts of a unit: records with the line ends of a text."""
-    texts = (record.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n") for record in records)
-    if form.config.unit == "line":
-        yield from (text.replace("\n", " ") for text in texts)
-    elif form.config.unit == "window":
+    """Texts of a unit."""
+    texts = (of_unit(record, form.config.unit) for record in records)
+    if form.config.unit == "window":
         joined = chain.from_iterable(("\n\n", text) for text in texts)
         yield from _whole(islice(joined, 1, None), form)  # without the first blank line
     else:

@@ -80,6 +80,18 @@ def test_latents_are_those_of_gptvae_encode(model: Model, command: Callable[...,
     assert_array_equal(model.encode(TEXTS, sample=True, seed=7), np.load("out"))
 
 
+def test_line_breaks_are_those_of_records(model: Model, folder: Path, tmp_path: Path) -> None:
+    """A model of lines never saw one; a column of a table may have some."""
+    texts = ["one\r\ntwo", "one\rtwo\n", "one\ntwo"]
+    assert_array_equal(model.encode(texts), model.encode(["one two"] * 3))
+    assert_array_equal(model.nll(texts, samples=2), model.nll(["one two"] * 3, samples=2))
+    assert model.interpolate(texts[0], "x", steps=2) == model.interpolate("one two", "x", steps=2)
+    make_model(tmp_path / "file.safetensors", unit="file")
+    whole = load(tmp_path / "file.safetensors", device="cpu")
+    assert_array_equal(whole.encode(texts), whole.encode(["one\ntwo"] * 3))
+    assert not np.array_equal(whole.encode(["one\ntwo"]), whole.encode(["one two"]))
+
+
 def test_a_running_text_has_a_row_for_each_of_its_windows(folder: Path, tmp_path: Path) -> None:
     model = load(folder / "window.safetensors", device="cpu")
     text = "abc " * 20

@@ -17,9 +17,9 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from gptvae_cli.config import UNITS, TextConfig
+from gptvae_cli.config import UNITS, Errors, TextConfig
 from gptvae_cli.errors import DataError, ExitCode, GPTVAEError
-from gptvae_cli.sources import excerpt, expand
+from gptvae_cli.sources import _Zstd, excerpt, expand
 from gptvae_cli.text import Repairs, is_plain, read_texts
 
 
@@ -100,6 +100,25 @@ def test_every_packing_of_a_text_is_that_text(tmp_path: Path) -> None:
     for name, data in packed.items():
         (tmp_path / name).write_bytes(data)
         assert read(tmp_path / name) == text.decode().removesuffix("\n").split("\n")
+
+
+def test_many_frames_do_not_wait_in_memory() -> None:
+    """A log that grows by `zstd >> log.zst` has thousands; all that was read ahead was copied for each of them."""
+    pack = zstandard.ZstdCompressor().compress
+    frames = [f"line {i}\n".encode() for i in range(2000)]
+    stream, found = _Zstd(io.BytesIO(b"".join(map(pack, frames)))), b""
+    while piece := stream.read(50):
+        found += piece
+        assert len(stream._frame.unused_data) <= 2**10
+    assert found == b"".join(frames)
+
+
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+def test_a_packed_table_is_not_taken_for_text(tmp_path: Path, errors: Errors) -> None:
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress(b"PAR1\n\xff\n"))
+    with pytest.raises(DataError, match=r"a\.parquet\.gz is a packed Parquet file"):
+        list(read_texts([str(path)], TextConfig(errors=errors)))
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,9 @@ def encode(
     sources = expand(files or ["-"])
     if field is not None:
         require_fields(sources, field)
-    streams.refuse_input("--out", out, sources)
-    streams.refuse_input("--std-out", std_out, sources)
     path = locate_model(model)
+    streams.refuse_input("--out", out, [*sources, str(path)])
+    streams.refuse_input("--std-out", std_out, [*sources, str(path)])
     header = read_header(path)
     header.require_latent(path)
     config = header.data.overridden(unit=unit, field=field, errors=errors)

@@ -90,6 +90,7 @@ def evaluate(
     Likelihoods are importance-weighted, in nats per text, its end counted. Intervals are 95 % over the texts.
     """
     from gptvae_cli.header import locate_model, read_header
+    from gptvae_cli.sources import expand
     from gptvae_cli.text import Repairs, read_texts, require_fields
 
     if field is not None:
@@ -97,7 +98,6 @@ def evaluate(
     if not corpus or "-" in corpus:
         streams.refuse_terminal_stdin("gptvae evaluate test.txt")
     streams.refuse_stdout("--per-text", per_text)
-    streams.refuse_input("--per-text", per_text, [*(corpus or []), *filter(None, [labels, latents_from])])
     path = locate_model(model)
     header = read_header(path)
     data = header.data.overridden(unit=unit, field=field, errors=errors)
@@ -112,8 +112,10 @@ def evaluate(
             units = f"{paths[1]} was trained on texts of unit {other}, {path} on {own}"
             console.note(f"{units}: one of them knows no end of a text", quiet=quiet)
     _check(headers, data.unit, texts, labels=labels, latents_from=latents_from)
+    files = expand(corpus or ["-"])
+    streams.refuse_input("--per-text", per_text, [*files, *filter(None, [labels, latents_from]), *map(str, paths)])
     repairs = Repairs()
-    stream = read_texts(corpus or [], data, repairs=repairs)
+    stream = read_texts(files, data, repairs=repairs)
     lines: Iterable[str] = stream
     sources = names = None
     if labels is not None or latents_from is not None:
@@ -138,7 +140,7 @@ def evaluate(
         # Before hours of measuring: it may not be writable.
         scores = None if per_text is None else stack.enter_context(streams.output(per_text))
         with console.progress("measuring", "texts", quiet=quiet, total=texts or None) as advance:
-            gathered, cut, remarks = _measure(
+            gathered, rows, cut, remarks = _measure(
                 opened, lines, sources, unit=data.unit, most=texts or None, samples=samples, seed=seed, advance=advance
             )
         if gathered[0].texts < 2:
@@ -146,10 +148,11 @@ def evaluate(
             raise DataError(f"found {found_texts}, a model is evaluated on two at least")
         for remark in (*remarks, repairs.note):
             console.note(remark, quiet=quiet)
-        found = report.report(*gathered, labels=names, samples=samples, seed=seed)
         if scores is not None:
-            for row, figures in enumerate(gathered[0].per_text()):
+            for row, figures in zip(rows, gathered[0].per_text(), strict=True):
                 scores.write(f"{json.dumps({'row': row, **figures})}\n".encode())
+    # The figures of texts are in their file by now, whatever is wrong with the labels or the baseline.
+    found = report.report(*gathered, labels=names, samples=samples, seed=seed)
     about = {
         "model": str(path),
         "corpus": corpus or ["-"],
@@ -175,25 +178,25 @@ def _measure(
     samples: int,
     seed: int,
     advance: Callable[[int], None],
-) -> tuple[list[Gathered], int, list[str | None]]:
-    """What every model makes of the texts, which are read once, how many of them the first one cuts, and what people
-    should know about them."""
+) -> tuple[list[Gathered], list[int], int, list[str | None]]:
+    """What every model makes of the texts, which are read once; and of the first one the rows of these texts, as
+    `encode` counts them, how many it cuts, and what people should know about them."""
     from gptvae_cli.pieces import Gathered, measured
     from gptvae_cli.sampling import Encoder
 
     encoders, readers = ([Encoder(each.checkpoint, unit, each.dtype) for each in opened] for _ in range(2))
     gathered = [Gathered() for _ in opened]
     streams: list[Iterator[Piece]] = []
+    places: list[list[int]] = [[] for _ in opened]
     # What is read of a running text is not its windows, which are counted below.
     some = lines if unit == "window" else islice(lines, most)
     copies = zip(tee(some, len(opened)), tee(sources or (), len(opened)), strict=True)
-    for encoder, reader, (text, source) in zip(encoders, readers, copies, strict=True):
+    for encoder, reader, (text, source), place in zip(encoders, readers, copies, places, strict=True):
         read = islice(reader.rows(source), most) if _reads_other_texts(encoder.checkpoint.header) else None
         streams.append(
             measured(
                 encoder.checkpoint,
-                # An empty text of windows has no token to predict, and so no likelihood.
-                islice((row for row in encoder.rows(text) if len(row) > 1), most),
+                islice(_predicted(encoder.rows(text), place), most),
                 read,
                 samples=samples,
                 seed=seed,
@@ -211,7 +214,15 @@ def _measure(
     notes = [encoder.note for encoder in encoders] + [
         note and f"to encode: {note}" for note in (r.note for r in readers)
     ]
-    return gathered, encoders[0].cut, list(dict.fromkeys(notes))
+    return gathered, places[0], encoders[0].cut, list(dict.fromkeys(notes))
+
+
+def _predicted(rows: Iterable[list[int]], places: list[int]) -> Iterator[list[int]]:
+    """Those with a token to predict, whose places go into the list: an empty text of windows has no likelihood."""
+    for place, row in enumerate(rows):
+        if len(row) > 1:
+            places.append(place)
+            yield row
 
 
 def _reads_other_texts(header: ModelHeader) -> bool:
@@ -356,7 +367,7 @@ def _table(about: dict[str, Any], report: Report) -> Iterator[str]:
         yield line("BLEU", "bleu", "{:.1f}")
         yield f"    {values['bleu_signature']}"
     if "probe" in values:
-        yield from _probe_lines(about["labels"], values["texts"], values["probe"], intervals)
+        yield from _probe_lines(about["labels"], values, intervals)
     if values["collapsed"]:
         yield "collapsed: the latent carries next to nothing"
     elif not values["latent_used"]:
@@ -369,15 +380,15 @@ def _line(name: str, value: float, interval: Sequence[float], form: str, unit: s
     return f"  {name:<28}{form.format(value):>8}  {ends:<18}  {unit}".rstrip()
 
 
-def _probe_lines(
-    labels: str, texts: int, probe: dict[str, Any], intervals: dict[str, tuple[float, float]]
-) -> Iterator[str]:
+def _probe_lines(labels: str, values: dict[str, Any], intervals: dict[str, tuple[float, float]]) -> Iterator[str]:
+    texts, probe = values["texts"], values["probe"]
+
     def line(name: str, key: str) -> str:
         return _line(name, probe[key], intervals.get(f"probe.{key}", ()), "{:.1%}")
 
     yield f"labels of {labels}: {probe['labels']}, on {probe['held_out_texts']:,} of {probe['texts']:,} texts held out"
     if probe["texts"] < texts:
-        more = " or beyond the most that are used" if texts > 10_000 else ""
+        more = " or beyond the most that are used" if texts > values["mutual_information_texts"] else ""
         yield f"  {texts - probe['texts']:,} left out: repeats, of a rare label or of none{more}"
     yield line("from z", "z_accuracy")
     yield line("from TF-IDF + SVD", "words_accuracy")

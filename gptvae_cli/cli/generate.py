@@ -92,7 +92,7 @@ def generate(
     as lines; texts of other units have an empty line between them, see also -0 and --format jsonl.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import Repairs, read_texts, require_fields
+    from gptvae_cli.text import Repairs, of_unit, read_texts, require_fields
 
     config = SampleConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy, max_tokens=max_tokens
@@ -127,8 +127,9 @@ def generate(
         elif ref is not None:
             texts = read_texts([ref], data, repairs=repairs)
         elif text is not None:
-            texts = iter([text])
-        if sample or not greedy or (latents is None and texts is None):
+            texts = iter([of_unit(text, data.unit)])
+        drawn = sample or not greedy or (latents is None and texts is None)
+        if drawn:
             config = replace(config, seed=console.pick_seed(seed, quiet=quiet))
 
         with console.waiting("loading the model", quiet=quiet):
@@ -162,7 +163,7 @@ def generate(
                 printer.end()
             else:
                 row, copy = divmod(done, copies)
-                printer.write(new, row=row, copy=copy, seed=None if greedy else config.seed)
+                printer.write(new, row=row, copy=copy, seed=config.seed if drawn else None)
             advance(done + 1)
     console.note(encoder.note, quiet=quiet)
     console.note(repairs.note, quiet=quiet)

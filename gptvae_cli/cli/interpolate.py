@@ -71,7 +71,7 @@ def interpolate(
     points, each point is printed once: N points give (N - 1) x (steps - 1) + 1 texts.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import Repairs, require_fields
+    from gptvae_cli.text import Repairs, of_unit, require_fields
 
     _check_points(points or [], start, end, latent)
     if field is not None:
@@ -79,8 +79,8 @@ def interpolate(
             raise ConfigError("--field is of texts in files, and there are none", hint="leave it out")
         require_fields(points, field)
     streams.refuse_stdout("--latents-out", latents_out)
-    streams.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else [])])
     path = locate_model(model)
+    streams.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else []), str(path)])
     header = read_header(path)
     header.require_latent(path)
     data, width = header.data.overridden(unit=unit, field=field, errors=errors), header.model.dim_latent
@@ -90,7 +90,7 @@ def interpolate(
     if latent is not None:
         found = _latents(latent, width)
     elif start is not None and end is not None:
-        found = [start, end]
+        found = [of_unit(start, data.unit), of_unit(end, data.unit)]
     else:
         found = [_point(name, data, width, repairs) for name in points or []]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,8 +56,15 @@ def refuse_terminal_stdout(example: str) -> None:
 
 
 def is_stdout(name: str | None) -> bool:
-    """Whether a name means standard output. Opened by its path, a file that it was redirected to would be replaced."""
-    return name in (None, "-", "/dev/stdout", "/dev/fd/1")
+    """Whether a name means standard output."""
+    return name in (None, "-") or _descriptor(name) == 1
+
+
+def _descriptor(name: str | None) -> int | None:
+    """The open file that a name means, such as `/dev/stderr` or the `/dev/fd/63` of a shell's `>(...)`. Opened by its
+    path, a file that it was redirected to would be replaced."""
+    match = re.fullmatch(r"/dev/(?:fd/([0-9]{1,9})|stdout|stderr)", name or "")
+    return None if match is None else int(match[1] or {"/dev/stdout": 1, "/dev/stderr": 2}[match[0]])
 
 
 def refuse_stdout(option: str, name: str | None) -> None:
@@ -127,10 +135,10 @@ def output(name: str | None, *, binary: bool = False) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         return
     assert name is not None
-    path = Path(name)
-    with nullcontext(path) if is_no_file(path) else replacing(path) as written:
+    path, descriptor = Path(name), _descriptor(name)
+    with nullcontext(path) if descriptor is not None or is_no_file(path) else replacing(path) as written:
         with _naming(name):
-            stream = io.BufferedWriter(_NamedFile(written, name))
+            stream = io.BufferedWriter(_NamedFile(written if descriptor is None else os.dup(descriptor), name))
         try:
             if binary and stream.isatty():
                 raise ConfigError(f"{name} is a terminal, latents are binary", hint="name a file, or pipe them on")
@@ -146,8 +154,8 @@ def output(name: str | None, *, binary: bool = False) -> Iterator[BinaryIO]:
 class _NamedFile(io.FileIO):
     """A file to write whose errors name it. A command may write to several, and an OSError does not say to which."""
 
-    def __init__(self, path: Path, label: str) -> None:
-        super().__init__(path, "wb")
+    def __init__(self, file: Path | int, label: str) -> None:
+        super().__init__(file, "wb")
         self.label = label
 
     def write(self, data: Any) -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -275,7 +276,7 @@ def test_json_lines_hold_exactly_the_same_numbers(encode: Encode, texts: Path, t
 
 
 @pytest.mark.parametrize("option", ["--out", "--std-out"])
-def test_what_is_read_is_not_replaced(encode: Encode, texts: Path, tmp_path: Path, option: str) -> None:
+def test_what_is_read_is_not_replaced(encode: Encode, texts: Path, models: Path, tmp_path: Path, option: str) -> None:
     """By whatever name: directly, through a link, as one of a folder."""
     (tmp_path / "link").symlink_to(texts)
     before = texts.read_bytes()
@@ -283,6 +284,13 @@ def test_what_is_read_is_not_replaced(encode: Encode, texts: Path, tmp_path: Pat
     for source, target in ((texts, texts), (texts, "link"), ("link", texts), (texts.parent, texts)):
         assert_fails(encode(source, option, target, *others), 2, option, "is what is read")
     assert texts.read_bytes() == before
+    shutil.copy(models / "line.safetensors", tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    options = (option, "model.safetensors", *others, "--model")
+    for name in ("model.safetensors", tmp_path):
+        result = CliRunner().invoke(app, ["encode", str(texts), *map(str, options), str(name)])
+        assert_fails(result, 2, option, "is what is read")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_latents_come_back_from_json_lines(encode: Encode, texts: Path, models: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -503,9 +505,56 @@ def test_the_figures_of_every_text_are_those_of_all(evaluate: Evaluate, models: 
     np.testing.assert_allclose(found_N, [record["nll_nats"] for record in each], rtol=1e-6)
 
 
-def test_the_figures_of_texts_need_a_file_of_their_own(evaluate: Evaluate) -> None:
+def test_the_figures_of_texts_go_behind_what_an_open_file_holds(models: Path, tmp_path: Path) -> None:
+    """`2>>log.txt` names a file that is open already; its old lines must stay."""
+    log, model = tmp_path / "log.txt", models / "line.safetensors"
+    log.write_text("old\n")
+    command = [sys.executable, "-m", "gptvae_cli", "evaluate", "-", "--samples", "2", "-q", "--model", str(model)]
+    for name in ("/dev/stderr", "/dev/fd/2"):
+        with log.open("a") as stderr:
+            process = subprocess.run(
+                [*command, "--per-text", name], input=b"a\nb\n", stdout=subprocess.PIPE, stderr=stderr, check=True
+            )
+        assert process.stdout
+    lines = log.read_text().splitlines()
+    assert lines[0] == "old"
+    assert [json.loads(line)["row"] for line in lines[1:]] == [0, 1, 0, 1]
+
+
+def test_the_figures_of_windows_have_the_rows_of_their_latents(evaluate: Evaluate, models: Path) -> None:
+    """An empty file has a latent, and no token that could be likely or not."""
+    Path("folder").mkdir()
+    texts = ["", "0123456789" * 4, "", "x"]
+    for name, text in zip("abcd", texts, strict=True):
+        Path("folder", f"{name}.txt").write_text(text)
+    assert evaluate("--per-text", "scores.jsonl", model="window", corpus="folder").exit_code == 0
+    each = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
+    assert [record["row"] for record in each] == [1, 2, 4]
+    found = gptvae_cli.load(models / "window.safetensors", device="cpu")
+    nll_N = found.nll(texts, samples=3)
+    assert len(nll_N) == len(found.encode(texts)) == 5
+    np.testing.assert_allclose(nll_N[[1, 2, 4]], [record["nll_nats"] for record in each], rtol=1e-6)
+    np.testing.assert_array_equal(nll_N[[0, 3]], 0)
+    np.testing.assert_array_equal(found.nll([""]), [0])
+
+
+def test_the_figures_of_texts_are_kept_where_no_report_can_be_made(evaluate: Evaluate) -> None:
+    """Hours may have gone into them."""
+    Path("labels.txt").write_text("".join(f"{n}\n" for n in range(len(TEXTS))))
+    assert_fails(evaluate("--labels", "labels.txt", "--per-text", "scores.jsonl"), 3, "found 0 labels")
+    assert len(Path("scores.jsonl").read_text().splitlines()) == len(TEXTS)
+
+
+def test_the_figures_of_texts_need_a_file_of_their_own(evaluate: Evaluate, models: Path) -> None:
     assert_fails(evaluate("--per-text", "-"), 2, "--per-text needs a file")
-    assert_fails(evaluate("--per-text", "texts.txt"), 2, "--per-text texts.txt is what is read")
+    Path("folder").mkdir()
+    Path("folder", "texts.txt").write_bytes(before := Path("texts.txt").read_bytes())
+    model, other = models / "line.safetensors", models / "paragraph.safetensors"
+    for name in ("texts.txt", model, other):
+        result = evaluate("--per-text", name, "--baseline", other)
+        assert_fails(result, 2, f"--per-text {name} is what is read")
+    assert_fails(evaluate("--per-text", "folder/texts.txt", corpus="folder"), 2, "folder/texts.txt is what is read")
+    assert Path("folder", "texts.txt").read_bytes() == before
     assert_fails(evaluate("--per-text", "nowhere/scores.jsonl"), 1, "nowhere/scores.jsonl")
 
 

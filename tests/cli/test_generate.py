@@ -308,6 +308,20 @@ def test_a_record_says_how_its_text_was_made(generate: Generate) -> None:
     assert [record["text"] for record in found] == again
     greedily = records(generate("--text", "a", "--greedy", "--format", "jsonl"))
     assert [set(record) for record in greedily] == [{"row", "copy", "text"}], "no seed had a part in it"
+    for options in (["--prior", "1"], ["--text", "a", "--sample"]):
+        (drawn,) = records(generate(*options, "--greedy", "--seed", "5", "--format", "jsonl"))
+        assert drawn["seed"] == 5, "the latent was drawn"
+
+
+def test_a_line_break_in_an_argument_is_what_it_is_in_a_record(generate: Generate) -> None:
+    """A model of lines has seen none; JSON lines have a space there."""
+    Path("a.jsonl").write_text(json.dumps({"text": "one\r\ntwo\nthree\n"}) + "\n")
+    written = [
+        lines(generate(*source, "--greedy"))
+        for source in (["--text", "one\r\ntwo\nthree\n"], ["--text", "one two three"], ["--ref", "a.jsonl"])
+    ]
+    assert written[0] == written[1] == written[2]
+    assert written[0] != lines(generate("--text", "one", "--greedy"))
 
 
 @pytest.mark.parametrize("model", ["line", "paragraph"])

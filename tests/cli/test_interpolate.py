@@ -249,13 +249,15 @@ def test_opposite_points_are_joined_by_a_line(run: Interpolate) -> None:
     assert_allclose(np.load("path.npy"), np.stack([A, 0 * A, -A]), atol=1e-5)
 
 
-def test_what_is_read_is_not_replaced(run: Interpolate) -> None:
+def test_what_is_read_is_not_replaced(run: Interpolate, models: Path) -> None:
     """By whatever name, and whatever it is read for."""
     Path("link.npy").symlink_to("b.npy")
     before = {path.name: path.read_bytes() for path in Path().iterdir()}
     for point in ("a.npy", "b.npy", "link.npy"):
         assert_fails(run("a.npy", "b.npy", "--latents-out", point), 2, f"--latents-out {point} is what is read")
     assert_fails(run("--latent", "abc.npy", "--latents-out", "abc.npy"), 2, "--latents-out abc.npy is what is read")
+    model = models / "line.safetensors"
+    assert_fails(run("a.npy", "b.npy", "--latents-out", model), 2, f"--latents-out {model} is what is read")
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
 
 
