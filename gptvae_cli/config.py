@@ -262,7 +262,7 @@ class TrainConfig:
         steps: optimizer steps.
         epochs: passes over the corpus.
         max_time: seconds for the whole process, start-up and final evaluation included.
-        batch_tokens: target tokens of one optimizer step, about.
+        batch_tokens: of one optimizer step, about; BOS, EOS and padding are counted.
         accumulate: micro-batches that one step is cut into.
         lr: peak learning rate of AdamW, of embeddings ten times as much; None is 2e-3 at a width of 128, falling with
             its square root.

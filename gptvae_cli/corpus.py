@@ -103,7 +103,7 @@ class Corpus:
             )
         except (OSError, ValueError, TypeError, KeyError, CheckpointError) as error:
             raise CheckpointError(
-                f"the token cache {folder} is missing or damaged",
+                f"the token cache {folder} is missing, damaged or of another version of gptvae",
                 hint="name the corpus again, with --resume or --force",
             ) from error
 
@@ -127,6 +127,7 @@ class Corpus:
         config: DataConfig,
         folder: Path,
         *,
+        tokenizer: Tokenizer | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Corpus:
         """Reads texts, makes or loads the tokenizer, and writes the cache.
@@ -137,6 +138,8 @@ class Corpus:
             sources: files, folders or `-`; none is stdin.
             config: what a text is and which tokenizer.
             folder: where the cache goes; made if need be.
+            tokenizer: that of a run which goes on, in place of what the settings ask for: of a pipe it was learnt from
+                other texts than of a file, and a file that it came from may be gone.
             on_progress: called with the characters read so far.
 
         Raises:
@@ -165,13 +168,16 @@ class Corpus:
         pairs = NotEmpty(read_pairs(sources, config, repairs))
         beginning = take(pairs, SAMPLE_CHARS if mark is None else _BEGINNING_CHARS)
         rest = take(pairs, 1)
-        # A corpus may be sorted; but what comes through a pipe is gone.
-        sample = pairs_from_all(sources, config) if rest and mark is not None else iter(beginning)
-        tokenizer, reason = make_tokenizer(config, sample)
+        reason = "that of the run"
+        if tokenizer is None:
+            # A corpus may be sorted; but what comes through a pipe is gone.
+            sample = pairs_from_all(sources, config) if rest and mark is not None else iter(beginning)
+            tokenizer, reason = make_tokenizer(config, sample)
+            del sample  # or it would stay in memory until all is read, as would the beginning
         by_text = config.valid_share is not None and config.unit != "window"
         salt = even_salt([text for text, _ in beginning], config.valid_share or 0.0) if by_text else 0
         all_pairs = chain(beginning, rest, pairs)
-        del beginning, sample  # or they would stay in memory until all is read
+        del beginning
         ingest = Ingest(folder, tokenizer, config, repairs, salt)
         try:
             ingest.all(all_pairs, on_progress)

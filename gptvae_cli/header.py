@@ -144,6 +144,7 @@ def locate_model(path: str | None) -> Path:
 
     Raises:
         CheckpointError: where there is no such file, saying where it was looked for.
+        ConfigError: for an empty name.
     """
     if path == "":
         raise ConfigError("the name of the model is empty", hint="leave it out for the default, or name one")

@@ -250,7 +250,7 @@ def start(
     new_cache = folder / NEW_CACHE_NAME
     earlier = Corpus.recall(folder / CACHE_NAME, sources, data)
     try:
-        corpus = earlier or _read_corpus(sources, data, new_cache, on_progress)
+        corpus = earlier or _read_corpus(sources, data, new_cache, on_progress=on_progress)
         preset, reason = str(sizes.preset), "asked for"
         if preset == "auto":
             preset, reason = fit_preset(corpus, data, config, sizes, device, precision)
@@ -311,10 +311,15 @@ def _note_on_batches(rows: Rows, config: TrainConfig) -> str:
 
 
 def _read_corpus(
-    sources: Sequence[str], data: DataConfig, cache: Path, on_progress: Callable[[int], None] | None
+    sources: Sequence[str],
+    data: DataConfig,
+    cache: Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Corpus:
     try:
-        return Corpus.build(sources, data, cache, on_progress=on_progress)
+        return Corpus.build(sources, data, cache, tokenizer=tokenizer, on_progress=on_progress)
     except OSError as error:  # of reading, `text` makes errors of its own
         raise _unwritable(cache, error) from error
 
@@ -350,8 +355,8 @@ def _reopened(folder: Path, sources: Sequence[str], data: DataConfig, tokenizer:
             raise another
         return corpus
     try:
-        corpus = _read_corpus(sources, data, new_cache, None)
-        if not corpus.holds(digest, tokenizer):
+        corpus = _read_corpus(sources, data, new_cache, tokenizer=tokenizer)
+        if corpus.facts.digest != digest:
             raise another
         replace_cache(new_cache, folder)
     except BaseException:

@@ -717,7 +717,7 @@ def test_a_run_goes_on_without_its_corpus_but_not_without_its_cache(folder: Path
     Path(corpus).unlink()
     go_on(folder)
     shutil.rmtree(folder / "cache")
-    with pytest.raises(CheckpointError, match=r"token cache .* is missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"token cache .* is missing, damaged or of another version"):
         go_on(folder)
 
 
@@ -754,9 +754,31 @@ def test_a_lost_cache_is_made_again_where_the_corpus_is_named(folder: Path, corp
         go_on(folder, [str(other)])
     assert not (folder / "cache.part").exists()
     found = finish(go_on(folder, [corpus])).learner.tensors()
-    assert contents(folder / "cache") == cache
+    again = contents(folder / "cache")
+    reasons = [json.loads(content.pop("corpus.json"))["facts"].pop("tokenizer_reason") for content in (cache, again)]
+    assert again == cache
+    assert reasons[1] == "that of the run"
     for name, tensor in undisturbed.learner.tensors().items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_a_lost_cache_of_a_pipe_is_made_again_of_a_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning is all that a tokenizer can learn from in a pipe; of a file it would learn other words."""
+    for name in ("ingest.SAMPLE_CHARS", "corpus.SAMPLE_CHARS", "corpus._BEGINNING_CHARS"):
+        monkeypatch.setattr(f"gptvae_cli.{name}", 2_000)
+    text = "\n".join(f"{word} {i}" for word in ("antelope", "buffalo", "crocodile") for i in range(200))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    job = finish(begin(folder, ["-"], data={"tokenizer": "bpe"}), until=3)
+    cache = contents(folder / "cache")
+    shutil.rmtree(folder / "cache")
+    (tmp_path / "file.txt").write_text(text)
+    again = go_on(folder, [str(tmp_path / "file.txt")])
+    assert again.corpus.tokenizer.to_json() == job.corpus.tokenizer.to_json()
+    for name in ("train.tokens", "valid.tokens", "tokenizer.json"):
+        assert contents(folder / "cache")[name] == cache[name], name
+    finish(again)
 
 
 def test_what_lies_in_a_lost_cache_and_is_not_ours_stays(folder: Path, corpus: str) -> None:

@@ -40,7 +40,7 @@ def info(
 
     if file is not None and model is not None:
         raise ConfigError("MODEL and --model were both given", hint="leave one of them out")
-    path = locate_model(file or model)
+    path = locate_model(model if file is None else file)
     layout = read_layout(path)
     with reading(path):
         summary = _summary(str(path), layout)

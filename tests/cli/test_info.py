@@ -92,6 +92,13 @@ TRAINING: dict[str, Any] = {
 }
 
 
+def test_an_empty_name_is_no_default(monkeypatch: pytest.MonkeyPatch, models: Path) -> None:
+    """As of a variable that nobody set: another model than was meant would be shown."""
+    monkeypatch.setenv("GPTVAE_MODEL", str(models / "line.safetensors"))
+    assert info().exit_code == 0
+    assert_fails(info(""), 2, "the name of the model is empty")
+
+
 def test_people_see_what_a_model_is(tmp_path: Path) -> None:
     path = make_model(tmp_path / "model.safetensors", unit="paragraph", **TRAINING)
     assert info(path).stdout.splitlines() == [
