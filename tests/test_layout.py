@@ -38,7 +38,7 @@ ROWS: list[set[str]] = [
     {"pieces", "baseline"},
     {"report"},
     {"cli.console"},
-    {"cli.streams", "cli.display", "cli.help"},
+    {"cli.streams", "cli.display", "cli.table", "cli.help"},
     {"cli commands"},
     {"cli.app"},
 ]
@@ -104,7 +104,7 @@ def libraries(module: str, *, at_start_only: bool = False) -> set[str]:
 
 
 def row_of(module: str) -> int:
-    if module.startswith("cli.") and module not in ("cli.console", "cli.streams", "cli.display", "cli.help", "cli.app"):
+    if module.startswith("cli.") and not any(module in row for row in ROWS):
         module = "cli commands"
     return next((number for number, row in enumerate(ROWS) if module in row), -1)
 
