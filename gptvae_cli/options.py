@@ -10,11 +10,15 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from gptvae_cli import __version__
 from gptvae_cli.config import (
+    STOCK_RECIPE,
+    Config,
     DataConfig,
     MachineConfig,
     RunConfig,
@@ -22,6 +26,7 @@ from gptvae_cli.config import (
     TrainConfig,
     did_you_mean,
     fits,
+    from_dict,
     to_dict,
     type_name,
 )
@@ -53,6 +58,7 @@ UNSET = {
     "threads": "as torch finds best",
 }
 """What it means that an option is not set."""
+_LIMITS = ("steps", "epochs", "max_time")
 
 
 def default_in_words(key: str) -> str:
@@ -240,3 +246,78 @@ def _toml_value(value: object) -> str:
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise ConfigError(f"{value!r} is not UTF-8, which is all that TOML can hold", hint="rename the file")
     return text
+
+
+# All of them together -------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """What was asked for: flags over the configuration file over the environment, as one config a table.
+
+    Args:
+        options: of `gptvae train`, by their names in Python; None is not given.
+        environment: the variables of the process, of which `--resume` leaves most out.
+
+    Raises:
+        ConfigError: for what cannot be, naming the place where it was asked for.
+    """
+
+    def __init__(self, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+        self.flags = flags_layer(options)
+        self.has_file = options["config"] is not None
+        if options["resume"]:  # which takes nothing else from there
+            taken = [f"GPTVAE_{key.upper()}" for key in ("out", *keys(MachineConfig))]
+            environment = {name: environment[name] for name in taken if name in environment}
+        below = [environment_layer(environment)] + ([file_layer(options["config"])] if self.has_file else [])
+        self.asked = merged([*below, self.flags])
+        values = dict(self.asked.values)
+        if ("steps" in values or "epochs" in values) and "max_time" not in values:
+            values["max_time"] = None
+        if values.get("objective") == "stock":
+            values = {**STOCK_RECIPE, "conditioning": "token", **values}
+        with self.naming():
+            self.run = _config(RunConfig, values)
+            self.data = _config(DataConfig, values)
+            self.sizes = _config(SizeConfig, values)
+            self.train = _config(TrainConfig, values)
+            self.machine = _config(MachineConfig, values)
+            # Loading a model checks no such thing: what it was trained with is past.
+            if self.train.objective == "stock" and self.train.target_rate > 0:
+                raise FieldError("target_rate", self.train.target_rate, "0 with --objective stock, which knows none")
+            if self.train.objective == "stock" and self.train.on_collapse == "treat":
+                raise FieldError("on_collapse", "treat", "warn with --objective stock, which has no free nats to give")
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Makes an error of a field say where the field was set."""
+        try:
+            yield
+        except FieldError as error:
+            label = self.asked.labels.get(error.field)
+            raise (error.named(label) if label else error) from error
+
+    def limits_for_resume(self) -> dict[str, Any]:
+        """The flags that a resumed run may change: those that say when to stop. The environment is not asked."""
+        kept = {key for kind in (DataConfig, SizeConfig, TrainConfig) for key in keys(kind)} - {*_LIMITS, "strict"}
+        changed = [label for key, label in self.flags.labels.items() if key in kept]
+        if self.has_file:
+            changed.append("--config")
+        if changed:
+            raise ConfigError(
+                f"--resume keeps the run's configuration, found {changed[0]}",
+                hint="only --max-time, --steps, --epochs and --strict may change",
+            )
+        limits = {key: self.flags.values[key] for key in _LIMITS if key in self.flags.values}
+        if limits:
+            limits = dict.fromkeys(_LIMITS) | limits
+        return limits | ({"strict": True} if "strict" in self.flags.values else {})
+
+    def to_toml(self) -> str:
+        """The configuration as a file that `--config` reads."""
+        tables = to_toml((self.run, self.data, self.sizes, self.train, self.machine))
+        return f"# gptvae {__version__}; paths are relative to the working directory\n\n{tables}"
+
+
+def _config(kind: type[Config], values: Mapping[str, object]) -> Config:
+    known = keys(kind)
+    return from_dict(kind, {key: value for key, value in values.items() if key in known})

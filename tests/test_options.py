@@ -14,6 +14,7 @@ from gptvae_cli.config import DataConfig, MachineConfig, RunConfig, SizeConfig, 
 from gptvae_cli.errors import ConfigError, ExitCode
 from gptvae_cli.options import (
     TABLES,
+    Plan,
     default_in_words,
     environment_layer,
     file_layer,
@@ -53,6 +54,36 @@ def test_no_two_tables_share_a_key() -> None:
     """A flag and a variable name an option without its table."""
     every = [field.name for kind in TABLES.values() for field in fields(kind)]
     assert len(set(every)) == len(every)
+
+
+# All together ---------------------------------------------------------------------------------------------------------
+
+
+def plan(environment: dict[str, str] | None = None, **options: Any) -> Plan:
+    return Plan({"config": None, "resume": False, **options}, environment or {})
+
+
+def test_flags_go_over_the_file_and_that_over_the_environment(write: Callable[[str | bytes], Path]) -> None:
+    path = write("[model]\ndim = 64\ndepth = 5\n")
+    found = plan({"GPTVAE_DIM": "32", "GPTVAE_DEPTH": "6", "GPTVAE_HEADS": "7"}, config=path, dim=128)
+    assert (found.sizes.dim, found.sizes.depth, found.sizes.heads) == (128, 5, 7)
+    assert refused(lambda: plan({"GPTVAE_THREADS": "0"}))[0].startswith("GPTVAE_THREADS is 0")
+    assert refused(lambda: plan(threads=0))[0].startswith("--threads is 0")
+
+
+def test_a_number_of_steps_takes_the_limit_of_time_away() -> None:
+    assert plan().train.max_time == 600
+    assert plan(steps=3).train.max_time is None
+    assert plan(steps=3, max_time="90s").train.max_time == 90
+
+
+def test_a_resumed_run_keeps_what_it_was_asked_for() -> None:
+    assert plan({"GPTVAE_DIM": "32"}, resume=True).sizes.dim is None
+    found = plan({"GPTVAE_THREADS": "3", "GPTVAE_STEPS": "9"}, resume=True, epochs=2.0, strict=True)
+    assert found.machine.threads == 3
+    assert found.limits_for_resume() == {"steps": None, "epochs": 2.0, "max_time": None, "strict": True}
+    message, _ = refused(plan(resume=True, lr=0.1).limits_for_resume)
+    assert message == "--resume keeps the run's configuration, found --lr"
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,45 +16,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptvae_cli import __version__
 from gptvae_cli.cli import console, streams
 from gptvae_cli.config import (
-    STOCK_RECIPE,
     ConditioningName,
-    Config,
     DataConfig,
     DType,
     Errors,
     Log,
-    MachineConfig,
     Objective,
     OnCollapse,
     PresetName,
-    RunConfig,
-    SizeConfig,
-    TrainConfig,
     Unit,
-    from_dict,
 )
-from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode, FieldError
+from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode
 from gptvae_cli.header import DEFAULT_RUN, MODEL_NAME
-from gptvae_cli.options import (
-    default_in_words,
-    environment_layer,
-    file_layer,
-    flags_layer,
-    keys,
-    merged,
-    misspelt,
-    to_toml,
-)
+from gptvae_cli.options import Plan, default_in_words, misspelt
 
 if TYPE_CHECKING:
     from gptvae_cli.run import Job
 
 _PROCESS_BEGAN = time.monotonic()
 _SAME_WISH_SECONDS = 1.0
-_LIMITS = ("steps", "epochs", "max_time")
 _TEXTS, _SIZES, _LEARNING, _RUN = "The texts", "The model", "Learning", "The run"
 
 EXAMPLES = """\
@@ -203,7 +185,7 @@ def train(
     Options with a default can also stand in a TOML file or in the environment, as GPTVAE_DIM for --dim. Flags override
     the file, the file overrides the environment.
     """
-    plan = _Plan(locals())
+    plan = Plan(locals(), os.environ)
     if resume and force:
         raise ConfigError("--resume goes on with a run, --force replaces it, both were given", hint="leave one out")
     if os.environ.get("WORLD_SIZE", "1") != "1":  # as torchrun sets it
@@ -264,75 +246,6 @@ def train(
         if strict and job.figures is not None and (wrong := diagnosis(job.figures, job.learner.config)) is not None:
             what_to_do = advice(job.figures, job.learner.config, job.learner.counters.step)
             raise CollapsedError(f"{wrong}, and --strict was given", hint=what_to_do)
-
-
-class _Plan:
-    """What was asked for: flags over the configuration file over the environment, as one config a table.
-
-    Raises:
-        ConfigError: for what cannot be, naming the place where it was asked for.
-    """
-
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.flags = flags_layer(options)
-        self.has_file = options["config"] is not None
-        environment: Mapping[str, str] = os.environ
-        if options["resume"]:  # which takes nothing else from there
-            taken = [f"GPTVAE_{key.upper()}" for key in ("out", *keys(MachineConfig))]
-            environment = {name: os.environ[name] for name in taken if name in os.environ}
-        below = [environment_layer(environment)] + ([file_layer(options["config"])] if self.has_file else [])
-        self.asked = merged([*below, self.flags])
-        values = dict(self.asked.values)
-        if ("steps" in values or "epochs" in values) and "max_time" not in values:
-            values["max_time"] = None
-        if values.get("objective") == "stock":
-            values = {**STOCK_RECIPE, "conditioning": "token", **values}
-        with self.naming():
-            self.run = _config(RunConfig, values)
-            self.data = _config(DataConfig, values)
-            self.sizes = _config(SizeConfig, values)
-            self.train = _config(TrainConfig, values)
-            self.machine = _config(MachineConfig, values)
-            # Loading a model checks no such thing: what it was trained with is past.
-            if self.train.objective == "stock" and self.train.target_rate > 0:
-                raise FieldError("target_rate", self.train.target_rate, "0 with --objective stock, which knows none")
-            if self.train.objective == "stock" and self.train.on_collapse == "treat":
-                raise FieldError("on_collapse", "treat", "warn with --objective stock, which has no free nats to give")
-
-    @contextmanager
-    def naming(self) -> Iterator[None]:
-        """Makes an error of a field say where the field was set."""
-        try:
-            yield
-        except FieldError as error:
-            label = self.asked.labels.get(error.field)
-            raise (error.named(label) if label else error) from error
-
-    def limits_for_resume(self) -> dict[str, Any]:
-        """The flags that a resumed run may change: those that say when to stop. The environment is not asked."""
-        kept = {key for kind in (DataConfig, SizeConfig, TrainConfig) for key in keys(kind)} - {*_LIMITS, "strict"}
-        changed = [label for key, label in self.flags.labels.items() if key in kept]
-        if self.has_file:
-            changed.append("--config")
-        if changed:
-            raise ConfigError(
-                f"--resume keeps the run's configuration, found {changed[0]}",
-                hint="only --max-time, --steps, --epochs and --strict may change",
-            )
-        limits = {key: self.flags.values[key] for key in _LIMITS if key in self.flags.values}
-        if limits:
-            limits = dict.fromkeys(_LIMITS) | limits
-        return limits | ({"strict": True} if "strict" in self.flags.values else {})
-
-    def to_toml(self) -> str:
-        """The configuration as a file that `--config` reads."""
-        tables = to_toml((self.run, self.data, self.sizes, self.train, self.machine))
-        return f"# gptvae {__version__}; paths are relative to the working directory\n\n{tables}"
-
-
-def _config(kind: type[Config], values: Mapping[str, object]) -> Config:
-    known = keys(kind)
-    return from_dict(kind, {key: value for key, value in values.items() if key in known})
 
 
 def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
