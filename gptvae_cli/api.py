@@ -30,7 +30,7 @@ from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint
 from gptvae_cli.checkpoint import load as load_checkpoint
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
-from gptvae_cli.data import batches_of, plan_batches
+from gptvae_cli.data import batches_of, places_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.evaluation import importance_weighted, measure_without_latent
@@ -161,13 +161,12 @@ class Model:
         # An empty text of windows has no token to predict: nothing is unlikely about it.
         told = [place for place, row in enumerate(every) if len(row) > 1]
         if rows := [every[place] for place in told]:
-            order = np.concatenate(plan_batches(np.array([*map(len, rows)]), most))
             batches = batches_of(rows, None, self.header.model.pad_id, most)
             if self.header.has_latent:
                 found_N = importance_weighted(self.network, batches, samples, seed=seed, dtype=self._dtype)
             else:
                 found_N = measure_without_latent(self.network, batches, dtype=self._dtype)
-            nll_N[np.array(told)[order]] = found_N.numpy()
+            nll_N[np.array(told)[places_of(rows, most)]] = found_N.numpy()
         return nll_N
 
     def generate(

@@ -214,11 +214,20 @@ def batches_of(
         batch_tokens: of a batch, about.
     """
     batches = []
-    for index in plan_batches(np.array([len(row) for row in rows]), batch_tokens):
+    for index in _by_length(rows, batch_tokens):
         tokens_BT = padded([rows[i] for i in index], pad_id)
         source_BT = None if sources is None else padded([sources[i] for i in index], pad_id)
         batches.append(Batch(tokens_BT, source_BT, sum(len(rows[i]) - 1 for i in index)))
     return batches
+
+
+def places_of(rows: Sequence[Sequence[int]], batch_tokens: int) -> Ints:
+    """Which of the rows each row of their `batches_of` is, one batch after the other [N]."""
+    return np.concatenate(_by_length(rows, batch_tokens))
+
+
+def _by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[Ints]:
+    return plan_batches(np.array([*map(len, rows)]), batch_tokens)
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:

@@ -305,18 +305,15 @@ def _evaluating(model: GPTVAE, dtype: torch.dtype) -> Iterator[None]:
 
 
 @torch.no_grad()
-def reconstruct(model: GPTVAE, rows: Sequence[Tensor], *, banned: Sequence[int] = ()) -> list[list[int]]:
+def reconstruct(model: GPTVAE, tokens_BT: Tensor, *, banned: Sequence[int] = ()) -> list[list[int]]:
     """The greedy text of each row's posterior mean: tokens without BOS and EOS.
 
     Args:
         model: is left in the mode it was in.
-        rows: what the encoder reads, `BOS text EOS`, one tensor [T] a text.
+        tokens_BT: what the encoder reads, `BOS text EOS`, padded.
         banned: tokens that are never written.
     """
-    config = model.config
-    assert config is not None
     with _evaluating(model, torch.float32):
-        tokens_BT = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=config.pad_id)
         mean_BZ = model.posterior(tokens_BT.to(model.device)).mean_BZ
         return write_greedily(model, mean_BZ, banned=banned)
 

@@ -20,7 +20,7 @@ import torch
 
 from gptvae_cli import bleu
 from gptvae_cli.checkpoint import Checkpoint
-from gptvae_cli.data import batches_of, plan_batches
+from gptvae_cli.data import batches_of, places_of
 from gptvae_cli.device import tokens_together
 from gptvae_cli.evaluation import (
     Keys,
@@ -99,8 +99,7 @@ def measured(
         targets = [row for row, _ in piece]
         read = None if sources is None else [source for _, source in piece if source is not None]
         batches = batches_of(targets, read, config.pad_id, most)
-        # Batches are in order of length; back[i] is where in them text i is.
-        back = np.argsort(np.concatenate(plan_batches(np.array([*map(len, targets)]), most)))
+        back = np.argsort(places_of(targets, most))  # where in the batches each text is
         keys_N = np.concatenate([keys_of(batch, config.pad_id) for batch in batches])[back]
         plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in targets]
         texts = [tokenizer.decode(ids) for ids in plain]

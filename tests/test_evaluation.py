@@ -163,7 +163,7 @@ def test_measuring_and_reconstructing_leave_the_model_as_it_was(tiny_model: Tiny
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
     measure(model, batches_of(rows_of(), 5))
-    reconstruct(model, [torch.tensor(row) for row in rows_of()])
+    reconstruct(model, padded(rows_of()))
     assert all(module.training == training for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state), "nothing global is drawn from"
@@ -214,20 +214,21 @@ def learnt(tiny_model: TinyModel) -> tuple[GPTVAE, list[list[int]]]:
 def test_a_model_that_knows_its_texts_gives_them_back(learnt: tuple[GPTVAE, list[list[int]]]) -> None:
     """Ragged rows together, each without its BOS, EOS and padding."""
     model, rows = learnt
-    tensors = [torch.tensor(row) for row in rows]
-    assert reconstruct(model, tensors) == [row[1:-1] for row in rows]
-    assert reconstruct(model, tensors[::-1]) == [row[1:-1] for row in rows[::-1]]
+    assert reconstruct(model, padded(rows)) == [row[1:-1] for row in rows]
+    assert reconstruct(model, padded(rows[::-1])) == [row[1:-1] for row in rows[::-1]]
 
 
 def test_padding_behind_a_row_does_not_change_its_reconstruction(learnt: tuple[GPTVAE, list[list[int]]]) -> None:
     model, rows = learnt
-    assert reconstruct(model, list(padded(rows))) == [row[1:-1] for row in rows]
+    longer = torch.nn.functional.pad(padded(rows), (0, 5), value=PAD)
+    assert reconstruct(model, longer) == [row[1:-1] for row in rows]
+    assert [reconstruct(model, padded([row]))[0] for row in rows] == [row[1:-1] for row in rows]
 
 
 def test_banned_tokens_are_not_written(learnt: tuple[GPTVAE, list[list[int]]]) -> None:
     model, rows = learnt
     banned = rows[-1][1]
-    written = reconstruct(model, [torch.tensor(row) for row in rows], banned=[banned])
+    written = reconstruct(model, padded(rows), banned=[banned])
     assert all(banned not in text for text in written)
     assert written != [row[1:-1] for row in rows]
 

@@ -15,7 +15,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from gptvae_cli import bleu, pieces, report
 from gptvae_cli.checkpoint import Checkpoint, load
-from gptvae_cli.data import batches_of
+from gptvae_cli.data import batches_of, padded
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
 from gptvae_cli.latent import mutual_information
@@ -93,7 +93,7 @@ def test_the_figures_are_those_of_all_texts_at_once(checkpoint: Checkpoint) -> N
 def test_reconstructions_are_judged_as_sacrebleu_and_eyes_do(checkpoint: Checkpoint) -> None:
     found = values_of(checkpoint, TEXTS)
     rows = list(Encoder(checkpoint, "line").rows(TEXTS))
-    written = reconstruct(checkpoint.model, [torch.tensor(row) for row in rows])
+    written = reconstruct(checkpoint.model, padded(rows, checkpoint.header.model.pad_id))
     texts = [checkpoint.tokenizer.decode([t for t in row if t < 256]) for row in rows]
     again = [checkpoint.tokenizer.decode(ids) for ids in written]
     assert found["bleu"] == pytest.approx(BLEU(tokenize="none").corpus_score(again, [texts]).score, abs=1e-6)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig
 from gptvae_cli.corpus import Corpus
-from gptvae_cli.data import Epoch, Rows, fixed_batches
+from gptvae_cli.data import Epoch, Rows, fixed_batches, padded
 from gptvae_cli.errors import CheckpointError, DivergedError, ExitCode
 from gptvae_cli.evaluation import Figures, measure, reconstruct
 from gptvae_cli.learner import EMBEDDINGS_FASTER, Counters, Learner, counters_dict
@@ -154,8 +154,8 @@ def test_a_tiny_model_learns_ten_sentences_by_heart(make_rows: MakeRows) -> None
     assert figures is not None
     assert figures.mutual_information == pytest.approx(math.log(10), abs=0.1)
     assert figures.cross_entropy_shuffled > figures.cross_entropy + 10
-    texts = [torch.tensor([257, *text.encode(), 258]) for text in SENTENCES]
-    assert [bytes(ids).decode() for ids in reconstruct(learner.model, texts)] == SENTENCES
+    texts_BT = padded([[257, *text.encode(), 258] for text in SENTENCES], learner.model.pad_id)
+    assert [bytes(ids).decode() for ids in reconstruct(learner.model, texts_BT)] == SENTENCES
 
 
 def whole(batch: Batch) -> tuple[range, int]:

@@ -137,7 +137,7 @@ def run(
     import numpy as np
     import torch
 
-    from gptvae_cli.data import batches_of
+    from gptvae_cli.data import batches_of, padded
     from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
     from gptvae_cli.evaluation import (
         PROPOSAL_WIDTHS,
@@ -197,7 +197,7 @@ def run(
                 "widths": PROPOSAL_WIDTHS,
             }
             some = tokens[:300]
-            written = reconstruct(saved.model, [torch.tensor(row) for row in some])
+            written = reconstruct(saved.model, padded(some, pad_id))
             plain = [[token for token in row[1:] if token != eos_id] for row in some]
             pairs = list(zip(plain, written, strict=True))
             ends = [tokens[-1] == eos_id for tokens in some]
