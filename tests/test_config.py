@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import FrozenInstanceError, fields
 from typing import Any, get_args
 
@@ -151,6 +152,14 @@ def test_a_value_that_is_not_allowed_is_named_with_what_is(
         with pytest.raises(ConfigError) as caught:
             make(**base | values)
         assert one_line(caught.value) == message
+
+
+def test_an_error_of_a_field_comes_whole_from_another_process() -> None:
+    """One that cannot be made again keeps a pool of processes waiting for ever."""
+    error = FieldError("dim_latent", -1, "1 or more", hint="leave it out").named("c.toml, [model] dim_latent")
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.message, again.hint) == (FieldError, error.message, error.hint)
+    assert again.named("--dim-latent").message == "--dim-latent is -1, it must be 1 or more"
 
 
 def test_every_field_has_a_row_in_the_table_above_or_takes_any_text() -> None:

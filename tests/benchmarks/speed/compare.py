@@ -248,10 +248,10 @@ def there_and_back(function: Callable[[], torch.Tensor]) -> Side:
 
 
 def attention(rounds: int) -> str:
-    """Causal attention on short rows, forward and backward: plain products against torch's kernel."""
-    lines = []
-    for dtype in (torch.bfloat16, torch.float32):
-        for batch, length in ((146, 15), (16, 127)):
+    """Causal attention, forward and backward: plain products against torch's kernel."""
+    short, lines = [(146, 15), (16, 127)], []
+    for dtype, shapes in ((torch.bfloat16, [*short, (4, 512), (1, 2048)]), (torch.float32, short)):
+        for batch, length in shapes:
             q, k, v = (torch.randn(batch, 2, length, 64, dtype=dtype, requires_grad=True) for _ in range(3))
             sides = {
                 "ours": there_and_back(lambda q=q, k=k, v=v: attend(q, k, v, None, causal=True)),  # type: ignore[misc]
