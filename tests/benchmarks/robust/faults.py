@@ -64,19 +64,26 @@ _SIZES = (
 # Moments --------------------------------------------------------------------------------------------------------------
 
 
-def before(owner: Any, name: str, count: int = 1, *, to: str | None = None) -> Moment:
-    """Just before a call of a function, of those whose last argument has the name `to` the one with this number."""
+def before(owner: Any, name: str, count: int = 1, *, to: str | None = None, behind: bool = False) -> Moment:
+    """Just before a call of a function, or `behind` it, of those whose last argument has the name `to` the one with
+    this number."""
+
+    original = getattr(owner, name)
 
     def install(action: Action) -> None:
-        original, calls = getattr(owner, name), 0
+        calls = 0
 
         def wrapper(*args: Any, **options: Any) -> Any:
             nonlocal calls
             meant = to is None or Path(args[-1]).name == to
             calls += meant
-            if meant and calls == count:
+            now = meant and calls == count
+            if now and not behind:
                 action(*args, **options)
-            return original(*args, **options)
+            result = original(*args, **options)
+            if now and behind:
+                action(*args, **options)
+            return result
 
         setattr(owner, name, wrapper)
 
@@ -132,7 +139,7 @@ TRAINING: dict[str, Moment] = {
     "writing a state": while_writing("state.safetensors", 5),
     "state written, not renamed": before(Path, "replace", 4, to="state.prev.safetensors"),
     "between a state's renames": before(Path, "replace", 5, to="state.safetensors"),
-    "state renamed, not synced": before(checkpoint, "sync", 20),
+    "state renamed, not synced": before(Path, "replace", 5, to="state.safetensors", behind=True),
     "at the verdict": before(run.Job, "load_best"),
 }
 
