@@ -12,7 +12,6 @@ from gptvae_cli.config import DataConfig, SizeConfig, TrainConfig
 from tests import benchmarks
 from tests.benchmarks.latent import study
 
-
 SCRIPTS = [found.name for found in pkgutil.walk_packages(benchmarks.__path__, "tests.benchmarks.") if not found.ispkg]
 
 
