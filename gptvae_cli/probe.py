@@ -8,7 +8,8 @@ Shapes: N texts, F features, Z latent width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -61,6 +62,17 @@ def require_scikit_learn() -> None:
         raise ConfigError("--labels needs scikit-learn, which is not installed", hint="pip install 'gptvae[probe]'")
 
 
+def require_classes(labels: Iterable[str]) -> None:
+    """Raises a `DataError` where fewer than two labels are borne by enough texts; an empty one is none."""
+    times = Counter(filter(None, labels))
+    kinds = sum(count >= FEWEST for count in times.values())
+    if kinds < 2:
+        raise DataError(
+            f"found {kinds} labels that {FEWEST} texts or more bear, of {len(times)}; a probe needs two",
+            hint="a label is a class that many texts share; of classes, evaluate more texts: --texts 0 takes all",
+        )
+
+
 def probe(
     latents_NZ: Floats,
     texts: Sequence[str],
@@ -103,12 +115,7 @@ def probe(
     distinct = np.array(first, dtype=np.int64)
     times = np.bincount(number_N[distinct], minlength=len(names))
     usable = distinct[times[number_N[distinct]] >= FEWEST]
-    kinds = len(np.unique(number_N[usable]))
-    if kinds < 2:
-        raise DataError(
-            f"found {kinds} labels that {FEWEST} texts or more bear, of {np.sum(names != '')}; a probe needs two",
-            hint="a label is a class that many texts share; of classes, evaluate more texts: --texts 0 takes all",
-        )
+    require_classes([labels[i] for i in distinct])
     train, test = train_test_split(usable, test_size=HELD_OUT, stratify=number_N[usable], random_state=seed)
     wanted_train, wanted_test = number_N[train], number_N[test]
     texts_train, texts_test = ([texts[i] for i in part] for part in (train, test))
@@ -134,7 +141,7 @@ def probe(
             unit, best = name, fitted.best_score_
     return Probe(
         texts=len(usable),
-        labels=kinds,
+        labels=len(np.unique(number_N[usable])),
         latent=latent.predict(latents_NZ[test]) == wanted_test,
         words=words,
         commonest=commonest,

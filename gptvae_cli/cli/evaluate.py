@@ -124,11 +124,12 @@ def evaluate(
             read = read_texts([latents_from], data, repairs=repairs)
             sources = _aligned(latents_from, read, "texts", texts, count)
         if labels is not None:
-            from gptvae_cli.probe import require_scikit_learn
+            from gptvae_cli.probe import require_classes, require_scikit_learn
 
             require_scikit_learn()
             marks = read_texts([labels], TextConfig(field=data.field, errors=errors or "strict"))
             names = _aligned(labels, marks, "labels", texts, count)
+            require_classes(names)  # which more may be wrong with, as the texts that bear them will tell
     with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli import report, sampling
     if with_baseline:

@@ -540,9 +540,18 @@ def test_the_figures_of_windows_have_the_rows_of_their_latents(evaluate: Evaluat
 
 def test_the_figures_of_texts_are_kept_where_no_report_can_be_made(evaluate: Evaluate) -> None:
     """Hours may have gone into them."""
+    Path("equal.txt").write_text("a\nb\n" * 5)
+    Path("labels.txt").write_text("A\nB\n" * 5)
+    result = evaluate("--labels", "labels.txt", "--per-text", "scores.jsonl", corpus="equal.txt")
+    assert_fails(result, 3, "found 0 labels that 5 texts or more bear, of 2")  # as equal texts count once
+    assert len(Path("scores.jsonl").read_text().splitlines()) == 10
+
+
+def test_labels_that_are_no_classes_are_told_before_anything_is_measured(evaluate: Evaluate) -> None:
     Path("labels.txt").write_text("".join(f"{n}\n" for n in range(len(TEXTS))))
-    assert_fails(evaluate("--labels", "labels.txt", "--per-text", "scores.jsonl"), 3, "found 0 labels")
-    assert len(Path("scores.jsonl").read_text().splitlines()) == len(TEXTS)
+    result = evaluate("--labels", "labels.txt", "--per-text", "scores.jsonl")
+    assert_fails(result, 3, f"found 0 labels that 5 texts or more bear, of {len(TEXTS)}")
+    assert not Path("scores.jsonl").exists()
 
 
 def test_the_figures_of_texts_need_a_file_of_their_own(evaluate: Evaluate, models: Path) -> None:
