@@ -29,6 +29,7 @@ from gptvae_cli.attention import attend, attend_one
 from gptvae_cli.config import SampleConfig
 
 if TYPE_CHECKING:
+    from gptvae_cli.characters import Characters
     from gptvae_cli.model import GPTVAE
 
 
@@ -61,6 +62,8 @@ class Row:
     max_new: int
     uniforms: Iterator[float] = field(default_factory=lambda: iter(()))
     new: list[int] = field(default_factory=list)
+    state: int = 0
+    """How far the bytes of a character have come, see `Characters`."""
 
 
 Choose = Callable[[Tensor, Sequence[Row]], Tensor]
@@ -74,6 +77,7 @@ def decode(
     *,
     banned: Sequence[int] = (),
     begins: Sequence[int] = (),
+    characters: Characters | None = None,
     batch_size: int = 64,
     on_token: Callable[[int, int], None] | None = None,
     cached: bool = True,
@@ -89,6 +93,7 @@ def decode(
         sample: how tokens are chosen.
         banned: tokens that are never written, besides padding and BOS.
         begins: what the first new token of a text is one of; nothing is any.
+        characters: of the tokenizer; texts are then valid UTF-8, though one that is cut may end within a character.
         batch_size: rows that are decoded together.
         on_token: called with (position of the request, token) as each token is chosen.
         cached: False takes the plain path.
@@ -96,12 +101,26 @@ def decode(
     config = model.config
     assert config is not None, "decode needs a model that was built from a config"
     max_new = sample.max_tokens or config.max_seq_len - 1
-    never = torch.tensor(sorted({config.pad_id, config.bos_id, *banned}), device=model.device)
+    never = sorted({config.pad_id, config.bos_id, *banned})
+    barred_SV = torch.zeros(1, config.num_tokens, dtype=torch.bool)
+    if characters is not None:
+        barred_SV = torch.from_numpy(~characters.follows_SV)
+        barred_SV[1:, config.eos_id] = True
+    barred_SV[:, never] = True
+    barred_SV = barred_SV.to(model.device)
+    barred = barred_SV[0].nonzero()[:, 0]
     no_beginning_V = torch.ones(config.num_tokens, dtype=torch.bool, device=model.device)
     no_beginning_V[list(begins)] = False
 
     def choose(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
-        logits_BV = logits_BV.index_fill(-1, never, float("-inf"))
+        if characters is not None:
+            for row in rows:
+                row.state = characters.behind(row.new[-1:], row.state)
+        states = [row.state for row in rows]
+        if any(states):
+            logits_BV = logits_BV.masked_fill(barred_SV[states], float("-inf"))
+        else:  # nearly always, and faster
+            logits_BV = logits_BV.index_fill(-1, barred, float("-inf"))
         if begins and not all(row.new for row in rows):
             first_B1 = torch.tensor([[not row.new] for row in rows], device=logits_BV.device)
             logits_BV = logits_BV.masked_fill(first_B1 & no_beginning_V, float("-inf"))
@@ -113,7 +132,8 @@ def decode(
     def rows() -> Iterator[Row]:
         for index, request in enumerate(requests):
             uniforms = noise.token_uniforms(sample.seed, request.row, request.copy)
-            yield Row(index, [config.bos_id, *request.prompt], request.latent, max_new, uniforms)
+            state = 0 if characters is None else characters.behind(request.prompt)
+            yield Row(index, [config.bos_id, *request.prompt], request.latent, max_new, uniforms, state=state)
 
     waiting: dict[int, list[int]] = {}
     next_index = 0

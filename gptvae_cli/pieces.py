@@ -122,7 +122,9 @@ def measured(
             on_progress=lambda texts, before=done: on_progress(before + texts),  # type: ignore[misc]
         )
         mean_NZ = found.posterior.mean_BZ[back]
-        written = write_greedily(model, mean_NZ.to(model.device), banned=banned, dtype=dtype)
+        written = write_greedily(
+            model, mean_NZ.to(model.device), banned=banned, characters=tokenizer.characters, dtype=dtype
+        )
         ngrams = [bleu.counts(a, tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
         columns |= {
             "nll": nll_N.numpy()[back],
@@ -157,7 +159,7 @@ class _Tally:
 
     def __init__(self, checkpoint: Checkpoint, *, running: bool) -> None:
         tokenizer = checkpoint.tokenizer
-        self.sizes = tokenizer.sizes() if tokenizer.is_exact else None
+        self.sizes = [*map(len, tokenizer.spelled())] if tokenizer.is_exact else None
         self.longest = checkpoint.header.model.max_seq_len - 1
         self.running, self.within_a_word = running, False
 

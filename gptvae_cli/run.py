@@ -196,7 +196,9 @@ class Job:
         index = (self.valid.spread(count) + start) % len(self.valid)
         decode = self.corpus.tokenizer.decode
         batch = self.valid.batch(self.valid.spans(index))
-        written = reconstruct(self.learner.model, batch.encoder_BT, banned=self.banned)
+        written = reconstruct(
+            self.learner.model, batch.encoder_BT, banned=self.banned, characters=self.corpus.tokenizer.characters
+        )
         return [(decode(row.tolist()), decode(ids)) for row, ids in zip(batch.encoder_BT, written, strict=True)]
 
     def _treatment(self) -> str | None:

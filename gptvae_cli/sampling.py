@@ -276,11 +276,14 @@ def write(
             sample,
             banned=tokenizer.line_break_ids if unit == "line" else (),
             begins=begins,
+            characters=tokenizer.characters,
             batch_size=1 if pieces else rows_together(device),
             on_token=pieces.add if pieces else None,
         ):
             # Decoded in one piece: a tokenizer may treat the beginning of a text in its own way.
             text = tokenizer.decode([*prompt_ids, *ids])
+            if tokenizer.characters is not None and tokenizer.characters.behind([*prompt_ids, *ids]):
+                text = text.removesuffix("\ufffd")  # it was cut within a character
             if pieces:
                 pieces.finish(text)
             yield text

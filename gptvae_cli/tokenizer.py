@@ -19,6 +19,8 @@ from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 if TYPE_CHECKING:
     import tokenizers
 
+    from gptvae_cli.characters import Characters
+
 TokenizerKind = Literal["bytes", "bpe", "file"]
 
 _MOST_TOKENS = 2**22 - 3
@@ -77,25 +79,30 @@ class Tokenizer:
             and set(pre_tokenizers.ByteLevel.alphabet()) <= self._tokenizer.get_vocab().keys()
         )
 
-    def sizes(self) -> list[int]:
-        """Bytes of UTF-8 that every token stands for, special ones none; of a tokenizer that `is_exact`."""
+    def spelled(self) -> list[bytes]:
+        """The bytes of UTF-8 that every token stands for, special ones none; of a tokenizer that `is_exact`."""
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        sizes = [0] * self.num_tokens
+        byte_of = _bytes_of_characters()
+        spelled = [b""] * self.num_tokens
         for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
             # The library writes a byte as one character, but for tokens that were added, which it writes as they are.
-            sizes[number] = len(token.encode("utf-8") if token in added else token)
-        return sizes
+            as_it_is = token in added or not byte_of.keys() >= set(token)
+            spelled[number] = token.encode("utf-8") if as_it_is else bytes(byte_of[char] for char in token)
+        return spelled
+
+    @cached_property
+    def characters(self) -> Characters | None:
+        """Which tokens go on with valid UTF-8; None for a tokenizer that is not `is_exact`, whose business it is."""
+        from gptvae_cli.characters import Characters  # which loads numpy
+
+        return Characters(self.spelled()) if self.is_exact else None
 
     @classmethod
     def bytes(cls) -> Tokenizer:
         """One token for each byte of UTF-8; its id is the byte."""
-        from tokenizers import models, pre_tokenizers
+        from tokenizers import models
 
-        # The library writes a byte as a character: itself where that is printable, else the next from U+0100 on.
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        unprintable = sorted(set(range(256)) - set(map(ord, alphabet)))
-        vocab = {char: ord(char) if ord(char) < 256 else unprintable[ord(char) - 256] for char in alphabet}
-        return cls(_byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False), "bytes")
+        return cls(_byte_level(models.BPE(vocab=_bytes_of_characters(), merges=[]), use_regex=False), "bytes")
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int | None = None) -> Tokenizer:
@@ -216,6 +223,15 @@ class Tokenizer:
 
 
 _FILE_HINT = "give a tokenizer.json of the tokenizers library (Tokenizer.save), or --tokenizer bytes|bpe"
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The library writes a byte as a character: itself where that is printable, else the next from U+0100 on."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    unprintable = sorted(set(range(256)) - set(map(ord, alphabet)))
+    return {char: ord(char) if ord(char) < 256 else unprintable[ord(char) - 256] for char in alphabet}
 
 
 def _byte_level(model: tokenizers.models.BPE, *, use_regex: bool) -> tokenizers.Tokenizer:

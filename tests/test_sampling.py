@@ -348,18 +348,18 @@ def test_spaces_at_the_end_of_a_prompt_are_left_to_the_next_word(tmp_path: Path)
     path = make_model(tmp_path / "bpe.safetensors", tokenizer=words)
     checkpoint = sampling.open_model(path, device="cpu").checkpoint
     spaced = [i for i in range(words.pad_id) if words.decode([i]).startswith(" ")]
-    banned = words.line_break_ids
+    rules: dict[str, Any] = {"banned": words.line_break_ids, "characters": words.characters}
     assert len(spaced) > 5
     for cached in (True, False):
         latents = [torch.tensor(latent_Z) for latent_Z in rows_of(20)]
         heads = [Request(row, 0, latent_Z, words.encode_batch(["the"])[0]) for row, latent_Z in enumerate(latents)]
-        found = list(decode(checkpoint.model, heads, GREEDY, banned=banned, begins=spaced, cached=cached))
-        anything = list(decode(checkpoint.model, heads, GREEDY, banned=banned, cached=cached))
+        found = list(decode(checkpoint.model, heads, GREEDY, **rules, begins=spaced, cached=cached))
+        anything = list(decode(checkpoint.model, heads, GREEDY, **rules, cached=cached))
         assert all(ids[0] in spaced for ids in found)
         assert any(ids[:1] and ids[0] not in spaced for ids in anything)
         assert all(one == other for one, other in zip(found, anything, strict=True) if other[:1] and other[0] in spaced)
     written = list(sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt="the "))
-    assert written == [words.decode([*heads[0].prompt, *ids]) for ids in found]
+    assert written == [words.decode([*heads[0].prompt, *ids]).removesuffix("\ufffd") for ids in found]
     assert all(text.startswith("the ") for text in written)
     pieces: list[str] = []
     streamed = list(sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt="the ", on_text=pieces.append))
@@ -398,10 +398,11 @@ def test_bfloat16_writes_the_texts_of_autocast(checkpoint: Checkpoint) -> None:
         list(sampling.write(checkpoint, requests(30), GREEDY, unit="line", dtype=dtype))
         for dtype in (torch.bfloat16, torch.float32)
     )
-    banned = checkpoint.tokenizer.line_break_ids
+    tokenizer = checkpoint.tokenizer
+    rules: dict[str, Any] = {"banned": tokenizer.line_break_ids, "characters": tokenizer.characters}
     with torch.autocast("cpu", torch.bfloat16):
-        expected = list(decode(checkpoint.model, requests(30), GREEDY, banned=banned))
-    assert written == [checkpoint.tokenizer.decode(ids) for ids in expected]
+        expected = list(decode(checkpoint.model, requests(30), GREEDY, **rules))
+    assert written == [bytes(ids).decode("utf-8", "ignore") for ids in expected]
     assert written != exact
 
 
@@ -410,12 +411,12 @@ def test_bfloat16_writes_the_texts_of_autocast(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("prompt", ["", "日é"], ids=["none", "wide"])
 def test_pieces_join_to_the_text(checkpoint: Checkpoint, prompt: str) -> None:
-    """A model that nobody trained writes mostly bytes that are not UTF-8."""
+    """A model that nobody trained writes many characters of several bytes."""
     config = SampleConfig(seed=3, temperature=20)
     pieces: list[str] = []
     written = sampling.write(checkpoint, requests(30), config, unit="line", prompt=prompt, on_text=pieces.append)
     whole = list(sampling.write(checkpoint, requests(30), config, unit="line", prompt=prompt))
-    assert any("\ufffd" in text for text in whole)
+    assert sum(not text.isascii() for text in whole) > 20
     for found, text in zip(written, whole, strict=True):
         assert "".join(pieces) == found == text
         pieces.clear()
@@ -453,13 +454,14 @@ def test_the_bytes_of_a_character_wait_until_it_is_complete(
     [
         (b"a\xff", "a\ufffd"),
         (b"a\xffb", "a\ufffdb"),
-        (b"\xe6\x97", "\ufffd"),
+        (b"\xe6\x97", ""),
+        (b"a\xe6\x97", "a"),
         (b"\xe6\x97x", "\ufffdx"),
         (b"\xf0\x9f\x98\xe6\x97\xa5", "\ufffd日"),
         ("\ufffd".encode(), "\ufffd"),
         (b"", ""),
     ],
-    ids=["at-the-end", "inside", "cut", "broken-off", "two", "the-character-itself", "nothing"],
+    ids=["at-the-end", "inside", "cut", "cut-behind", "broken-off", "two", "the-character-itself", "nothing"],
 )
 def test_invalid_bytes_become_the_replacement_character_once(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, data: bytes, text: str

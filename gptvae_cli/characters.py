@@ -1,0 +1,67 @@
+"""Which tokens go on with valid UTF-8, however far the bytes of a character have come.
+
+A byte-level tokenizer has tokens that are parts of a character. A decoder may put any of them behind any other, and
+what is no UTF-8 would be shown as U+FFFD.
+
+Shapes: S states, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+_TAIL = range(0x80, 0xC0)
+_RULES: dict[int, list[tuple[Iterable[int], int]]] = {
+    0: [
+        (range(0x80), 0),
+        (range(0xC2, 0xE0), 1),
+        ([0xE0], 4),
+        ([*range(0xE1, 0xED), 0xEE, 0xEF], 2),
+        ([0xED], 5),
+        ([0xF0], 6),
+        (range(0xF1, 0xF4), 3),
+        ([0xF4], 7),
+    ],
+    1: [(_TAIL, 0)],
+    2: [(_TAIL, 1)],
+    3: [(_TAIL, 2)],
+    4: [(range(0xA0, 0xC0), 1)],
+    5: [(range(0x80, 0xA0), 1)],
+    6: [(range(0x90, 0xC0), 2)],
+    7: [(range(0x80, 0x90), 2)],
+}
+"""Of each state the bytes that may come, and the state behind them. In states 0 to 3 so many bytes of a character are
+missing; the others are those in which not every tail byte may come. Source: RFC 3629, section 4."""
+_DEAD = len(_RULES)
+_NO_BYTE = 256
+
+
+class Characters:
+    """The tokens of a byte-level tokenizer as steps from state to state; 0 is between characters.
+
+    Args:
+        tokens: the bytes of each; a special one has none, and leaves the state as it is.
+    """
+
+    def __init__(self, tokens: Sequence[bytes]) -> None:
+        step_SB = np.full((_DEAD + 1, _NO_BYTE + 1), _DEAD, dtype=np.int8)
+        step_SB[:, _NO_BYTE] = range(_DEAD + 1)
+        for state, rules in _RULES.items():
+            for allowed, then in rules:
+                step_SB[state, list(allowed)] = then
+        behind_SV = np.repeat(np.arange(_DEAD, dtype=np.int8)[:, None], len(tokens), axis=1)
+        for place in range(max(map(len, tokens), default=0)):
+            byte_V = np.array([token[place] if place < len(token) else _NO_BYTE for token in tokens])
+            behind_SV = step_SB[behind_SV, byte_V]
+        self.follows_SV: npt.NDArray[np.bool_] = behind_SV != _DEAD
+        """Whether a token may come in a state."""
+        self._behind_SV = np.where(self.follows_SV, behind_SV, 0).tolist()
+
+    def behind(self, ids: Iterable[int], state: int = 0) -> int:
+        """The state behind these tokens. One that may not come where it does ends what was begun, as when decoded."""
+        for token in ids:
+            state = self._behind_SV[state][token]
+        return state
