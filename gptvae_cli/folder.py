@@ -119,12 +119,18 @@ def _remove_unfinished(folder: Path) -> None:
     shutil.rmtree(folder / NEW_CACHE_NAME, ignore_errors=True)
 
 
-def remove_run(folder: Path, *, keep_cache: bool = False) -> None:
-    """Removes what a run left in its folder, and nothing else."""
-    # These are known by the model; and the state goes before the cache, without which it would only be in the way.
-    remove_companions(folder)
-    remove_state(folder / STATE_NAME)
-    remove_file(folder / MODEL_NAME)
+def remove_run(folder: Path, *, keep_model: bool = False, keep_cache: bool = False) -> None:
+    """Removes what a run left in its folder, and nothing else.
+
+    Args:
+        folder: of the run.
+        keep_model: leaves the model, and what lies beside it, until another one takes its place: others may use it.
+        keep_cache: leaves the corpus as tokens.
+    """
+    if not keep_model:
+        remove_companions(folder)  # which are known by the model
+        remove_file(folder / MODEL_NAME)
+    remove_state(folder / STATE_NAME)  # before the cache, without which it would only be in the way
     remove_file(folder / METRICS_NAME)
     cache = folder / CACHE_NAME
     if cache.is_symlink() and not keep_cache:

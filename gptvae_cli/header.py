@@ -162,8 +162,8 @@ def locate_model(path: str | None) -> Path:
                 return found / MODEL_NAME
             if (found / STATE_NAME).exists():
                 raise CheckpointError(
-                    f"it holds a training state but no {MODEL_NAME} yet, training stopped too early",
-                    hint=f"go on with it: gptvae train --resume --out {shlex.quote(place)}",
+                    f"it holds a training state but no {MODEL_NAME} yet, training has just begun or stopped too early",
+                    hint=f"wait for it, or go on with it: gptvae train --resume --out {shlex.quote(place)}",
                 )
         elif found.exists():
             return found

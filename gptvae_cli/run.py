@@ -259,8 +259,8 @@ def start(
         fitted = fit_sizes(corpus, data, preset, sizes)
         torch.manual_seed(config.seed)
         model = GPTVAE.from_config(fitted).to(device.device)
-        # Only now, with a corpus and a model in hand, does an earlier run have to go.
-        remove_run(folder, keep_cache=earlier is not None)
+        # Only now, with a corpus and a model in hand, does an earlier run have to go, and its model later still.
+        remove_run(folder, keep_model=True, keep_cache=earlier is not None)
         if earlier is None:
             place_cache(new_cache, folder)
     except BaseException:

@@ -310,4 +310,4 @@ class TestLocateModel:
         self.run("early run", "state.safetensors")
         with pytest.raises(CheckpointError, match=r"no model\.safetensors yet") as caught:
             locate_model("early run")
-        assert caught.value.hint == "go on with it: gptvae train --resume --out 'early run'"
+        assert caught.value.hint == "wait for it, or go on with it: gptvae train --resume --out 'early run'"

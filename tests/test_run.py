@@ -525,7 +525,8 @@ def test_a_new_run_removes_only_what_gptvae_made(folder: Path, corpus: str) -> N
     (folder / "old").mkdir()
     (folder / "old" / "model.safetensors").write_text("mine too")
     begin(folder, [corpus])
-    assert names(folder) == {"cache", "state.safetensors", "notes.txt", "old"}
+    model = {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+    assert names(folder) == {"cache", "state.safetensors", "notes.txt", "old", *model}
     assert load_state(folder / "state.safetensors").metadata["counters"]["step"] == 0
     assert (folder / "old" / "model.safetensors").read_text() == "mine too"
 
@@ -589,6 +590,23 @@ def test_the_tokens_of_the_same_corpus_are_used_again(folder: Path, corpus: str)
         assert job.corpus.facts == first.corpus.facts
         assert all(torch.equal(tensor, expected[name]) for name, tensor in job.learner.tensors().items())
     assert not any("were not made again" in note for note in first.notes)
+
+
+def test_a_model_that_is_replaced_serves_until_there_is_another(folder: Path, corpus: str) -> None:
+    """Others encode with it all the while, and it is all there is if the new run fails."""
+    finish(begin(folder, [corpus]))
+    kept = ("model.safetensors", "config.json", "tokenizer.json", "README.md")
+    before = {name: (folder / name).read_bytes() for name in kept}
+    with claimed(folder, resume=False, force=True):
+        job = begin(folder, [corpus], shape={**TINY, "dim_latent": 3})
+    assert {name: (folder / name).read_bytes() for name in kept} == before
+    assert not (folder / "metrics.jsonl").exists()
+    assert not any("stays as it is" in note for note in job.notes)
+    finish(job, until=1)
+    again = load(folder / "model.safetensors", device=CPU.device)
+    assert (again.header.training["steps"], again.header.model.dim_latent) == (1, 3)
+    assert all((folder / name).read_bytes() != before[name] for name in kept if name != "tokenizer.json")
+    finish(go_on(folder))
 
 
 def test_the_tokens_of_another_corpus_go(folder: Path, corpus: str) -> None:
