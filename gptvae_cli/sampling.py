@@ -33,6 +33,8 @@ from gptvae_cli.tokenizer import Tokenizer, pieces
 Floats = npt.NDArray[np.float32]
 Item = TypeVar("Item", bound=Sized)
 
+_MOST_REOPENED = 8
+"""Tokens at the end of a prompt that may be the beginning of one."""
 _POOL_TEXTS, _POOL_SIZE = 4096, 2**20
 """How many texts, and how many characters or tokens of them, are sorted by length together."""
 
@@ -292,14 +294,16 @@ def write(
 def _open_ended(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], list[int]]:
     """The tokens of a prompt, and what the first new one is one of; nothing is any.
 
-    The space before a word is in the word's own token, and no text that was learnt has it alone there. So spaces at the
-    end of a prompt are left to the token behind it, which begins with them.
+    A prompt may end where no text that was learnt has an end of a token: within a word, or behind the space that is in
+    the token of the next one. So its last tokens, as many as together begin another, are left to that one.
     """
     ids = tokenizer.encode_batch([prompt])[0]
-    if prompt.endswith(" ") and tokenizer.is_exact and not (last := tokenizer.decode(ids[-1:])).strip(" "):
-        begins = tokenizer.beginning_with(last)
-        if len(begins) > 1:
-            return ids[:-1], begins
+    if tokenizer.is_exact:
+        for count in range(min(len(ids), _MOST_REOPENED), 0, -1):
+            last = tokenizer.decode(ids[-count:])
+            begins = tokenizer.beginning_with(last)
+            if len(begins) > (count == 1) and "\ufffd" not in last:
+                return ids[:-count], begins
     return ids, []
 
 

@@ -366,6 +366,28 @@ def test_spaces_at_the_end_of_a_prompt_are_left_to_the_next_word(tmp_path: Path)
     assert (streamed, "".join(pieces)) == (written, "".join(written))
 
 
+def test_a_prompt_may_end_within_a_word(tmp_path: Path) -> None:
+    """What begins like its last tokens goes on with it, and these tokens are among it where they are one."""
+    words = Tokenizer.train_bpe(["the weather was there, weathered and wet, they didn't weave"] * 20, 330)
+    checkpoint = sampling.open_model(make_model(tmp_path / "bpe.safetensors", tokenizer=words), device="cpu").checkpoint
+    assert len(words.encode_batch([" weather"])[0]) == 1
+    for prompt, rest in (("was weath", "was"), ("was we", "was"), ("th", ""), ("they didn'", "they didn")):
+        kept, begins = sampling._open_ended(words, prompt)
+        assert words.decode(kept) == rest
+        assert {words.decode([i]).removeprefix(prompt.removeprefix(rest)) for i in begins} >= {
+            "was weath": {"er"},
+            "was we": {"", "ather"},
+            "th": {"e", "ere"},
+            "they didn'": {"", "t"},
+        }[prompt]
+        written = list(sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt))
+        assert all(text.startswith(prompt) for text in written)
+        pieces: list[str] = []
+        streamed = sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt, on_text=pieces.append)
+        assert (list(streamed), "".join(pieces)) == (written, "".join(written))
+    assert sampling._open_ended(Tokenizer.bytes(), "was weath") == ([*b"was weath"], [])
+
+
 def test_a_prompt_changes_what_follows(checkpoint: Checkpoint) -> None:
     def follows(prompt: str) -> list[str]:
         written = sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt)
