@@ -41,6 +41,9 @@ FIRST_PROGRESS = 0.001
 EARLIEST_BEST = 0.1
 """Progress before which no model is the best: one that has hardly begun has a latent that may only look alive."""
 VALIDATION_TEXTS = 1000
+REST = 9
+"""How many times as long as a validation took the next one waits, where time is what ends a run: a slow machine would
+have none left to learn."""
 REPORT_SECONDS = 0.5
 _TRIAL_STEPS = 5
 """Steps by which speed is measured, their median, as the first ones are slow."""
@@ -137,7 +140,7 @@ def train(
         counters.start_up = session()
     sums = _Sums(time.monotonic())
     done = progress() >= 1
-    validated = bisect_right(VALIDATIONS, progress())
+    validated, rested = bisect_right(VALIDATIONS, progress()), 0.0
     while not done:
         epoch = Epoch(rows, micro_tokens, config.seed, counters.epoch)
         batches = epoch.batches(counters.texts - counters.epoch * len(rows))
@@ -150,7 +153,7 @@ def train(
             counters.texts += sum(len(b.tokens_BT) for b in micro_batches)
             counters.seconds = earlier + session()
             done, stop = progress() >= 1, should_stop()
-            due = bisect_right(VALIDATIONS, progress()) > validated or done
+            due = (bisect_right(VALIDATIONS, progress()) > validated and counters.seconds >= rested) or done
             if not (due or stop or time.monotonic() - sums.began >= REPORT_SECONDS):
                 continue
             values = _read(sums, norm, counters.step)
@@ -169,6 +172,8 @@ def train(
                     counters.best = score(figures, config)
                 counters.validation = time.monotonic() - start
                 counters.seconds = earlier + session()
+                if config.max_time is not None:  # or what a run comes to would depend on its speed
+                    rested = counters.seconds + REST * counters.validation
                 # Not `validated + 1`: where validating takes long, validations that were missed are not made up for.
                 validated = bisect_right(VALIDATIONS, progress())
                 wrong = None if config.without_latent else diagnosis(figures, config)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -644,10 +645,33 @@ def test_progress_never_goes_back_where_a_validation_was_faster_than_the_one_bef
 
     monkeypatch.setattr("gptvae_cli.training.measure", measure)
     monkeypatch.setattr("gptvae_cli.training.time.monotonic", lambda: clock.now)
-    reports = run(learner_of(config(max_time=150.0)), make_rows(), seconds=clock)
+    reports = run(learner_of(config(max_time=600.0)), make_rows(), seconds=clock)
     assert not takes
     progress = [report.progress for report in reports]
     assert progress == sorted(progress)
+
+
+def test_validations_take_a_tenth_of_the_time_at_most_but_for_the_first_and_the_last(
+    make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow machine each took fifteen seconds of two minutes, and twelve steps were left."""
+    clock, began = Clock(per_call=0.1), []
+
+    def measure(*args: Any, **kwargs: Any) -> Figures:
+        began.append(clock.now)
+        clock.now += 15.0
+        return FIGURES
+
+    monkeypatch.setattr("gptvae_cli.training.measure", measure)
+    monkeypatch.setattr("gptvae_cli.training.time.monotonic", lambda: clock.now)
+    learner = learner_of(config(max_time=600.0))
+    assert run(learner, make_rows(), seconds=clock)[-1].done
+    assert began[0] < 60
+    assert len(began) == 5
+    assert all(after - before >= 150 for before, after in pairwise(began[:-1]))
+    began.clear()
+    run(learner_of(config(steps=40)), make_rows(), seconds=clock)
+    assert len(began) == 11, "what a number of steps comes to does not depend on the machine"
 
 
 def test_a_resumed_run_validates_where_it_would_have(
