@@ -106,8 +106,8 @@ def _baseline_column(model: Gathered, baseline: Gathered, order: npt.NDArray[np.
         different = int((np.concatenate(baseline.hashes) != np.concatenate(model.hashes)).sum())
     if different:
         raise ConfigError(
-            f"model and baseline read {different:,} texts differently: they cut or tokenise them in other ways",
-            hint="compare models of the same tokenizer and --max-seq-len, or leave long texts out",
+            f"model and baseline read {different:,} of {model.texts:,} texts differently: they cut or change others",
+            hint="leave out what either model cuts: texts longer than its max_seq_len, see gptvae info",
         )
     return baseline.table(order)["nll"]
 

@@ -134,7 +134,11 @@ def reading_errors(name: str) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         packing = _PACKINGS.get(ending(name), "packed text")
-        raise DataError(f"{name} is not {packing}, or cut or damaged: {error}") from error
+        program = "zstd" if ending(name) == ".zst" else "gzip"
+        raise DataError(
+            f"{name} is not {packing}, or cut or damaged: {error}",
+            hint=f"what can still be read of it: {program} -dc FILE | gptvae ...",
+        ) from error
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         hint = "check the path; a text itself comes through a pipe, named -" if missing else None

@@ -107,7 +107,7 @@ def _show_error(problem: Exception) -> int:
             where = problem.filename or "input or output"
             console.error(f"{where}: {problem.strerror or problem}", None)
         case _ if _is_out_of_memory(problem):
-            console.error("out of memory", "train takes less with a smaller --batch-tokens; --debug shows where")
+            console.error("out of memory", "training takes less with a smaller --batch-tokens; --debug shows where")
         case _:
             what = f"{type(problem).__name__}: {problem}".partition("\n")[0]
             console.error(f"this should not have happened: {what}", "run it again with --debug and report it")

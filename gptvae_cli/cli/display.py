@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -111,7 +112,15 @@ class TrainingDisplay:
         if self.example is not None:
             body.add_row("text", _one_line(self.example[0]))
             body.add_row("from its z", _one_line(self.example[1]))
-        return Panel(Group(head, Text(), body), title=self.title, title_align="left", border_style="blue")
+        wider = min(max(map(_wider, self.example or ("",))), self.console.width // 4)
+        width = self.console.width - wider if wider else None
+        return Panel(Group(head, Text(), body), title=self.title, title_align="left", border_style="blue", width=width)
+
+
+def _wider(text: str) -> int:
+    """Cells that a terminal may take for a text beyond those that rich counts, which would break a line of the panel
+    in two, and leave a copy of it behind at every refresh: of marks that take room in some scripts, and of skins."""
+    return sum((unicodedata.category(char) == "Mc") + 2 * ("\U0001f3fb" <= char <= "\U0001f3ff") for char in text)
 
 
 def _add_figures(body: Table, figures: Figures, dim_latent: int | None) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import math
 import re
+import unicodedata
 from dataclasses import replace
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from gptvae_cli.cli.display import TrainingDisplay, sparkline
@@ -61,6 +63,25 @@ def written(console: Console) -> str:
 def last_screen(text: str) -> str:
     """The last panel that was drawn, without rich's own sequences."""
     return RICH_SEQUENCE.sub("", text).rpartition("╭")[2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["मां बाप का नाम, " * 8, "দুইটা সময়ে আসেন " * 8, "വണക്കം മലയാളം " * 8, "ok 👍🏽👍🏽👍🏽", "日本語 " * 30, "plain " * 30],
+)
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_line_is_wider_than_the_terminal_takes_it_for(text: str, width: int) -> None:
+    """Terminals give room to marks that rich takes for none; a line that breaks is left behind at every refresh."""
+    console = terminal(width)
+    with TrainingDisplay(console, "gptvae train", 32, quiet=False) as display:
+        display.update(replace(REPORT, figures=FIGURES))
+        display.show_example(text, text)
+    lines = last_screen(written(console)).splitlines()[1:]
+    assert len(lines) > 8
+    for line in lines:
+        marks = sum(unicodedata.category(char) == "Mc" for char in line)
+        skins = sum("\U0001f3fb" <= char <= "\U0001f3ff" for char in line)
+        assert cell_len(line) + marks + 2 * skins <= width, line
 
 
 def test_a_terminal_sees_everything_in_named_units() -> None:
