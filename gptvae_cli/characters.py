@@ -36,7 +36,6 @@ _RULES: dict[int, list[tuple[Iterable[int], int]]] = {
 """Of each state the bytes that may come, and the state behind them. In states 0 to 3 so many bytes of a character are
 missing; the others are those in which not every tail byte may come. Source: RFC 3629, section 4."""
 _DEAD = len(_RULES)
-_NO_BYTE = 256
 
 
 class Characters:
@@ -47,15 +46,17 @@ class Characters:
     """
 
     def __init__(self, tokens: Sequence[bytes]) -> None:
-        step_SB = np.full((_DEAD + 1, _NO_BYTE + 1), _DEAD, dtype=np.int8)
-        step_SB[:, _NO_BYTE] = range(_DEAD + 1)
+        step_SB = np.full((_DEAD + 1, 256), _DEAD, dtype=np.int8)
         for state, rules in _RULES.items():
             for allowed, then in rules:
                 step_SB[state, list(allowed)] = then
         behind_SV = np.repeat(np.arange(_DEAD, dtype=np.int8)[:, None], len(tokens), axis=1)
-        for place in range(max(map(len, tokens), default=0)):
-            byte_V = np.array([token[place] if place < len(token) else _NO_BYTE for token in tokens])
-            behind_SV = step_SB[behind_SV, byte_V]
+        every_byte = np.frombuffer(b"".join(tokens), dtype=np.uint8)
+        size_V = np.array([*map(len, tokens)], dtype=np.int64)
+        start_V = size_V.cumsum() - size_V
+        for place in range(size_V.max(initial=0)):
+            longer = np.flatnonzero(size_V > place)
+            behind_SV[:, longer] = step_SB[behind_SV[:, longer], every_byte[start_V[longer] + place]]
         self.follows_SV: npt.NDArray[np.bool_] = behind_SV != _DEAD
         """Whether a token may come in a state."""
         self._behind_SV = np.where(self.follows_SV, behind_SV, 0).tolist()

@@ -270,6 +270,8 @@ def write(
     if unit == "line" and ("\n" in prompt or "\r" in prompt):
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
     prompt_ids, begins = _open_ended(tokenizer, prompt)
+    if begins and sample.max_tokens is not None:
+        sample = replace(sample, max_tokens=sample.max_tokens + 1)  # the first holds what is left of the prompt
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
     with autocast(device, dtype):
         for ids in decode(

@@ -386,6 +386,10 @@ def test_a_prompt_may_end_within_a_word(tmp_path: Path) -> None:
         streamed = sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt, on_text=pieces.append)
         assert (list(streamed), "".join(pieces)) == (written, "".join(written))
     assert sampling._open_ended(Tokenizer.bytes(), "was weath") == ([*b"was weath"], [])
+    short = SampleConfig(temperature=9, max_tokens=1)
+    texts = list(sampling.write(checkpoint, requests(20), short, unit="line", prompt="was weath"))
+    assert all(text.startswith("was weather") for text in texts)
+    assert any(text != "was weather" for text in texts), "the rest of the prompt's word is not what is asked for"
 
 
 def test_a_prompt_changes_what_follows(checkpoint: Checkpoint) -> None:
