@@ -72,6 +72,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "300 steps, warned": {"steps": 300, "max_time": None, "on_collapse": "warn"},
     "floor 0.25": {"vae_kl_div_floor": 0.25, "target_rate": 0.0},
     "floor 0.5": {"vae_kl_div_floor": 0.5, "target_rate": 0.0},
+    "rate 3.1": {"target_rate": 3.1},
     "rate 4": {"target_rate": 4.0},
     "rate 5.3": {"target_rate": 5.3},
     "rate 6": {"target_rate": 6.0},
