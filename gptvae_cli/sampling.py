@@ -269,7 +269,8 @@ def write(
     tokenizer, device = checkpoint.tokenizer, checkpoint.model.device
     if unit == "line" and ("\n" in prompt or "\r" in prompt):
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
-    prompt_ids, begins = _open_ended(tokenizer, prompt)
+    banned = tokenizer.line_break_ids if unit == "line" else []
+    prompt_ids, begins = _open_ended(tokenizer, prompt, banned)
     if begins and sample.max_tokens is not None:
         sample = replace(sample, max_tokens=sample.max_tokens + 1)  # the first holds what is left of the prompt
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
@@ -278,7 +279,7 @@ def write(
             checkpoint.model,
             (replace(request, prompt=prompt_ids) for request in requests),
             sample,
-            banned=tokenizer.line_break_ids if unit == "line" else (),
+            banned=banned,
             begins=begins,
             characters=tokenizer.characters,
             batch_size=1 if pieces else rows_together(device),
@@ -293,8 +294,8 @@ def write(
             yield text
 
 
-def _open_ended(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt, and what the first new one is one of; nothing is any.
+def _open_ended(tokenizer: Tokenizer, prompt: str, banned: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt, and what the first new one is one of, none of them banned; nothing is any.
 
     A prompt may end where no text that was learnt has an end of a token: within a word, or behind the space that is in
     the token of the next one. So its last tokens, as many as together begin another, are left to that one.
@@ -303,7 +304,7 @@ def _open_ended(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], list[int]
     if tokenizer.is_exact:
         for count in range(min(len(ids), _MOST_REOPENED), 0, -1):
             last = tokenizer.decode(ids[-count:])
-            begins = tokenizer.beginning_with(last)
+            begins = [token for token in tokenizer.beginning_with(last) if token not in banned]
             if len(begins) > (count == 1) and "\ufffd" not in last:
                 return ids[:-count], begins
     return ids, []

@@ -372,7 +372,7 @@ def test_a_prompt_may_end_within_a_word(tmp_path: Path) -> None:
     checkpoint = sampling.open_model(make_model(tmp_path / "bpe.safetensors", tokenizer=words), device="cpu").checkpoint
     assert len(words.encode_batch([" weather"])[0]) == 1
     for prompt, rest in (("was weath", "was"), ("was we", "was"), ("th", ""), ("they didn'", "they didn")):
-        kept, begins = sampling._open_ended(words, prompt)
+        kept, begins = sampling._open_ended(words, prompt, [])
         assert words.decode(kept) == rest
         assert {words.decode([i]).removeprefix(prompt.removeprefix(rest)) for i in begins} >= {
             "was weath": {"er"},
@@ -385,7 +385,11 @@ def test_a_prompt_may_end_within_a_word(tmp_path: Path) -> None:
         pieces: list[str] = []
         streamed = sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt, on_text=pieces.append)
         assert (list(streamed), "".join(pieces)) == (written, "".join(written))
-    assert sampling._open_ended(Tokenizer.bytes(), "was weath") == ([*b"was weath"], [])
+    assert sampling._open_ended(Tokenizer.bytes(), "was weath", []) == ([*b"was weath"], [])
+    (weather,) = words.encode_batch([" weather"])[0]
+    kept, begins = sampling._open_ended(words, "was weath", [weather])
+    assert weather not in begins, "or nothing might be left to draw"
+    assert words.decode(kept) in ("was", "was weath", "was we")
     short = SampleConfig(temperature=9, max_tokens=1)
     texts = list(sampling.write(checkpoint, requests(20), short, unit="line", prompt="was weath"))
     assert all(text.startswith("was weather") for text in texts)
