@@ -27,9 +27,9 @@ from torch import Tensor
 from gptvae_cli import fused, noise
 from gptvae_cli.attention import attend, attend_one
 from gptvae_cli.config import SampleConfig
+from gptvae_cli.constraint import Constraint
 
 if TYPE_CHECKING:
-    from gptvae_cli.characters import Characters
     from gptvae_cli.model import GPTVAE
 
 
@@ -63,7 +63,7 @@ class Row:
     uniforms: Iterator[float] = field(default_factory=lambda: iter(()))
     new: list[int] = field(default_factory=list)
     state: int = 0
-    """How far the bytes of a character have come, see `Characters`."""
+    """How far the bytes of a character have come, see `Constraint`."""
 
 
 Choose = Callable[[Tensor, Sequence[Row]], Tensor]
@@ -75,9 +75,8 @@ def decode(
     requests: Iterable[Request],
     sample: SampleConfig,
     *,
-    banned: Sequence[int] = (),
+    constraint: Constraint | None = None,
     begins: Sequence[int] = (),
-    characters: Characters | None = None,
     batch_size: int = 64,
     on_token: Callable[[int, int], None] | None = None,
     cached: bool = True,
@@ -91,9 +90,9 @@ def decode(
         model: a model with a config (it names the special tokens).
         requests: taken as places in the batch become free.
         sample: how tokens are chosen.
-        banned: tokens that are never written, besides padding and BOS.
+        constraint: what a text may go on with, see `Tokenizer.constraint`, though one that is cut may end within a
+            character; None is any token but padding and BOS.
         begins: what the first new token of a text is one of; nothing is any.
-        characters: of the tokenizer; texts are then valid UTF-8, though one that is cut may end within a character.
         batch_size: rows that are decoded together.
         on_token: called with (position of the request, token) as each token is chosen.
         cached: False takes the plain path.
@@ -101,21 +100,17 @@ def decode(
     config = model.config
     assert config is not None, "decode needs a model that was built from a config"
     max_new = sample.max_tokens or config.max_seq_len - 1
-    never = sorted({config.pad_id, config.bos_id, *banned})
-    barred_SV = torch.zeros(1, config.num_tokens, dtype=torch.bool)
-    if characters is not None:
-        barred_SV = torch.from_numpy(~characters.follows_SV)
-        barred_SV[1:, config.eos_id] = True
-    barred_SV[:, never] = True
-    barred_SV = barred_SV.to(model.device)
+    if constraint is None:
+        never = (config.pad_id, config.bos_id)
+        constraint = Constraint([b""] * config.num_tokens, never=never, eos_id=config.eos_id)
+    barred_SV = torch.from_numpy(~constraint.allowed_SV).to(model.device)
     barred = barred_SV[0].nonzero()[:, 0]
     no_beginning_V = torch.ones(config.num_tokens, dtype=torch.bool, device=model.device)
     no_beginning_V[list(begins)] = False
 
     def choose(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
-        if characters is not None:
-            for row in rows:
-                row.state = characters.behind(row.new[-1:], row.state)
+        for row in rows:
+            row.state = constraint.behind(row.new[-1:], row.state)
         states = [row.state for row in rows]
         if any(states):
             logits_BV = logits_BV.masked_fill(barred_SV[states], float("-inf"))
@@ -132,7 +127,7 @@ def decode(
     def rows() -> Iterator[Row]:
         for index, request in enumerate(requests):
             uniforms = noise.token_uniforms(sample.seed, request.row, request.copy)
-            state = 0 if characters is None else characters.behind(request.prompt)
+            state = constraint.behind(request.prompt)
             yield Row(index, [config.bos_id, *request.prompt], request.latent, max_new, uniforms, state=state)
 
     waiting: dict[int, list[int]] = {}

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gptvae_cli.characters import Characters
 from gptvae_cli.config import SampleConfig
+from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.device import autocast, rows_together, tokens_together
 from gptvae_cli.latent import active_dimensions, entropy, has_collapsed, mutual_information
@@ -306,19 +306,17 @@ def _evaluating(model: GPTVAE, dtype: torch.dtype) -> Iterator[None]:
 
 
 @torch.no_grad()
-def reconstruct(
-    model: GPTVAE, tokens_BT: Tensor, *, banned: Sequence[int] = (), characters: Characters | None = None
-) -> list[list[int]]:
+def reconstruct(model: GPTVAE, tokens_BT: Tensor, *, constraint: Constraint | None = None) -> list[list[int]]:
     """The greedy text of each row's posterior mean: tokens without BOS and EOS.
 
     Args:
         model: is left in the mode it was in.
         tokens_BT: what the encoder reads, `BOS text EOS`, padded.
-        banned, characters: as `decoding.decode` takes them.
+        constraint: as `decoding.decode` takes it.
     """
     with _evaluating(model, torch.float32):
         mean_BZ = model.posterior(tokens_BT.to(model.device)).mean_BZ
-        return write_greedily(model, mean_BZ, banned=banned, characters=characters)
+        return write_greedily(model, mean_BZ, constraint=constraint)
 
 
 @torch.no_grad()
@@ -326,8 +324,7 @@ def write_greedily(
     model: GPTVAE,
     latents_NZ: Tensor,
     *,
-    banned: Sequence[int] = (),
-    characters: Characters | None = None,
+    constraint: Constraint | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[list[int]]:
     """The greedy text of each latent: tokens without BOS and EOS.
@@ -335,13 +332,13 @@ def write_greedily(
     Args:
         model: is left in the mode it was in.
         latents_NZ: on the model's device.
-        banned, characters: as `decoding.decode` takes them.
+        constraint: as `decoding.decode` takes it.
         dtype: bfloat16 computes under autocast.
     """
     requests = (Request(row, 0, latent_Z) for row, latent_Z in enumerate(latents_NZ))
     with _evaluating(model, dtype):
         greedily, together = SampleConfig(greedy=True), rows_together(model.device)
-        return list(decode(model, requests, greedily, banned=banned, characters=characters, batch_size=together))
+        return list(decode(model, requests, greedily, constraint=constraint, batch_size=together))
 
 
 def correct_tokens(text: Sequence[int], written: Sequence[int], whole: bool = True) -> int:

@@ -20,6 +20,7 @@ import torch
 
 from gptvae_cli import bleu
 from gptvae_cli.checkpoint import Checkpoint
+from gptvae_cli.config import Unit
 from gptvae_cli.data import batches_of, places_of
 from gptvae_cli.device import tokens_together
 from gptvae_cli.evaluation import (
@@ -72,11 +73,10 @@ def measured(
     rows: Iterable[Row],
     sources: Iterable[Row] | None = None,
     *,
+    unit: Unit,
     samples: int,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    banned: Sequence[int] = (),
-    running: bool = False,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Iterator[Piece]:
     """Measures texts, a piece at a time, in their order.
@@ -85,15 +85,14 @@ def measured(
         checkpoint: the model; one that was trained without a latent is measured without.
         rows: texts as tokens with their specials, what the decoder writes.
         sources: what the encoder reads, if not the same.
+        unit: what a text is; of `window` they are windows of running ones.
         samples: K of the importance-weighted likelihood.
         seed: of the latents that are drawn.
         dtype: bfloat16 computes under autocast.
-        banned: tokens that a reconstruction never holds.
-        running: texts are windows of running ones.
         on_progress: called with the texts measured so far.
     """
     model, config, tokenizer = checkpoint.model, checkpoint.header.model, checkpoint.tokenizer
-    tally = _Tally(checkpoint, running=running)
+    tally, constraint = _Tally(checkpoint, running=unit == "window"), tokenizer.constraint(unit)
     done, most = 0, tokens_together(model.device)
     for piece in _pieces(zip(rows, repeat(None) if sources is None else sources, strict=False)):
         targets = [row for row, _ in piece]
@@ -122,9 +121,7 @@ def measured(
             on_progress=lambda texts, before=done: on_progress(before + texts),  # type: ignore[misc]
         )
         mean_NZ = found.posterior.mean_BZ[back]
-        written = write_greedily(
-            model, mean_NZ.to(model.device), banned=banned, characters=tokenizer.characters, dtype=dtype
-        )
+        written = write_greedily(model, mean_NZ.to(model.device), constraint=constraint, dtype=dtype)
         ngrams = [bleu.counts(a, tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
         columns |= {
             "nll": nll_N.numpy()[back],

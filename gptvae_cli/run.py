@@ -81,11 +81,6 @@ class Job:
         """Passes over the corpus so far."""
         return self.learner.counters.texts / len(self.rows)
 
-    @property
-    def banned(self) -> list[int]:
-        """Tokens that a model of this unit never writes."""
-        return self.corpus.tokenizer.line_break_ids if self.data.unit == "line" else []
-
     def run(self, *, should_stop: Callable[[], bool], seconds: Callable[[], float]) -> Iterator[StepReport]:
         """Trains, keeps the files, and passes the reports on.
 
@@ -194,12 +189,12 @@ class Job:
     def reconstructions(self, count: int, *, start: int = 0) -> list[tuple[str, str]]:
         """Held-out texts, spread over all of them from one on, beside the greedy decode of their posterior mean."""
         index = (self.valid.spread(count) + start) % len(self.valid)
-        decode = self.corpus.tokenizer.decode
+        tokenizer = self.corpus.tokenizer
         batch = self.valid.batch(self.valid.spans(index))
-        written = reconstruct(
-            self.learner.model, batch.encoder_BT, banned=self.banned, characters=self.corpus.tokenizer.characters
-        )
-        return [(decode(row.tolist()), decode(ids)) for row, ids in zip(batch.encoder_BT, written, strict=True)]
+        constraint = tokenizer.constraint(self.data.unit)
+        written = reconstruct(self.learner.model, batch.encoder_BT, constraint=constraint)
+        pairs = zip(batch.encoder_BT.tolist(), written, strict=True)
+        return [(tokenizer.decode(row), tokenizer.decode(ids)) for row, ids in pairs]
 
     def _treatment(self) -> str | None:
         """When a treatment began and what it does; None where there was none."""

@@ -22,6 +22,7 @@ import torch
 from gptvae_cli import latent
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
+from gptvae_cli.constraint import Constraint
 from gptvae_cli.data import padded, plan_batches
 from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
 from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
@@ -269,8 +270,8 @@ def write(
     tokenizer, device = checkpoint.tokenizer, checkpoint.model.device
     if unit == "line" and ("\n" in prompt or "\r" in prompt):
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
-    banned = tokenizer.line_break_ids if unit == "line" else []
-    prompt_ids, begins = _open_ended(tokenizer, prompt, banned)
+    constraint = tokenizer.constraint(unit)
+    prompt_ids, begins = _open_ended(tokenizer, prompt, constraint)
     if begins and sample.max_tokens is not None:
         sample = replace(sample, max_tokens=sample.max_tokens + 1)  # the first holds what is left of the prompt
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
@@ -279,23 +280,22 @@ def write(
             checkpoint.model,
             (replace(request, prompt=prompt_ids) for request in requests),
             sample,
-            banned=banned,
+            constraint=constraint,
             begins=begins,
-            characters=tokenizer.characters,
             batch_size=1 if pieces else rows_together(device),
             on_token=pieces.add if pieces else None,
         ):
             # Decoded in one piece: a tokenizer may treat the beginning of a text in its own way.
             text = tokenizer.decode([*prompt_ids, *ids])
-            if tokenizer.characters is not None and tokenizer.characters.behind([*prompt_ids, *ids]):
+            if constraint.behind([*prompt_ids, *ids]):
                 text = text.removesuffix("\ufffd")  # it was cut within a character
             if pieces:
                 pieces.finish(text)
             yield text
 
 
-def _open_ended(tokenizer: Tokenizer, prompt: str, banned: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt, and what the first new one is one of, none of them banned; nothing is any.
+def _open_ended(tokenizer: Tokenizer, prompt: str, constraint: Constraint) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt, and what the first new one is one of; nothing is any.
 
     A prompt may end where no text that was learnt has an end of a token: within a word, or behind the space that is in
     the token of the next one. So its last tokens, as many as together begin another, are left to that one.
@@ -304,7 +304,7 @@ def _open_ended(tokenizer: Tokenizer, prompt: str, banned: Sequence[int]) -> tup
     if tokenizer.is_exact:
         for count in range(min(len(ids), _MOST_REOPENED), 0, -1):
             last = tokenizer.decode(ids[-count:])
-            begins = [token for token in tokenizer.beginning_with(last) if token not in banned]
+            begins = [token for token in tokenizer.beginning_with(last) if constraint.allowed_SV[0, token]]
             if len(begins) > (count == 1) and "\ufffd" not in last:
                 return ids[:-count], begins
     return ids, []

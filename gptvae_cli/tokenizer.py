@@ -19,7 +19,8 @@ from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 if TYPE_CHECKING:
     import tokenizers
 
-    from gptvae_cli.characters import Characters
+    from gptvae_cli.config import Unit
+    from gptvae_cli.constraint import Constraint
 
 TokenizerKind = Literal["bytes", "bpe", "file"]
 
@@ -62,6 +63,7 @@ class Tokenizer:
         self.bos_id = self.pad_id + 1
         self.eos_id = self.pad_id + 2
         self.num_tokens = self.pad_id + 3
+        self._constraints: dict[Unit, Constraint] = {}
 
     @cached_property
     def is_exact(self) -> bool:
@@ -90,12 +92,16 @@ class Tokenizer:
             spelled[number] = token.encode("utf-8") if as_it_is else bytes(byte_of[char] for char in token)
         return spelled
 
-    @cached_property
-    def characters(self) -> Characters | None:
-        """Which tokens go on with valid UTF-8; None for a tokenizer that is not `is_exact`, whose business it is."""
-        from gptvae_cli.characters import Characters  # which loads numpy
+    def constraint(self, unit: Unit) -> Constraint:
+        """What a text of a unit may go on with: no special token but EOS, no line break in a `line`, and of a tokenizer
+        that `is_exact` only what is valid UTF-8."""
+        from gptvae_cli.constraint import Constraint  # which loads numpy
 
-        return Characters(self.spelled()) if self.is_exact else None
+        if unit not in self._constraints:
+            tokens = self.spelled() if self.is_exact else [b""] * self.num_tokens
+            never = [self.pad_id, self.bos_id, *(self.line_break_ids if unit == "line" else ())]
+            self._constraints[unit] = Constraint(tokens, never=never, eos_id=self.eos_id)
+        return self._constraints[unit]
 
     @classmethod
     def bytes(cls) -> Tokenizer:

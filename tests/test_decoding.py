@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from gptvae_cli import decoding, products
 from gptvae_cli.config import SampleConfig
+from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, Row, decode, draw, filter_logits, run
 from gptvae_cli.model import GPTVAE
 
@@ -28,6 +29,11 @@ GREEDY = SampleConfig(greedy=True, max_tokens=40)
 SAMPLED = SampleConfig(seed=7, temperature=1.5, max_tokens=40)
 
 TinyModel = Callable[..., GPTVAE]
+
+
+def never(*tokens: int) -> Constraint:
+    """Anything but these, padding and BOS."""
+    return Constraint([b""] * (EOS + 1), never=[PAD, BOS, *tokens], eos_id=EOS)
 
 
 def some_requests(count: int, *, latents: str = "mixed", width: int = 8, seed: int = 0) -> list[Request]:
@@ -172,7 +178,7 @@ def test_a_row_beyond_the_window_goes_on_from_its_newer_half_and_its_latent(
     """x-transformers' own cache drops the latent there. Where it is added to BOS, that stays in front."""
     model = tiny_model(conditioning=conditioning)
     latent_Z, prompt = some_requests(1, latents="all")[0].latent, [3, 1, 4]
-    text = next(decode(model, [Request(0, 0, latent_Z, prompt)], GREEDY, banned=[EOS], cached=cached))
+    text = next(decode(model, [Request(0, 0, latent_Z, prompt)], GREEDY, constraint=never(EOS), cached=cached))
     assert len(text) == 40
     context, moves = [BOS, *prompt], 0
     for token in text:
@@ -356,7 +362,7 @@ def test_banned_tokens_padding_and_bos_are_never_written(
     monkeypatch.setattr(decoding.CachedDecoder, "_logits", lambda self, x_BD: logits(self, x_BD) + bias_V)
     free = [token for text in decode(model, some_requests(8), sample, cached=cached) for token in text]
     assert set(free) == {3, 11}
-    texts = list(decode(model, some_requests(8), sample, banned=[3, 11], cached=cached))
+    texts = list(decode(model, some_requests(8), sample, constraint=never(3, 11), cached=cached))
     assert len({token for text in texts for token in text}) > 3
     assert not {PAD, BOS, 3, 11} & {token for text in texts for token in text}
 
@@ -370,10 +376,9 @@ def test_eos_ends_a_text_and_is_not_part_of_it(model: GPTVAE) -> None:
 @pytest.mark.parametrize("sample", [GREEDY, SampleConfig(temperature=1.5)], ids=["greedy", "sampled"])
 def test_max_tokens_is_kept_to(model: GPTVAE, sample: SampleConfig) -> None:
     """Without one, `BOS text EOS` is as long as the model's longest sequence."""
-    never_ends = [EOS]
     for limit, expected in ((1, 1), (5, 5), (None, WINDOW - 1), (50, 50)):
         limited = SampleConfig(greedy=sample.greedy, temperature=sample.temperature, max_tokens=limit)
-        texts = list(decode(model, some_requests(3), limited, banned=never_ends))
+        texts = list(decode(model, some_requests(3), limited, constraint=never(EOS)))
         assert [len(text) for text in texts] == [expected] * 3
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 
+from gptvae_cli.constraint import Constraint
 from gptvae_cli.evaluation import (
     Figures,
     correct_tokens,
@@ -228,7 +229,8 @@ def test_padding_behind_a_row_does_not_change_its_reconstruction(learnt: tuple[G
 def test_banned_tokens_are_not_written(learnt: tuple[GPTVAE, list[list[int]]]) -> None:
     model, rows = learnt
     banned = rows[-1][1]
-    written = reconstruct(model, padded(rows), banned=[banned])
+    constraint = Constraint([b""] * (EOS + 1), never=[PAD, BOS, banned], eos_id=EOS)
+    written = reconstruct(model, padded(rows), constraint=constraint)
     assert all(banned not in text for text in written)
     assert written != [row[1:-1] for row in rows]
 

@@ -15,6 +15,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from gptvae_cli import bleu, pieces, report
 from gptvae_cli.checkpoint import Checkpoint, load
+from gptvae_cli.constraint import Constraint
 from gptvae_cli.data import batches_of, padded
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
@@ -51,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def gather(checkpoint: Checkpoint, texts: list[str], seed: int = 2) -> Gathered:
     found = Gathered()
-    for piece in measured(checkpoint, Encoder(checkpoint, "line").rows(texts), samples=SAMPLES, seed=seed):
+    for piece in measured(checkpoint, Encoder(checkpoint, "line").rows(texts), unit="line", samples=SAMPLES, seed=seed):
         found.add(piece)
     return found
 
@@ -173,7 +174,7 @@ def test_everything_is_computed_in_the_type_that_was_asked_for(checkpoint: Check
     rows = list(Encoder(checkpoint, "line").rows(TEXTS))
     batches = batches_of(rows, None, checkpoint.header.model.pad_id, 1024)
     exact, rounded = (
-        list(measured(checkpoint, rows, samples=SAMPLES, seed=2, dtype=dtype))
+        list(measured(checkpoint, rows, unit="line", samples=SAMPLES, seed=2, dtype=dtype))
         for dtype in (torch.float32, torch.bfloat16)
     )
     nll_N = importance_weighted(checkpoint.model, batches, SAMPLES, seed=2, dtype=torch.bfloat16)
@@ -193,7 +194,7 @@ def test_progress_counts_the_texts_of_all_pieces(
     monkeypatch.setattr(pieces, "tokens_together", lambda device: 40)
     told: list[int] = []
     rows = Encoder(checkpoint, "line").rows(TEXTS)
-    for piece in measured(checkpoint, rows, samples=1, on_progress=told.append):
+    for piece in measured(checkpoint, rows, unit="line", samples=1, on_progress=told.append):
         assert told[-1] >= len(piece.keys_N)
     assert told == sorted(set(told)), "it never goes back"
     assert told[-1] == len(TEXTS)
@@ -216,12 +217,16 @@ def test_a_text_that_is_there_often_is_as_often_in_the_sample(monkeypatch: pytes
     assert samples[0] == samples[1]
 
 
-def test_a_text_that_is_cut_has_no_end_to_get_right(checkpoint: Checkpoint) -> None:
+def test_a_text_that_is_cut_has_no_end_to_get_right(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written from its latent is as long as the model reads, and so as long as the text."""
     rows = list(Encoder(checkpoint, "line").rows(["z" * 60, "q" * 60]))
     assert [row[-1] for row in rows] == [ord("z"), ord("q")]
     found = Gathered()
-    for piece in measured(checkpoint, rows, samples=1, banned=[ord("z"), ord("q"), checkpoint.tokenizer.eos_id]):
+    tokenizer = checkpoint.tokenizer
+    tokens, never = [b""] * tokenizer.num_tokens, [ord("z"), ord("q"), tokenizer.eos_id]
+    rule = Constraint(tokens, never=never, eos_id=tokenizer.eos_id)
+    monkeypatch.setattr(tokenizer, "constraint", lambda unit: rule)
+    for piece in measured(checkpoint, rows, unit="line", samples=1):
         found.add(piece)
     assert report.report(found, samples=1, seed=0).values["token_accuracy"] == 0
 
@@ -262,7 +267,7 @@ def test_a_word_that_two_windows_share_counts_once(
     # And where one text ends and another begins, the words are two.
     rows = list(Encoder(checkpoint, "window").rows([text, "Others follow"]))
     assert len(rows) > 5
-    for piece in measured(checkpoint, rows, samples=1, running=True):
+    for piece in measured(checkpoint, rows, unit="window", samples=1):
         found.add(piece)
     values = report.report(found, samples=1, seed=0).values
     assert (values["words"], values["bytes"]) == (len(text.split()) + 2, len(text) + len("Others follow"))
@@ -364,7 +369,7 @@ def test_a_baseline_that_read_the_end_of_a_text_is_told_from_a_model_that_did_no
     found = []
     for ended in (rows, [rows[0][:-1], *rows[1:]]):
         found.append(Gathered())
-        for piece in measured(checkpoint, ended, samples=1):
+        for piece in measured(checkpoint, ended, unit="line", samples=1):
             found[-1].add(piece)
     with pytest.raises(ConfigError, match=r"read 1 of [0-9]+ texts differently"):
         report.report(*found, samples=1, seed=0)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from gptvae_cli import __version__
 from gptvae_cli.checkpoint import load, load_state, save_state
-from gptvae_cli.config import DataConfig, ModelConfig, PresetName, SizeConfig, TrainConfig, to_dict
+from gptvae_cli.config import DataConfig, ModelConfig, PresetName, SizeConfig, TrainConfig, Unit, to_dict
+from gptvae_cli.constraint import Constraint
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import (
@@ -33,7 +34,7 @@ from gptvae_cli.errors import (
     ExitCode,
     GPTVAEError,
 )
-from gptvae_cli.evaluation import Figures, measure
+from gptvae_cli.evaluation import Figures, measure, reconstruct
 from gptvae_cli.files import sync
 from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
@@ -485,10 +486,21 @@ def test_initial_weights_are_a_function_of_the_seed(folder: Path, corpus: str) -
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_a_line_model_bans_line_breaks_and_others_do_not(folder: Path, corpus: str) -> None:
-    assert begin(folder, [corpus]).banned == [ord("\n"), ord("\r")]
-    Path(corpus).write_text("\n\n".join(LINES))
-    assert begin(folder, [corpus], data={"unit": "paragraph"}).banned == []
+@pytest.mark.parametrize("unit", ["line", "paragraph"])
+def test_lines_are_reconstructed_without_line_breaks(
+    folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, unit: Unit
+) -> None:
+    if unit == "paragraph":
+        Path(corpus).write_text("\n\n".join(LINES))
+    allowed: list[bool] = []
+
+    def record(*arguments: Any, constraint: Constraint) -> list[list[int]]:
+        allowed.extend(constraint.allowed_SV[0, [*b"\n\r"]])
+        return reconstruct(*arguments, constraint=constraint)
+
+    monkeypatch.setattr("gptvae_cli.run.reconstruct", record)
+    assert begin(folder, [corpus], data={"unit": unit}).reconstructions(1)
+    assert allowed == 2 * [unit != "line"]
 
 
 def test_reconstructions_are_of_held_out_texts_in_turn(folder: Path, corpus: str) -> None:

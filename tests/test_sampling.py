@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import PathKind, SampleConfig, TextConfig, Unit
+from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.errors import CheckpointError, ConfigError, DeviceError
 from gptvae_cli.sampling import Encoder, Encoding, Floats
@@ -348,13 +349,13 @@ def test_spaces_at_the_end_of_a_prompt_are_left_to_the_next_word(tmp_path: Path)
     path = make_model(tmp_path / "bpe.safetensors", tokenizer=words)
     checkpoint = sampling.open_model(path, device="cpu").checkpoint
     spaced = [i for i in range(words.pad_id) if words.decode([i]).startswith(" ")]
-    rules: dict[str, Any] = {"banned": words.line_break_ids, "characters": words.characters}
+    rule = words.constraint("line")
     assert len(spaced) > 5
     for cached in (True, False):
         latents = [torch.tensor(latent_Z) for latent_Z in rows_of(20)]
         heads = [Request(row, 0, latent_Z, words.encode_batch(["the"])[0]) for row, latent_Z in enumerate(latents)]
-        found = list(decode(checkpoint.model, heads, GREEDY, **rules, begins=spaced, cached=cached))
-        anything = list(decode(checkpoint.model, heads, GREEDY, **rules, cached=cached))
+        found = list(decode(checkpoint.model, heads, GREEDY, constraint=rule, begins=spaced, cached=cached))
+        anything = list(decode(checkpoint.model, heads, GREEDY, constraint=rule, cached=cached))
         assert all(ids[0] in spaced for ids in found)
         assert any(ids[:1] and ids[0] not in spaced for ids in anything)
         assert all(one == other for one, other in zip(found, anything, strict=True) if other[:1] and other[0] in spaced)
@@ -372,7 +373,7 @@ def test_a_prompt_may_end_within_a_word(tmp_path: Path) -> None:
     checkpoint = sampling.open_model(make_model(tmp_path / "bpe.safetensors", tokenizer=words), device="cpu").checkpoint
     assert len(words.encode_batch([" weather"])[0]) == 1
     for prompt, rest in (("was weath", "was"), ("was we", "was"), ("th", ""), ("they didn'", "they didn")):
-        kept, begins = sampling._open_ended(words, prompt, [])
+        kept, begins = sampling._open_ended(words, prompt, words.constraint("line"))
         assert words.decode(kept) == rest
         assert {words.decode([i]).removeprefix(prompt.removeprefix(rest)) for i in begins} >= {
             "was weath": {"er"},
@@ -385,9 +386,11 @@ def test_a_prompt_may_end_within_a_word(tmp_path: Path) -> None:
         pieces: list[str] = []
         streamed = sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt, on_text=pieces.append)
         assert (list(streamed), "".join(pieces)) == (written, "".join(written))
-    assert sampling._open_ended(Tokenizer.bytes(), "was weath", []) == ([*b"was weath"], [])
+    alphabet = Tokenizer.bytes()
+    assert sampling._open_ended(alphabet, "was weath", alphabet.constraint("line")) == ([*b"was weath"], [])
     (weather,) = words.encode_batch([" weather"])[0]
-    kept, begins = sampling._open_ended(words, "was weath", [weather])
+    others = Constraint([b""] * words.num_tokens, never=[weather], eos_id=words.eos_id)
+    kept, begins = sampling._open_ended(words, "was weath", others)
     assert weather not in begins, "or nothing might be left to draw"
     assert words.decode(kept) in ("was", "was weath", "was we")
     short = SampleConfig(temperature=9, max_tokens=1)
@@ -428,10 +431,9 @@ def test_bfloat16_writes_the_texts_of_autocast(checkpoint: Checkpoint) -> None:
         list(sampling.write(checkpoint, requests(30), GREEDY, unit="line", dtype=dtype))
         for dtype in (torch.bfloat16, torch.float32)
     )
-    tokenizer = checkpoint.tokenizer
-    rules: dict[str, Any] = {"banned": tokenizer.line_break_ids, "characters": tokenizer.characters}
+    rule = checkpoint.tokenizer.constraint("line")
     with torch.autocast("cpu", torch.bfloat16):
-        expected = list(decode(checkpoint.model, requests(30), GREEDY, **rules))
+        expected = list(decode(checkpoint.model, requests(30), GREEDY, constraint=rule))
     assert written == [bytes(ids).decode("utf-8", "ignore") for ids in expected]
     assert written != exact
 

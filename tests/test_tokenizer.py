@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from gptvae_cli.config import TextConfig
+from gptvae_cli.config import TextConfig, Unit
 from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, kind_of, pieces
@@ -119,6 +120,22 @@ def test_line_break_tokens_are_all_that_decode_to_lf_or_cr() -> None:
     expected = [i for i in range(tokenizer.pad_id) if set(tokenizer.decode([i])) & {"\n", "\r"}]
     assert found == expected
     assert len(found) > 2  # merged ones too
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["bytes", "words"])
+def test_a_text_goes_on_with_no_special_token_but_its_end(exact: bool) -> None:
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "\n": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    tokenizer = Tokenizer.bytes() if exact else Tokenizer(words, "file")
+    assert tokenizer.is_exact is exact
+    units: list[Unit] = ["line", "paragraph", "file", "window"]
+    for unit in units:
+        allowed = set(np.flatnonzero(tokenizer.constraint(unit).allowed_SV[0]).tolist())
+        if exact:  # those that begin no character of UTF-8 aside
+            expected = {*range(0x80), *range(0xC2, 0xF5), tokenizer.eos_id}
+        else:
+            expected = {0, 1, 2, tokenizer.eos_id}
+        assert allowed == (expected - set(tokenizer.line_break_ids) if unit == "line" else expected), unit
+        assert tokenizer.constraint(unit) is tokenizer.constraint(unit), "it is made once"
 
 
 def test_training_is_deterministic_and_keeps_to_the_size() -> None:

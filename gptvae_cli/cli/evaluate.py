@@ -199,11 +199,10 @@ def _measure(
                 encoder.checkpoint,
                 islice(_predicted(encoder.rows(text), place), most),
                 read,
+                unit=unit,
                 samples=samples,
                 seed=seed,
                 dtype=encoder.dtype,
-                banned=encoder.checkpoint.tokenizer.line_break_ids if unit == "line" else (),
-                running=unit == "window",
                 on_progress=advance if encoder is encoders[0] else lambda texts: None,
             )
         )

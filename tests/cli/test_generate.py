@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from gptvae_cli.checkpoint import load
 from gptvae_cli.cli.app import app
-from gptvae_cli.config import SampleConfig
+from gptvae_cli.config import SampleConfig, Unit
 from gptvae_cli.decoding import Request, decode
 from tests.cli.conftest import LONGEST, WIDTH, make_model
 from tests.cli.test_train import assert_fails
@@ -68,15 +68,14 @@ def array(values: npt.NDArray[Any]) -> bytes:
     return stream.getvalue()
 
 
-def greedy_texts(models: Path, latents: npt.NDArray[np.float32], *, prompt: str = "", unit: str = "line") -> list[str]:
+def greedy_texts(models: Path, latents: npt.NDArray[np.float32], *, prompt: str = "", unit: Unit = "line") -> list[str]:
     """What x-transformers decodes from latents when it reads every text again for every token, without a cache."""
     checkpoint = load(models / "line.safetensors", device=torch.device("cpu"))
-    banned = [ord("\n"), ord("\r")] if unit == "line" else []
+    rule = checkpoint.tokenizer.constraint(unit)
     texts = []
     for latent_Z in latents:
         request = Request(0, 0, torch.tensor(latent_Z), list(prompt.encode()))
-        rules: dict[str, Any] = {"banned": banned, "characters": checkpoint.tokenizer.characters}
-        (ids,) = decode(checkpoint.model, [request], SampleConfig(greedy=True), **rules, cached=False)
+        (ids,) = decode(checkpoint.model, [request], SampleConfig(greedy=True), constraint=rule, cached=False)
         texts.append((prompt.encode() + bytes(ids)).decode("utf-8", "ignore"))
     return texts
 
@@ -383,8 +382,8 @@ def test_options_of_the_machine_are_taken(generate: Generate, models: Path) -> N
     with torch.autocast("cpu", torch.bfloat16):
         found = load(models / "line.safetensors", device=torch.device("cpu"))
         requests = [Request(row, 0, torch.tensor(z_Z.copy())) for row, z_Z in enumerate(np.load("many.npy"))]
-        rules: dict[str, Any] = {"banned": found.tokenizer.line_break_ids, "characters": found.tokenizer.characters}
-        written = [*decode(found.model, requests, SampleConfig(greedy=True), **rules)]
+        rule = found.tokenizer.constraint("line")
+        written = [*decode(found.model, requests, SampleConfig(greedy=True), constraint=rule)]
     assert lines(rounded) == [bytes(ids).decode("utf-8", "ignore") for ids in written]
     assert lines(rounded) != lines(generate(*many)), "they are other texts"
     assert "in bfloat16" in rounded.stderr
@@ -444,8 +443,8 @@ def test_a_baseline_writes_texts_without_a_latent(generate: Generate, baseline: 
     result = CliRunner().invoke(app, [*arguments, "--prior", "2", "--prompt", "a", "--greedy"])
     checkpoint = load(baseline, device=torch.device("cpu"))
     request = Request(0, 0, None, list(b"a"))
-    rules: dict[str, Any] = {"banned": [ord("\n"), ord("\r")], "characters": checkpoint.tokenizer.characters}
-    (ids,) = decode(checkpoint.model, [request], SampleConfig(greedy=True), **rules, cached=False)
+    rule = checkpoint.tokenizer.constraint("line")
+    (ids,) = decode(checkpoint.model, [request], SampleConfig(greedy=True), constraint=rule, cached=False)
     assert lines(result) == 2 * ["a" + bytes(ids).decode("utf-8", "ignore")]
     drawn = lines(CliRunner().invoke(app, [*arguments, "--prior", "3", "-n", "2", "--seed", "1"]))
     assert len(set(drawn)) == 6, "each has token noise of its own"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptvae_cli.characters import Characters
 from gptvae_cli.checkpoint import load
 from gptvae_cli.config import SampleConfig
+from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.sampling import prior, repeated, write
 from gptvae_cli.tokenizer import Tokenizer
@@ -19,7 +19,7 @@ from tests.cli.conftest import WIDTH, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BYTES = Characters([bytes([i]) for i in range(256)])
+BYTES = Constraint([*(bytes([i]) for i in range(256)), b""], never=(), eos_id=256)
 LINES = [f"{a} {b}" for a in ("日本語", "मां बाप का", "naïve", "👍🏽") for b in ("שלום", "ไทย", "x", "ქართული")] * 40
 
 
@@ -37,18 +37,18 @@ BEFORE = ["", "61", "c3", "e0", "e1", "ed", "f0", "f1", "f4", "e0a4", "ed9f", "f
 
 @pytest.mark.parametrize("before", [bytes.fromhex(each) for each in BEFORE], ids=BEFORE)
 def test_a_byte_may_come_where_pythons_decoder_takes_it(before: bytes) -> None:
-    follows_V = BYTES.follows_SV[BYTES.behind(before)]
-    assert [bool(may) for may in follows_V] == [can_follow(before, bytes([i])) for i in range(256)]
+    allowed_V = BYTES.allowed_SV[BYTES.behind(before)]
+    assert [bool(may) for may in allowed_V[:-1]] == [can_follow(before, bytes([i])) for i in range(256)]
 
 
 def test_a_token_of_several_bytes_is_all_of_them_in_turn() -> None:
     tokens = [*(bytes(each) for each in itertools.product((0x61, 0x80, 0x97, 0xA5, 0xE6, 0xF0), repeat=3)), b""]
-    found = Characters(tokens)
+    found = Constraint([*tokens, b""], never=(), eos_id=len(tokens))
     for before in (b"", b"\xe6", b"\xe6\x97", b"\xf0", b"\xc3"):
         state = BYTES.behind(before)
-        assert [bool(may) for may in found.follows_SV[state]] == [can_follow(before, token) for token in tokens]
+        assert [bool(may) for may in found.allowed_SV[state][:-1]] == [can_follow(before, token) for token in tokens]
         for number, token in enumerate(tokens):
-            if found.follows_SV[state, number]:
+            if found.allowed_SV[state, number]:
                 assert found.behind([number], state) == BYTES.behind(before + token), token
 
 
@@ -56,15 +56,14 @@ def test_a_token_of_several_bytes_is_all_of_them_in_turn() -> None:
 def test_every_text_is_made_of_tokens_that_may_come(kind: str) -> None:
     tokenizer = Tokenizer.bytes() if kind == "bytes" else Tokenizer.train_bpe(LINES, 300)
     assert b"".join(tokenizer.spelled()[i] for i in tokenizer.encode_batch([LINES[0]])[0]) == LINES[0].encode()
-    characters = tokenizer.characters
-    assert characters is not None
+    constraint = tokenizer.constraint("file")
     for text in [*LINES[:16], "\ufffd", *map(chr, range(0x7F, 0x11000, 0x91))]:
         if unicodedata.category(text[0]) == "Cs":
             continue
         state = 0
         for token in tokenizer.encode_batch([text])[0]:
-            assert characters.follows_SV[state, token], text
-            state = characters.behind([token], state)
+            assert constraint.allowed_SV[state, token], text
+            state = constraint.behind([token], state)
         assert state == 0
 
 
@@ -76,7 +75,8 @@ def test_what_is_written_is_valid(tmp_path: Path, kind: str, cached: bool) -> No
     checkpoint = load(make_model(tmp_path / "model.safetensors", tokenizer=tokenizer), device=torch.device("cpu"))
     spelled, sample = tokenizer.spelled(), SampleConfig(temperature=3.0, max_tokens=17)
     requests = [Request(row, 0, torch.tensor(z)) for row, z in enumerate(prior(1, 60, WIDTH))]
-    written = list(decode(checkpoint.model, requests, sample, characters=tokenizer.characters, cached=cached))
+    constraint = tokenizer.constraint("file")
+    written = list(decode(checkpoint.model, requests, sample, constraint=constraint, cached=cached))
     texts = [b"".join(spelled[i] for i in ids) for ids in written]
     assert all(can_follow(b"", text) for text in texts)
     assert sum(any(byte >= 0x80 for byte in text) for text in texts) > 50

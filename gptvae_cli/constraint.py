@@ -1,4 +1,4 @@
-"""Which tokens go on with valid UTF-8, however far the bytes of a character have come.
+"""Which tokens a text may go on with: never some of them, and only what is valid UTF-8.
 
 A byte-level tokenizer has tokens that are parts of a character. A decoder may put any of them behind any other, and
 what is no UTF-8 would be shown as U+FFFD.
@@ -38,14 +38,17 @@ missing; the others are those in which not every tail byte may come. Source: RFC
 _DEAD = len(_RULES)
 
 
-class Characters:
-    """The tokens of a byte-level tokenizer as steps from state to state; 0 is between characters.
+class Constraint:
+    """Tokens as steps from state to state; 0 is between characters.
 
     Args:
-        tokens: the bytes of each; a special one has none, and leaves the state as it is.
+        tokens: the bytes of each. One without any may come in every state and leaves it as it is: a special one, or any
+            of a tokenizer whose bytes are not known.
+        never: tokens that no text goes on with.
+        eos_id: what ends a text, in state 0 alone.
     """
 
-    def __init__(self, tokens: Sequence[bytes]) -> None:
+    def __init__(self, tokens: Sequence[bytes], *, never: Iterable[int], eos_id: int) -> None:
         step_SB = np.full((_DEAD + 1, 256), _DEAD, dtype=np.int8)
         for state, rules in _RULES.items():
             for allowed, then in rules:
@@ -57,12 +60,15 @@ class Characters:
         for place in range(size_V.max(initial=0)):
             longer = np.flatnonzero(size_V > place)
             behind_SV[:, longer] = step_SB[behind_SV[:, longer], every_byte[start_V[longer] + place]]
-        self.follows_SV: npt.NDArray[np.bool_] = behind_SV != _DEAD
+        follows_SV = behind_SV != _DEAD
+        self._behind_SV = np.where(follows_SV, behind_SV, 0)
+        self.allowed_SV: npt.NDArray[np.bool_] = follows_SV
         """Whether a token may come in a state."""
-        self._behind_SV = np.where(self.follows_SV, behind_SV, 0).tolist()
+        self.allowed_SV[1:, eos_id] = False
+        self.allowed_SV[:, list(never)] = False
 
     def behind(self, ids: Iterable[int], state: int = 0) -> int:
         """The state behind these tokens. One that may not come where it does ends what was begun, as when decoded."""
         for token in ids:
-            state = self._behind_SV[state][token]
+            state = self._behind_SV.item(state, token)
         return state
