@@ -234,17 +234,23 @@ class Frozen:
 
     def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """As `Stack.__call__`, from which nothing flows back."""
+        return self.final_norm(self.through(x_BTD, mask_BT))
+
+    def through(self, x_BTD: Tensor, mask_BT: Tensor | None = None, cache_LXBHTK: Tensor | None = None) -> Tensor:
+        """The same before the final norm; keys and values of every layer go into the cache, where there is one."""
         rows, length, _ = x_BTD.shape
         bias = None if mask_BT is None else as_bias(mask_BT, self.dtype)
         x_ND, turns_T11C = x_BTD.flatten(0, 1).clone(), self.turns(length)
         room = Heads(self, (rows, length))
         qkv_XBHTK = room.qkv_XHK.permute(2, 0, 3, 1, 4)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             self.project(layer, x_ND, turns_T11C, room)
+            if cache_LXBHTK is not None:
+                cache_LXBHTK[number] = qkv_XBHTK[1:]
             q_BHTK, k_BHTK, v_BHTK = qkv_XBHTK.to(self.dtype)
             attended_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, bias, causal=self._stack.causal)
             self.finish(layer, x_ND, attended_BHTK.transpose(1, 2).reshape(len(x_ND), -1))
-        return self.final_norm(x_ND).view_as(x_BTD)
+        return x_ND.view_as(x_BTD)
 
     def project(self, layer: FrozenLayer, x_ND: Tensor, turns_11C: Tensor, into: Heads) -> None:
         """Rotated and scaled queries, rotated keys, and values."""

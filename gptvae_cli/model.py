@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, AutoregressiveWrapper, top_k
 from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
 
-from gptvae_cli import decoding, fused
+from gptvae_cli import decoding, engines, fused
 from gptvae_cli.conditioning import CONDITIONINGS
 from gptvae_cli.config import ConditioningName, ModelConfig
 from gptvae_cli.errors import ConfigError
@@ -423,7 +423,7 @@ class GPTVAE(nn.Module):
         filter_fn = FILTER_LOGITS_FN[filter_logits_fn] if isinstance(filter_logits_fn, str) else filter_logits_fn
         uniforms_BT = torch.rand(len(contexts), seq_len, generator=generator, dtype=torch.float64)
 
-        def choose(logits_BV: Tensor, rows: Sequence[decoding.Row]) -> Tensor:
+        def choose(logits_BV: Tensor, rows: Sequence[engines.Row]) -> Tensor:
             if temperature == 0:
                 return decoding.greedy(logits_BV)
             filtered_BV = filter_fn(logits_BV, **(filter_kwargs or {})) / temperature
@@ -431,10 +431,10 @@ class GPTVAE(nn.Module):
             return decoding.draw(filtered_BV, uniforms_B.to(logits_BV.device))
 
         rows = [
-            decoding.Row(index, context, None if latents is None else latents[index], seq_len)
+            engines.Row(index, context, None if latents is None else latents[index], seq_len)
             for index, context in enumerate(contexts)
         ]
-        done: Iterable[decoding.Row] = rows
+        done: Iterable[engines.Row] = rows
         if seq_len > 0:
             done = decoding.run(self, rows, choose, eos_id=eos_token, batch_size=len(rows), cached=cache_kv)
         # A row keeps its EOS here, as in the seed class; what stands behind it is padding.

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from gptvae_cli import decoding, products
+from gptvae_cli import decoding, engines, products
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
-from gptvae_cli.decoding import Request, Row, decode, draw, filter_logits, run
+from gptvae_cli.decoding import Request, decode, draw, filter_logits, run
+from gptvae_cli.engines import Row
 from gptvae_cli.model import GPTVAE
 
 PAD, BOS, EOS = 17, 18, 19
@@ -146,7 +147,7 @@ def test_cached_logits_under_autocast_are_those_of_float32_rounded(tiny_model: T
     model, requests = tiny_model(depth=4), some_requests(6, latents="all")
     exact = greedy_logits(model, requests, batch_size=3, cached=True, max_new=1)
     with torch.autocast("cpu", torch.bfloat16):
-        engine = decoding.CachedDecoder(model, batch_size)
+        engine = engines.CachedDecoder(model, batch_size)
         rounded = greedy_logits(model, requests, batch_size=batch_size, cached=True, max_new=1)
     assert {layer.qkv.dtype for layer in engine.stack.layers} == {engine.cache_LXBHSK.dtype} == {torch.bfloat16}
     for row, (_, logits_TV) in rounded.items():
@@ -358,8 +359,8 @@ def test_banned_tokens_padding_and_bos_are_never_written(
     bias_V = torch.zeros(20)
     bias_V[[PAD, BOS]], bias_V[[3, 11]] = 1000.0, 500.0
     model.decoder.to_logits.register_forward_hook(lambda module, inputs, logits_V: logits_V + bias_V)
-    logits = decoding.CachedDecoder._logits
-    monkeypatch.setattr(decoding.CachedDecoder, "_logits", lambda self, x_BD: logits(self, x_BD) + bias_V)
+    logits = engines.CachedDecoder._logits
+    monkeypatch.setattr(engines.CachedDecoder, "_logits", lambda self, x_BD: logits(self, x_BD) + bias_V)
     free = [token for text in decode(model, some_requests(8), sample, cached=cached) for token in text]
     assert set(free) == {3, 11}
     texts = list(decode(model, some_requests(8), sample, constraint=never(3, 11), cached=cached))

@@ -24,6 +24,7 @@ ROWS: list[set[str]] = [
     {"ingest"},
     {"corpus"},
     {"conditioning"},
+    {"engines"},
     {"decoding"},
     {"model"},
     {"objective"},

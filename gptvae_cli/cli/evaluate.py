@@ -153,7 +153,8 @@ def evaluate(
             for row, figures in zip(rows, gathered[0].per_text(), strict=True):
                 scores.write(f"{json.dumps({'row': row, **figures})}\n".encode())
     # The figures of texts are in their file by now, whatever is wrong with the labels or the baseline.
-    found = report.report(*gathered, labels=names, samples=samples, seed=seed)
+    with console.waiting("resampling the texts" if names is None else "training the probes", quiet=quiet):
+        found = report.report(*gathered, labels=names, samples=samples, seed=seed)
     about = {
         "model": str(path),
         "corpus": corpus or ["-"],
