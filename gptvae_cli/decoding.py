@@ -23,6 +23,7 @@ from gptvae_cli import noise
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.engines import CachedDecoder, Engine, PlainDecoder, Row
+from gptvae_cli.healing import Healing
 
 if TYPE_CHECKING:
     from gptvae_cli.model import GPTVAE
@@ -52,7 +53,7 @@ def decode(
     sample: SampleConfig,
     *,
     constraint: Constraint | None = None,
-    begins: Sequence[int] = (),
+    endings: Sequence[Sequence[int]] = (),
     batch_size: int = 64,
     on_token: Callable[[int, int], None] | None = None,
     cached: bool = True,
@@ -68,21 +69,20 @@ def decode(
         sample: how tokens are chosen.
         constraint: what a text may go on with, see `Tokenizer.constraint`, though one that is cut may end within a
             character; None is any token but padding and BOS.
-        begins: what the first new token of a text is one of; nothing is any.
+        endings: of a prompt whose end was taken back, see `healing.take_back`. Tokens that spell it do not count.
         batch_size: rows that are decoded together.
         on_token: called with (position of the request, token) as each token is chosen.
         cached: False takes the plain path.
     """
     config = model.config
     assert config is not None, "decode needs a model that was built from a config"
-    max_new = sample.max_tokens or config.max_seq_len - 1
+    max_new = (sample.max_tokens or config.max_seq_len - 1) + len(endings)
     if constraint is None:
         never = (config.pad_id, config.bos_id)
         constraint = Constraint([b""] * config.num_tokens, never=never, eos_id=config.eos_id)
     barred_SV = torch.from_numpy(~constraint.allowed_SV).to(model.device)
     barred = barred_SV[0].nonzero()[:, 0]
-    no_beginning_V = torch.ones(config.num_tokens, dtype=torch.bool, device=model.device)
-    no_beginning_V[list(begins)] = False
+    healing = Healing(model, endings, constraint) if endings else None
 
     def choose(logits_BV: Tensor, rows: Sequence[Row]) -> Tensor:
         for row in rows:
@@ -92,9 +92,8 @@ def decode(
             logits_BV = logits_BV.masked_fill(barred_SV[states], float("-inf"))
         else:  # nearly always, and faster
             logits_BV = logits_BV.index_fill(-1, barred, float("-inf"))
-        if begins and not all(row.new for row in rows):
-            first_B1 = torch.tensor([[not row.new] for row in rows], device=logits_BV.device)
-            logits_BV = logits_BV.masked_fill(first_B1 & no_beginning_V, float("-inf"))
+        if healing is not None:
+            logits_BV = healing(logits_BV, rows)
         if sample.greedy:
             return greedy(logits_BV)
         uniforms_B = torch.tensor([next(row.uniforms) for row in rows], dtype=torch.float64)

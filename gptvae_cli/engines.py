@@ -42,6 +42,8 @@ class Row:
     new: list[int] = field(default_factory=list)
     state: int = 0
     """How far the bytes of a character have come, see `Constraint`."""
+    log_rest: Sequence[float] = ()
+    """Of a prompt whose end was taken back, see `healing.Healing`."""
 
 
 class Engine(Protocol):
@@ -67,17 +69,8 @@ class PlainDecoder:
         return self.step(rows)
 
     def step(self, rows: Sequence[Row]) -> Tensor:
-        model = self.model
-        tokens_BT = _right_padded([row.context for row in rows], model.device)
-        latents_BZ, keep = _stack_latents(rows, model)
-        if any(keep):
-            keep_B = None if all(keep) else torch.tensor(keep, device=model.device)
-            hidden_BTD = model.hidden(tokens_BT, latents_BZ, keep_B, plain=True)
-        else:
-            # No slot at all rather than a masked one, as in the seed class: absolute positions tell them apart.
-            hidden_BTD = model.hidden(tokens_BT, None, plain=True)
-        last_B = torch.tensor([len(row.context) - 1 for row in rows], device=model.device)
-        return model.logits(hidden_BTD[torch.arange(len(rows), device=model.device), last_B])
+        contexts, latents = [row.context for row in rows], [row.latent for row in rows]
+        return self.model.logits(last_states(self.model, contexts, latents, 1, plain=True)[:, 0])
 
     def leave(self, places: Sequence[int]) -> None:
         pass
@@ -111,7 +104,7 @@ class CachedDecoder:
 
     def join(self, rows: Sequence[Row]) -> Tensor:
         device, first = self.model.device, len(self.positions)
-        latents_BZ, keep = _stack_latents(rows, self.model)
+        latents_BZ, keep = _stack_latents([row.latent for row in rows], self.model)
         positions = [len(row.context) - 1 for row in rows]
         x_BTD = self.embedding_VD[_right_padded([row.context for row in rows], device)]
         if any(keep):
@@ -196,10 +189,32 @@ def _right_padded(contexts: Sequence[Sequence[int]], device: torch.device) -> Te
     return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)
 
 
-def _stack_latents(rows: Sequence[Row], model: GPTVAE) -> tuple[Tensor, list[bool]]:
+def _stack_latents(latents: Sequence[Tensor | None], model: GPTVAE) -> tuple[Tensor, list[bool]]:
     """Latents [B Z], zeros where a row has none, and which rows have one. They are moved to the model's device in one
     copy."""
-    given = [row.latent for row in rows if row.latent is not None]
+    given = [latent_Z for latent_Z in latents if latent_Z is not None]
     nothing_Z = torch.zeros_like(given[0]) if given else torch.zeros(model.dim_latent)
-    latents_BZ = torch.stack([nothing_Z if row.latent is None else row.latent for row in rows])
-    return latents_BZ.to(next(model.parameters())), [row.latent is not None for row in rows]
+    latents_BZ = torch.stack([nothing_Z if latent_Z is None else latent_Z for latent_Z in latents])
+    return latents_BZ.to(next(model.parameters())), [latent_Z is not None for latent_Z in latents]
+
+
+def last_states(
+    model: GPTVAE,
+    contexts: Sequence[Sequence[int]],
+    latents: Sequence[Tensor | None],
+    count: int,
+    *,
+    plain: bool = False,
+) -> Tensor:
+    """The decoder's hidden states at the last tokens of every row, as many as are asked for [B count D]."""
+    tokens_BT = _right_padded(contexts, model.device)
+    latents_BZ, keep = _stack_latents(latents, model)
+    if any(keep):
+        keep_B = None if all(keep) else torch.tensor(keep, device=model.device)
+        hidden_BTD = model.hidden(tokens_BT, latents_BZ, keep_B, plain=plain)
+    else:
+        # No slot at all rather than a masked one, as in the seed class: absolute positions tell them apart.
+        hidden_BTD = model.hidden(tokens_BT, None, plain=plain)
+    length_B1 = torch.tensor([[len(context)] for context in contexts], device=model.device)
+    places_BN = length_B1 - count + torch.arange(count, device=model.device)
+    return hidden_BTD[torch.arange(len(contexts), device=model.device)[:, None], places_BN]

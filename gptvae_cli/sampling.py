@@ -22,11 +22,11 @@ import torch
 from gptvae_cli import latent
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
-from gptvae_cli.constraint import Constraint
 from gptvae_cli.data import padded, plan_batches
 from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
 from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
+from gptvae_cli.healing import take_back
 from gptvae_cli.noise import latent_noise
 from gptvae_cli.text import Part
 from gptvae_cli.tokenizer import Tokenizer, pieces
@@ -34,8 +34,6 @@ from gptvae_cli.tokenizer import Tokenizer, pieces
 Floats = npt.NDArray[np.float32]
 Item = TypeVar("Item", bound=Sized)
 
-_MOST_REOPENED = 8
-"""Tokens at the end of a prompt that may be the beginning of one."""
 _POOL_TEXTS, _POOL_SIZE = 4096, 2**20
 """How many texts, and how many characters or tokens of them, are sorted by length together."""
 
@@ -271,9 +269,7 @@ def write(
     if unit == "line" and ("\n" in prompt or "\r" in prompt):
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
     constraint = tokenizer.constraint(unit)
-    prompt_ids, begins = _open_ended(tokenizer, prompt, constraint)
-    if begins and sample.max_tokens is not None:
-        sample = replace(sample, max_tokens=sample.max_tokens + 1)  # the first holds what is left of the prompt
+    prompt_ids, endings = take_back(tokenizer, prompt, constraint)
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
     with autocast(device, dtype):
         for ids in decode(
@@ -281,7 +277,7 @@ def write(
             (replace(request, prompt=prompt_ids) for request in requests),
             sample,
             constraint=constraint,
-            begins=begins,
+            endings=endings,
             batch_size=1 if pieces else rows_together(device),
             on_token=pieces.add if pieces else None,
         ):
@@ -292,22 +288,6 @@ def write(
             if pieces:
                 pieces.finish(text)
             yield text
-
-
-def _open_ended(tokenizer: Tokenizer, prompt: str, constraint: Constraint) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt, and what the first new one is one of; nothing is any.
-
-    A prompt may end where no text that was learnt has an end of a token: within a word, or behind the space that is in
-    the token of the next one. So its last tokens, as many as together begin another, are left to that one.
-    """
-    ids = tokenizer.encode_batch([prompt])[0]
-    if tokenizer.is_exact:
-        for count in range(min(len(ids), _MOST_REOPENED), 0, -1):
-            last = tokenizer.decode(ids[-count:])
-            begins = [token for token in tokenizer.beginning_with(last) if constraint.allowed_SV[0, token]]
-            if len(begins) > (count == 1) and "\ufffd" not in last:
-                return ids[:-count], begins
-    return ids, []
 
 
 class _Pieces:

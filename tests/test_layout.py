@@ -25,6 +25,7 @@ ROWS: list[set[str]] = [
     {"corpus"},
     {"conditioning"},
     {"engines"},
+    {"healing"},
     {"decoding"},
     {"model"},
     {"objective"},

@@ -15,7 +15,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import PathKind, SampleConfig, TextConfig, Unit
-from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.errors import CheckpointError, ConfigError, DeviceError
 from gptvae_cli.sampling import Encoder, Encoding, Floats
@@ -354,7 +353,7 @@ def test_spaces_at_the_end_of_a_prompt_are_left_to_the_next_word(tmp_path: Path)
     for cached in (True, False):
         latents = [torch.tensor(latent_Z) for latent_Z in rows_of(20)]
         heads = [Request(row, 0, latent_Z, words.encode_batch(["the"])[0]) for row, latent_Z in enumerate(latents)]
-        found = list(decode(checkpoint.model, heads, GREEDY, constraint=rule, begins=spaced, cached=cached))
+        found = list(decode(checkpoint.model, heads, GREEDY, constraint=rule, endings=[spaced], cached=cached))
         anything = list(decode(checkpoint.model, heads, GREEDY, constraint=rule, cached=cached))
         assert all(ids[0] in spaced for ids in found)
         assert any(ids[:1] and ids[0] not in spaced for ids in anything)
@@ -365,38 +364,6 @@ def test_spaces_at_the_end_of_a_prompt_are_left_to_the_next_word(tmp_path: Path)
     pieces: list[str] = []
     streamed = list(sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt="the ", on_text=pieces.append))
     assert (streamed, "".join(pieces)) == (written, "".join(written))
-
-
-def test_a_prompt_may_end_within_a_word(tmp_path: Path) -> None:
-    """What begins like its last tokens goes on with it, and these tokens are among it where they are one."""
-    words = Tokenizer.train_bpe(["the weather was there, weathered and wet, they didn't weave"] * 20, 330)
-    checkpoint = sampling.open_model(make_model(tmp_path / "bpe.safetensors", tokenizer=words), device="cpu").checkpoint
-    assert len(words.encode_batch([" weather"])[0]) == 1
-    for prompt, rest in (("was weath", "was"), ("was we", "was"), ("th", ""), ("they didn'", "they didn")):
-        kept, begins = sampling._open_ended(words, prompt, words.constraint("line"))
-        assert words.decode(kept) == rest
-        assert {words.decode([i]).removeprefix(prompt.removeprefix(rest)) for i in begins} >= {
-            "was weath": {"er"},
-            "was we": {"", "ather"},
-            "th": {"e", "ere"},
-            "they didn'": {"", "t"},
-        }[prompt]
-        written = list(sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt))
-        assert all(text.startswith(prompt) for text in written)
-        pieces: list[str] = []
-        streamed = sampling.write(checkpoint, requests(20), GREEDY, unit="line", prompt=prompt, on_text=pieces.append)
-        assert (list(streamed), "".join(pieces)) == (written, "".join(written))
-    alphabet = Tokenizer.bytes()
-    assert sampling._open_ended(alphabet, "was weath", alphabet.constraint("line")) == ([*b"was weath"], [])
-    (weather,) = words.encode_batch([" weather"])[0]
-    others = Constraint([b""] * words.num_tokens, never=[weather], eos_id=words.eos_id)
-    kept, begins = sampling._open_ended(words, "was weath", others)
-    assert weather not in begins, "or nothing might be left to draw"
-    assert words.decode(kept) in ("was", "was weath", "was we")
-    short = SampleConfig(temperature=9, max_tokens=1)
-    texts = list(sampling.write(checkpoint, requests(20), short, unit="line", prompt="was weath"))
-    assert all(text.startswith("was weather") for text in texts)
-    assert any(text != "was weather" for text in texts), "the rest of the prompt's word is not what is asked for"
 
 
 def test_a_prompt_changes_what_follows(checkpoint: Checkpoint) -> None:
