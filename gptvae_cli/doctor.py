@@ -24,20 +24,16 @@ nats of likelihood a text, and no decoder came to listen that did not without (`
 
 
 def diagnosis(figures: Figures, config: TrainConfig) -> str | None:
-    """What is wrong with the use of the latent on held-out texts, in words; None where nothing is, and of one text,
-    which has no other to be told from."""
-    if figures.texts < 2:
+    """What is wrong with the use of the latent on held-out texts, in words; None where nothing is, and where texts are
+    all equal, or there is but one, which has no other to be told from."""
+    if figures.entropy == 0:
         return None
-    if _has_collapsed(figures, config):
+    if has_collapsed(figures.mutual_information, figures.entropy, _least(config)):
         return f"the latent is not being used: it carries {max(0.0, figures.mutual_information):.2f} nats of a text"
     loss = figures.cross_entropy_shuffled - figures.cross_entropy
     if loss < _least(config):
         return f"the latent is not being used: another text's does as well, within {abs(loss):.2f} nats a text"
     return None
-
-
-def _has_collapsed(figures: Figures, config: TrainConfig) -> bool:
-    return has_collapsed(figures.mutual_information, figures.entropy, _least(config))
 
 
 def _least(config: TrainConfig) -> float:
@@ -78,9 +74,9 @@ def verdict(figures: Figures, config: TrainConfig) -> str:
         return (
             f"trained without a latent: {figures.cross_entropy_without:.2f} nats/text held out; compare with --baseline"
         )
-    if figures.texts < 2:
-        return "what the latent carries cannot be told from one held-out text"
-    if _has_collapsed(figures, config):
+    if figures.entropy == 0:
+        return "what the latent carries cannot be told from one held-out text, or from equal ones"
+    if has_collapsed(figures.mutual_information, figures.entropy, _least(config)):
         return (
             f"collapsed: the latent carries {max(0.0, figures.mutual_information):.2f} nats of a text,"
             " the decoder writes without it"

@@ -24,7 +24,7 @@ from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.device import autocast, rows_together, tokens_together
-from gptvae_cli.latent import active_dimensions, entropy, has_collapsed, mutual_information
+from gptvae_cli.latent import active_dimensions, entropy, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
 from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
@@ -68,11 +68,6 @@ class Figures:
     def nll_bound(self) -> float:
         """Negative ELBO: an upper bound of the NLL."""
         return self.cross_entropy + self.kl
-
-    @property
-    def collapsed(self) -> bool:
-        """Whether the latent carries next to nothing, see `latent.has_collapsed`."""
-        return has_collapsed(self.mutual_information, self.entropy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +270,8 @@ def _keys(tokens_BT: Tensor, pad_id: int) -> Keys:
 
 
 def _others(keys_N: Keys, lengths_N: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """For every text the place of another one, which is not equal and about as long: the next shorter one [N]."""
+    """For every text the place of another one, which is not equal and about as long: the next shorter one, of
+    the shortest the longest, and of equal texts alone the first [N]."""
     order = np.lexsort((keys_N, lengths_N))
     new = np.append(True, keys_N[order[1:]] != keys_N[order[:-1]])
     first_of_group = order[new]

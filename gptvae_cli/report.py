@@ -21,6 +21,8 @@ from gptvae_cli.pieces import NGRAMS, Arrays, Gathered
 from gptvae_cli.probe import PROTOCOL, probe
 
 _COUNTS = ("texts", "empty", "tokens", "words", "bytes")
+_LEAST_KL = 0.1
+"""Nats per text that a latent costs at least, if what it gains is told as a share of them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def report(
     intervals = bootstrap.intervals(table, figures)
     if "exact" in table:
         intervals["exact_match"] = bootstrap.of_share(round(table["exact"].sum()), model.texts)
-    if baseline is not None and baseline.sample is not None:
+    cheap = values.get("kl_nats_per_text", 0.0) < _LEAST_KL
+    if cheap or (baseline is not None and baseline.sample is not None):
         # Which has a latent of its own: that of the model saves it nothing that would be known.
         values.pop("efficiency_nats_per_nat", None)
         intervals.pop("efficiency_nats_per_nat", None)
@@ -86,13 +89,16 @@ def report(
         del intervals["bleu"]
     values |= {"nll_samples": samples, "bleu_signature": bleu.SIGNATURE}
     information_N = pointwise_information(*(torch.from_numpy(sample[name]) for name in ("mean", "log_var", "sample")))
-    values |= _information(model, sample, float(information_N.mean()), values["kl_nats_per_text"])
+    # An estimate of nothing may be below it.
+    values |= _information(model, sample, max(0.0, float(information_N.mean())), values["kl_nats_per_text"])
     lost = values["cross_entropy_shuffled_nats_per_text"] - values["cross_entropy_nats_per_text"]
     values["latent_used"] = not values["collapsed"] and lost >= LEAST_NATS
+    if values["mutual_information_most_nats"] == 0:  # equal texts have no other to be told from
+        values["latent_used"] = None
     # Of the texts' own terms alone, beside the same posteriors: a text that is drawn twice cannot be told from itself.
     intervals |= bootstrap.intervals(
         {"texts": np.ones(len(information_N)), "nats": information_N.numpy()},
-        lambda sums: {"mutual_information_nats": sums["nats"] / sums["texts"]},
+        lambda sums: {"mutual_information_nats": max(0.0, sums["nats"] / sums["texts"])},
     )
     if labels is not None:
         values["probe"], intervals["probe.z_accuracy"], intervals["probe.words_accuracy"] = _probe(sample, labels, seed)
@@ -148,7 +154,7 @@ def _information(model: Gathered, sample: Arrays, information: float, kl: float)
         "mutual_information_nats": information,
         "mutual_information_texts": texts,
         "mutual_information_most_nats": most,
-        "information_share": information / max(1e-9, min(kl, most)),
+        "information_share": information / min(kl, most) if min(kl, most) >= _LEAST_KL else None,
         "collapsed": has_collapsed(information, most),
         "dim_latent": mean_NZ.shape[1],
         "active_001": active_dimensions(mean_NZ, 0.01),

@@ -78,13 +78,15 @@ def test_a_latent_that_says_nothing_or_is_not_heard_is_not(changes: dict[str, An
 def test_few_texts_cannot_show_a_nat(texts: int, carried: float, ill: bool) -> None:
     """ln 2 is 0.69: all that there is to know about two texts."""
     found = replace(HEALTHY, texts=texts, mutual_information=carried, entropy=math.log(texts))
-    assert found.collapsed == ill == (diagnosis(found, TrainConfig()) is not None)
+    assert (diagnosis(found, TrainConfig()) is not None) == ill
 
 
-def test_one_text_shows_nothing() -> None:
-    alone = replace(HEALTHY, texts=1, mutual_information=0.0, cross_entropy_shuffled=HEALTHY.cross_entropy, entropy=0.0)
-    assert diagnosis(alone, TrainConfig()) is None
-    assert not alone.collapsed
+@pytest.mark.parametrize("texts", [1, 3])
+def test_one_text_shows_nothing_nor_do_equal_ones(texts: int) -> None:
+    same = HEALTHY.cross_entropy
+    alike = replace(HEALTHY, texts=texts, mutual_information=0.0, cross_entropy_shuffled=same, entropy=0.0)
+    assert diagnosis(alike, TrainConfig()) is None
+    assert "cannot be told from one held-out text, or from equal ones" in verdict(alike, TrainConfig())
 
 
 @pytest.mark.parametrize(("rate", "ill"), [(0.0, True), (8.0, True), (2.0, True), (1.0, False), (1.9, True)])
@@ -165,7 +167,7 @@ def test_it_saves_a_run_that_otherwise_collapses(rows: Rows) -> None:
     assert [report.step for report in helped if report.treatment] == [15]
     assert warned[-1].figures is not None
     assert helped[-1].figures is not None
-    assert warned[-1].figures.collapsed
+    assert warned[-1].diagnosis is not None
     assert warned[-1].figures.mutual_information < 0.2
     assert helped[-1].diagnosis is None
     assert helped[-1].figures.mutual_information == pytest.approx(math.log(10), abs=0.4)

@@ -311,6 +311,21 @@ def test_a_latent_that_says_nothing_has_collapsed(tmp_path: Path) -> None:
     assert found["mutual_information_nats"] == pytest.approx(0, abs=1e-4)
     assert found["collapsed"] is True
     assert found["latent_used"] is False
+    assert found["kl_nats_per_text"] == 0
+    low, high = found["intervals_95"]["mutual_information_nats"]
+    assert 0 <= low <= found["mutual_information_nats"] <= high
+    # Shares of a KL that is nothing but noise would be thousands of percent.
+    assert found["information_share"] is None
+    baseline = gather(model, TEXTS)
+    baseline.sample = None
+    compared = report.report(gather(model, TEXTS), baseline, samples=SAMPLES, seed=2)
+    assert "efficiency_nats_per_nat" not in {**compared.values, **compared.intervals}
+
+
+def test_equal_texts_have_no_other_to_be_told_from(checkpoint: Checkpoint) -> None:
+    found = values_of(checkpoint, ["the quick fox"] * 3)
+    assert (found["mutual_information_most_nats"], found["mutual_information_nats"]) == (0, pytest.approx(0, abs=1e-9))
+    assert (found["collapsed"], found["latent_used"], found["information_share"]) == (False, None, None)
 
 
 def test_labels_are_read_off_the_means(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ class TrainingDisplay:
         self.console, self.title, self.dim_latent, self.quiet = console, _one_line(title), dim_latent, quiet
         self.report: StepReport | None = None
         self.figures: Figures | None = None
+        self.diagnosis: str | None = None
         self.example: tuple[str, str] | None = None
         self.losses: list[float] = []
         self.began: tuple[float, float] | None = None
@@ -64,7 +65,8 @@ class TrainingDisplay:
         """Shows a report."""
         self.report = report
         self.began = self.began or (report.seconds, report.progress)
-        self.figures = report.figures or self.figures
+        if report.figures is not None:
+            self.figures, self.diagnosis = report.figures, report.diagnosis
         self.losses.append(report.cross_entropy)
         if self.live:
             self.live.update(self._panel())
@@ -108,7 +110,7 @@ class TrainingDisplay:
         )
         body.add_row("", Text(sparkline(self.losses, 60), style="green"))
         if self.figures is not None:
-            _add_figures(body, self.figures, self.dim_latent)
+            _add_figures(body, self.figures, self.dim_latent, is_used=self.diagnosis is None)
         if self.example is not None:
             body.add_row("text", _one_line(self.example[0]))
             body.add_row("from its z", _one_line(self.example[1]))
@@ -123,12 +125,13 @@ def _wider(text: str) -> int:
     return sum((unicodedata.category(char) == "Mc") + 2 * ("\U0001f3fb" <= char <= "\U0001f3ff") for char in text)
 
 
-def _add_figures(body: Table, figures: Figures, dim_latent: int | None) -> None:
+def _add_figures(body: Table, figures: Figures, dim_latent: int | None, *, is_used: bool) -> None:
     if dim_latent is None:
         body.add_row("held out", f"{figures.cross_entropy_without:.2f} nats/text, without a latent")
         return
     ceiling = min(figures.kl, figures.entropy)
-    carried = Text(f"{figures.mutual_information:.2f} nats of information", style=_health(figures))
+    health = "bold red" if not is_used else "bold green" if figures.mutual_information > 3 else "bold yellow"
+    carried = Text(f"{figures.mutual_information:.2f} nats of information", style=health)
     carried.append(
         f" in KL {figures.kl:.1f}   (at most {ceiling:.1f} shows on {figures.texts:,} texts)", style="default"
     )
@@ -146,12 +149,6 @@ def _add_figures(body: Table, figures: Figures, dim_latent: int | None) -> None:
         f"right z {figures.cross_entropy:.1f}   another text's z {figures.cross_entropy_shuffled:.1f}"
         f"   no z {figures.cross_entropy_without:.1f} nats/text",
     )
-
-
-def _health(figures: Figures) -> str:
-    if figures.collapsed:
-        return "bold red"
-    return "bold green" if figures.mutual_information > 3 else "bold yellow"
 
 
 def _plain_line(report: StepReport, dim_latent: int | None) -> str:

@@ -58,13 +58,15 @@ def table(about: dict[str, Any], report: Report) -> Iterator[str]:
     yield line("KL", "kl_nats_per_text", unit=_NATS)
     yield "cross-entropy"
     yield line("with the right z", "cross_entropy_nats_per_text", unit=_NATS)
-    yield line("with another text's z", "cross_entropy_shuffled_nats_per_text", unit=_NATS)
+    if values["latent_used"] is not None:
+        yield line("with another text's z", "cross_entropy_shuffled_nats_per_text", unit=_NATS)
     yield line("with no z", "cross_entropy_without_nats_per_text", unit=_NATS)
     seen = values["mutual_information_texts"]
     yield f"latent of {values['dim_latent']} dimensions"
     yield line("information", "mutual_information_nats", unit=_NATS)
     most = values["mutual_information_most_nats"]
-    yield f"    at most {most:.2f} can show on {seen:,} texts; {values['information_share']:.0%} of min(KL, that)"
+    share = values["information_share"]
+    yield f"    at most {most:.2f} can show on {seen:,} texts" + (f"; {share:.0%} of min(KL, that)" if share else "")
     yield line("dimensions active", "active_001", "{:d}", f"{values['active_02']} strongly")
     yield "greedy reconstruction from the mean"
     yield line("tokens in place", "token_accuracy", "{:.1%}")
@@ -76,7 +78,7 @@ def table(about: dict[str, Any], report: Report) -> Iterator[str]:
         yield from _probe_lines(about["labels"], values, intervals)
     if values["collapsed"]:
         yield "collapsed: the latent carries next to nothing"
-    elif not values["latent_used"]:
+    elif values["latent_used"] is False:
         yield "not used: the decoder writes as well from another text's latent"
 
 
