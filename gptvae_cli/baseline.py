@@ -18,7 +18,7 @@ from gptvae_cli.checkpoint import load_state
 from gptvae_cli.config import DType, TrainConfig
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
-from gptvae_cli.errors import CheckpointError, GPTVAEError
+from gptvae_cli.errors import CheckpointError, ConfigError, GPTVAEError
 from gptvae_cli.folder import CACHE_NAME, SHARED_CACHE, claimed, remove_run, step_of
 from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, read_header, stored_config
 from gptvae_cli.learner import Learner, stored_counters
@@ -113,6 +113,8 @@ class Baseline:
         Raises:
             BusyError, ConfigError, GPTVAEError: as `claimed`.
         """
+        if self.folder.is_symlink():
+            raise ConfigError(f"{self.folder} is a link, and not of gptvae's making", hint="put a folder in its place")
         with claimed(self.folder, resume=False, force=True):
             yield self._resumed(device, precision) or self._begun(device, precision)
 

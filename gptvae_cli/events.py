@@ -80,7 +80,9 @@ def scalars(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def remove_events(folder: Path) -> None:
-    """Removes the event files of a run, and their folder if nothing else is in it."""
+    """Removes the event files of a run, and their folder if nothing else is in it; what a link leads to stays."""
+    if (folder / EVENTS_NAME).is_symlink():
+        return
     for path in (folder / EVENTS_NAME).glob("events.out.tfevents.*"):
         path.unlink()
     with suppress(OSError):  # it is not empty, or not there

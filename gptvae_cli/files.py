@@ -42,7 +42,8 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, previous_na
 def replacing(path: Path, *, previous_name: str | None = None) -> Iterator[Path]:
     """Replaces a file in one step: readers, and whoever comes after a crash, see the old one or the new one.
 
-    The new file gets the mode that the umask gives. A symbolic link is kept and the file it points to replaced.
+    A new file gets the mode that the umask gives, one that is replaced keeps its own. A symbolic link is kept and the
+    file it points to replaced.
 
     Args:
         path: the file to make or replace.
@@ -71,7 +72,7 @@ def replacing(path: Path, *, previous_name: str | None = None) -> Iterator[Path]
             # The only way to learn the umask without changing it for every thread is to make a file.
             probe = Path(folder) / "mode"
             probe.touch()
-            new.chmod(stat.S_IMODE(probe.stat().st_mode))
+            new.chmod(stat.S_IMODE((target if exists else probe).stat().st_mode))
             if previous_name is not None and exists:
                 target.replace(target.with_name(previous_name))
             new.replace(target)
@@ -103,6 +104,11 @@ def remove_unfinished(path: Path) -> None:
 def behind_links(path: Path) -> Path:
     """Where a path leads, whether there is something or not."""
     return Path(os.path.realpath(path))  # unlike `Path.resolve` it leaves a loop of links to the call that follows
+
+
+def leads_elsewhere(path: Path) -> bool:
+    """Whether there is a link to something of another name: what is of the same one was put on another disk."""
+    return path.is_symlink() and behind_links(path).name != path.name
 
 
 def is_utf8(path: Path) -> bool:

@@ -23,7 +23,15 @@ from gptvae_cli.checkpoint import remove_state, state_exists
 from gptvae_cli.corpus import is_cache_file
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, GPTVAEError
 from gptvae_cli.events import remove_events
-from gptvae_cli.files import is_no_file, remove_file, remove_unfinished, sync, sync_folder, write_atomically
+from gptvae_cli.files import (
+    is_no_file,
+    leads_elsewhere,
+    remove_file,
+    remove_unfinished,
+    sync,
+    sync_folder,
+    write_atomically,
+)
 from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME, VERSION_KEY, read_layout
 from gptvae_cli.hub import COMPANION_NAMES, remove_companions
 
@@ -73,7 +81,9 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
             raise GPTVAEError(f"cannot write to {folder}: it is not writable", hint="choose another one with --out")
         if resume and not state_exists(folder / STATE_NAME):
             raise CheckpointError(f"no run to resume in {folder}", hint="start one without --resume")
-        foreign = [path for name in _FILES if is_no_file(path := folder / name) or _is_foreign(path)]
+        # A folder may come from a stranger: no link in it may lead what is written to any file of the user's.
+        foreign = [path for name in (*_FILES, *COMPANION_NAMES) if leads_elsewhere(path := folder / name)]
+        foreign += [path for name in _FILES if is_no_file(path := folder / name) or _is_foreign(path)]
         caches = [NEW_CACHE_NAME] if resume else [NEW_CACHE_NAME, CACHE_NAME]
         foreign += filter(None, (_foreign(folder / name) for name in caches))
         if foreign:

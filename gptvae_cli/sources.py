@@ -95,7 +95,8 @@ def _expand(source: str) -> list[str]:
         # Not Path.rglob, which passes over folders that it may not read.
         tree = os.walk(source, onerror=_raise)
         paths = [Path(folder, name) for folder, _, names in tree for name in names if not _is_log(name, names)]
-    files = sorted(path for path in paths if path.name.lower().endswith(_FOLDER_ENDINGS))
+    # A pipe or a device has no end.
+    files = sorted(path for path in paths if path.name.lower().endswith(_FOLDER_ENDINGS) and path.is_file())
     if not files:
         raise DataError(
             f"found no texts in the folder {source}: no file ends in {', '.join(_FOLDER_ENDINGS)}",

@@ -31,7 +31,7 @@ _PACKED = {
 """The first bytes of what these programs pack."""
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 """Arrow's types that may hold text; files of some programs do not say that their bytes are strings."""
-_PARQUET_ROWS, _PARQUET_BUFFER = 256, 2**20
+_PARQUET_ROWS, _PARQUET_BUFFER = 64, 2**20
 """How many rows, and how many bytes of a column, are taken from a Parquet file at a time."""
 _PLAIN = "plain lines go through stdin: < FILE"
 _LONGEST_CELL = 2**24
@@ -401,8 +401,8 @@ def _rows(file: str, form: _Form) -> Iterator[str]:
             batches = table.iter_batches(_PARQUET_ROWS, columns=[field], use_threads=False)
             # As bytes, because Arrow believes a file that says it holds UTF-8.
             columns = (batch.column(0).cast(kind).cast("large_binary") for batch in batches)
-            values = chain.from_iterable(column.to_pylist() for column in columns)
-            for number, value in enumerate(values, 1):
+            for number, scalar in enumerate(chain.from_iterable(columns), 1):
+                value = scalar.as_py()
                 place = f"{file}, row {number}"
                 if value is None:
                     raise DataError(f"{place}: the column {field!r} is null, expected a string")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from base64 import b64decode
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,8 +27,10 @@ TokenizerKind = Literal["bytes", "bpe", "file"]
 
 _MOST_TOKENS = 2**22 - 3
 """What `ModelConfig` allows, less the special tokens. A crafted file may number its tokens up to 2^32."""
-_MOST_GROWTH = 1000
+_MOST_GROWTH = 64
 """How many times longer than the text a part of a tokenizer may make it, see `_growth`."""
+_LONGEST_TOKEN = 4096
+"""Characters of a token: each costs time when a text is written, whether the token is in it or not."""
 _LONGEST_WORD = 1000
 """Characters of a word, in training. The time a BPE takes to learn grows with the square of a word's length (a
 word ends at a space, or between letters, digits and signs): 2 MB of DNA on one line take 3 s cut to this length,
@@ -265,7 +268,10 @@ def _load(text: str) -> tuple[tokenizers.Tokenizer, TokenizerKind]:
         if (growth := _growth(parts.get(name))) > _MOST_GROWTH:
             raise ValueError(f"its {name} can make a text {growth:.3g} times as long, expected {_MOST_GROWTH} at most")
     tokenizer = Tokenizer.from_str(json.dumps(parts))
-    last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if (longest := max(map(len, vocabulary), default=0)) > _LONGEST_TOKEN:
+        raise ValueError(f"a token is {longest:,} characters long, expected {_LONGEST_TOKEN:,} at most")
+    last = max(vocabulary.values(), default=-1)
     if not 0 <= last < _MOST_TOKENS:
         raise ValueError(f"its last token is number {last}, expected 0 to {_MOST_TOKENS - 1}")
     return tokenizer, kind_of(model)
@@ -280,7 +286,7 @@ def kind_of(model: object) -> TokenizerKind:
 
 
 def _growth(part: Any) -> float:
-    """How many times longer a part of a tokenizer can make a text, in characters; 1 to 4 for real ones.
+    """How many times longer a part of a tokenizer can make a text, in characters; 1 to 18 for real ones.
 
     Forty steps that each replace `a` by `aa` would make a terabyte of one letter.
     """
@@ -293,6 +299,10 @@ def _growth(part: Any) -> float:
             return 1.0 + len(new)
         case {"type": "Prepend", "prepend": str(new)}:
             return max(1.0, len(new))
+        case {"type": "Precompiled", "precompiled_charsmap": str(packed)}:  # a table, and what stands in for texts
+            table = b64decode(packed)
+            texts = table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")
+            return max(1.0, *(len(text.decode("utf-8", "replace")) for text in texts))
         case {"type": "ByteLevel" | "BPEDecoder"}:  # a byte of UTF-8 as a character, or a space behind each one
             return 2.0
         case dict():

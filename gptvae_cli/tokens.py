@@ -108,7 +108,9 @@ class BulkTokenizer:
 def tokenizer_pool(tokenizer: Tokenizer, processes: int) -> ProcessPoolExecutor:
     """Processes for `tokenized`, each with a `BulkTokenizer`: remembering words is Python's work, which threads would
     not share."""
-    # Not forked: this process may have threads, which a fork would tear apart.
+    # Not forked: this process may have threads, which a fork would tear apart. And a new Python would look for its
+    # modules in the working directory first, which may be a stranger's corpus.
+    os.environ["PYTHONSAFEPATH"] = "1"
     return ProcessPoolExecutor(
         processes, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer.to_json(), tokenizer.kind)
     )

@@ -17,7 +17,7 @@ from gptvae_cli.baseline import Baseline
 from gptvae_cli.checkpoint import load_state, save_state
 from gptvae_cli.config import DataConfig, SizeConfig, TrainConfig
 from gptvae_cli.device import Device, Precision
-from gptvae_cli.errors import BusyError, CheckpointError
+from gptvae_cli.errors import BusyError, CheckpointError, ConfigError
 from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
 from gptvae_cli.machine import processors
@@ -247,6 +247,15 @@ def test_two_do_not_train_it_at_once(model: Path) -> None:
         with pytest.raises(BusyError), of(model).training(CPU, FLOAT32):
             pass
         assert (model.parent / "baseline/cache/corpus.json").exists()
+
+
+def test_a_link_in_its_place_is_refused(model: Path, tmp_path: Path) -> None:
+    """It may lead a stranger's model to a folder of the user's."""
+    (tmp_path / "elsewhere").mkdir()
+    (model.parent / "baseline").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="baseline is a link"), of(model).training(CPU, FLOAT32):
+        raise AssertionError
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_one_whose_states_are_damaged_is_trained_anew(model: Path) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from gptvae_cli.cli.app import app
 from gptvae_cli.errors import GPTVAEError
-from gptvae_cli.events import event_log
+from gptvae_cli.events import event_log, remove_events
 from tests.test_run import begin, finish, go_on, names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -146,3 +146,13 @@ def test_the_command_line_has_one_kind_of_log(folder: Path, corpus: str) -> None
     result = train(corpus, folder, "--log", "wandb", "--force")
     assert result.exit_code == 2
     assert "log is 'wandb', it must be one of tensorboard" in result.stderr
+
+
+def test_a_link_to_a_folder_of_events_is_not_followed(tmp_path: Path) -> None:
+    """The events of another run would be gone."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/events.out.tfevents.1").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tensorboard").symlink_to(tmp_path / "other")
+    remove_events(tmp_path / "run")
+    assert names(tmp_path / "other") == {"events.out.tfevents.1"}

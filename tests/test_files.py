@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptvae_cli.errors import ExitCode, GPTVAEError
-from gptvae_cli.files import remove_file, remove_unfinished, replacing, write_atomically
+from gptvae_cli.files import leads_elsewhere, remove_file, remove_unfinished, replacing, write_atomically
 
 
 def test_pipe_folder_and_loop_are_refused_and_kept(tmp_path: Path) -> None:
@@ -89,6 +89,23 @@ def test_removing_a_file_keeps_the_link_to_it(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == [link]
     write_atomically(link, lambda new: new.touch())
     assert (tmp_path / "disk").exists()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(mode)
+    write_atomically(path, lambda new: new.write_bytes(b"new"))
+    assert (stat.S_IMODE(path.stat().st_mode), path.read_bytes()) == (mode, b"new")
+
+
+def test_a_link_leads_elsewhere_where_the_name_is_another(tmp_path: Path) -> None:
+    links = {"here": "disk/here", "there": "here", "gone": "gone/else", "loop": "loop"}
+    for name, target in links.items():
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "file").touch()
+    assert [name for name in (*links, "file", "nothing") if leads_elsewhere(tmp_path / name)] == ["there", "gone"]
 
 
 def test_missing_folder_is_told(tmp_path: Path) -> None:

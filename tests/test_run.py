@@ -260,6 +260,30 @@ def test_links_in_a_run_folder_outlive_the_run(folder: Path, corpus: str, tmp_pa
     assert load_state(disk / "state.prev.safetensors").metadata["counters"]["step"] == 0, "not one of the old run"
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "state.prev.safetensors", "metrics.jsonl", "tokenizer.json", "README.md"]
+)
+@pytest.mark.parametrize("there", [True, False], ids=["there", "dangling"])
+def test_a_stranger_s_run_folder_leads_to_no_file_of_ours(
+    folder: Path, corpus: str, tmp_path: Path, name: str, there: bool
+) -> None:
+    """A download may hold links, as to `~/.bashrc`."""
+    finish(begin(folder, [corpus]))
+    private = tmp_path / ".bashrc"
+    if there:
+        private.write_text("mine")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(private)
+    for flags in ({"force": True}, {"resume": True}):
+        with (
+            pytest.raises(ConfigError, match=f"{name} is in the way"),
+            claimed(folder, **{"resume": False, "force": False, **flags}),
+        ):
+            raise AssertionError
+    assert private.exists() == there
+    assert not there or private.read_text() == "mine"
+
+
 def test_a_linked_cache_is_refused_and_kept(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (folder / "cache").symlink_to(tmp_path / "disk")
@@ -922,7 +946,7 @@ def test_a_full_disk_ends_a_run_in_one_line(folder: Path, corpus: str, monkeypat
     """`/dev/full` fails as a full disk does. The state that was saved before is good."""
     job = begin(folder, [corpus])
     before = contents(folder)
-    (folder / "metrics.jsonl").symlink_to("/dev/full")
+    (folder / "metrics.jsonl").symlink_to("/dev/full")  # which a new command would refuse
     with pytest.raises(GPTVAEError, match=r"cannot write .*metrics\.jsonl: No space left on device") as caught:
         finish(job)
     assert caught.value.exit_code == ExitCode.FAILURE

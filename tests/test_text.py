@@ -142,6 +142,8 @@ def test_a_folder_gives_its_texts_sorted_and_nothing_else(tmp_path: Path) -> Non
     (tmp_path / "sub" / "a.txt.gz").write_bytes(gzip.compress(b"4"))
     (tmp_path / "notes.md").write_text("no")
     (tmp_path / "data.gz").write_bytes(b"no")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "device.txt").symlink_to("/dev/zero")
     assert list(read_texts([str(tmp_path)], TextConfig())) == ["1", "2", "3", "4", "5"]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import struct
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from tokenizers import models, pre_tokenizers
 from gptvae_cli.config import TextConfig, Unit
 from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.text import read_texts
-from gptvae_cli.tokenizer import Tokenizer, automatic_tokenizer, kind_of, pieces
+from gptvae_cli.tokenizer import Tokenizer, _growth, automatic_tokenizer, kind_of, pieces
 
 HARD_TEXTS = [
     "",
@@ -253,6 +255,30 @@ def test_a_malformed_tokenizer_is_a_checkpoint_error_of_one_line(text: str) -> N
         Tokenizer.from_json(text)
     assert len(caught.value.message.splitlines()) == 1
     assert len(caught.value.message) < 300
+
+
+def test_a_table_of_normal_forms_may_not_make_a_text_much_longer(bpe: Tokenizer) -> None:
+    """The table of a SentencePiece model has at most 18 characters for one. One with a thousand, thrice, would make
+    gigabytes of a letter."""
+    for length, refused in ((18, False), (1000, True)):
+        table = struct.pack("<I", 4) + bytes(4) + b"x\0" + b"a" * length + b"\0"
+        normalizer = {"type": "Precompiled", "precompiled_charsmap": b64encode(table).decode()}
+        assert _growth(normalizer) == length
+        if refused:
+            parts = json.loads(bpe.to_json()) | {"normalizer": normalizer}
+            with pytest.raises(CheckpointError, match=r"normalizer can make a text 1e\+03 times as long"):
+                Tokenizer.from_json(json.dumps(parts))
+
+
+def test_tokens_are_not_endless(bpe: Tokenizer) -> None:
+    """One of a million letters took a minute to load, and as many bytes of every text that it is drawn for."""
+
+    def added(length: int) -> str:
+        return edited(bpe, lambda parts: parts["model"]["vocab"].update({"a" * length: 10_000}))
+
+    Tokenizer.from_json(added(4096))
+    with pytest.raises(CheckpointError, match="a token is 4,097 characters long"):
+        Tokenizer.from_json(added(4097))
 
 
 def test_mutated_tokenizers_load_or_are_refused(bpe: Tokenizer) -> None:

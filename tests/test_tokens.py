@@ -101,6 +101,20 @@ def test_a_process_of_a_pool_makes_the_same_tokens() -> None:
             assert np.array_equal(found, expected)
 
 
+def test_a_process_of_a_pool_runs_nothing_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be a stranger's corpus."""
+    for name in ("multiprocessing", "tokenizers", "json"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")  # so that it is as it was afterwards
+    with tokenizer_pool(Tokenizer.bytes(), 1) as pool:
+        tokens, _ = pool.submit(tokenized, ["a text"]).result()
+    assert tokens.tolist() == [*b"a text"]
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("num_tokens", [300, 70_000])
 def test_rows_come_back_in_any_order(tmp_path: Path, num_tokens: int) -> None:
     random = np.random.default_rng(0)
