@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
@@ -61,6 +61,8 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str = "auto", dt
         DeviceError: for a GPU that is not there.
         ConfigError: for a device or a dtype that is not known.
     """
+    if not isinstance(path, str | os.PathLike | None):
+        raise ConfigError(f"path is of type {type(path).__name__}, expected a name")
     found = locate_model(None if path is None else os.fspath(path))
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where.device, training=False)
@@ -222,6 +224,10 @@ class Model:
         if latents is not None:
             if prior is not None:
                 raise ConfigError("latents and prior exclude each other", hint="leave one of them out")
+            if isinstance(latents, Integral):
+                raise ConfigError(
+                    f"latents is {latents}, expected an array of floats", hint=f"prior={latents} draws some"
+                )
             rows = self._latents(latents, "latents")
         else:
             count = 1 if prior is None else _whole("prior", prior, least=0)
@@ -268,6 +274,10 @@ class Model:
     def _checked(self, texts: Iterable[str]) -> Iterator[str]:
         if isinstance(texts, str):
             raise ConfigError("texts is one string, expected a list of them", hint="put it in brackets: [text]")
+        # What a table or a dictionary gives one by one are the names of its columns.
+        if isinstance(texts, Mapping) or hasattr(texts, "columns") or not isinstance(texts, Iterable):
+            kind = type(texts).__name__
+            raise ConfigError(f"texts is of type {kind}, expected a list of strings", hint="of a table take a column")
         for row, text in enumerate(texts):
             if not isinstance(text, str):  # such as NaN, which pandas has in the place of a missing text
                 raise DataError(f"texts[{row}] is of type {type(text).__name__}, expected a string")
@@ -313,7 +323,7 @@ class Model:
 
 def _whole(name: str, value: object, *, least: int) -> int:
     """A whole number, of Python or of NumPy."""
-    if not isinstance(value, Integral) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} is {value!r}, it must be a whole number, {least} or more")
     return int(value)
 

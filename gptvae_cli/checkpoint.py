@@ -79,7 +79,7 @@ def load(path: Path, *, device: torch.device) -> Checkpoint:
         _check_fit(tensors, model_tensors(claimed_model(header.model, tensors)))
         check_finite(tensors)
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: draw nothing for them
-            model = GPTVAE.from_config(header.model)
+            model = GPTVAE.from_config(header.model).float()  # whatever torch's default is
         fill_model(model, tensors)
     return Checkpoint(model.to(device).eval(), tokenizer, header)
 
@@ -247,7 +247,7 @@ def claimed_model(config: ModelConfig, tensors: Mapping[str, Tensor]) -> GPTVAE:
     if layers > len(tensors):
         raise CheckpointError(f"its configuration has {layers} layers, it holds {len(tensors)} tensors", hint=_UNFIT)
     with torch.device("meta"):
-        return GPTVAE.from_config(config)
+        return GPTVAE.from_config(config).float()
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -389,7 +389,7 @@ class SampleConfig:
             for name in names:
                 value = getattr(self, name)
                 unset = value is None and name not in ("temperature", "seed")
-                _require(unset or isinstance(value, kind), name, value, allowed)
+                _require(unset or (isinstance(value, kind) and not isinstance(value, bool)), name, value, allowed)
         # Where denormals count as zero, dividing by one is dividing by zero.
         usable = self.greedy or sys.float_info.min <= self.temperature < float("inf")
         _require(usable, "temperature", self.temperature, "above 0 (or use --greedy)")

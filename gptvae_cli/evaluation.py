@@ -220,7 +220,7 @@ def importance_weighted(
     """
     nll: list[Tensor] = []
     most_tokens = most_tokens or tokens_together(model.device)
-    width_K = torch.tensor([widths[sample % len(widths)] for sample in range(samples)], device=model.device)
+    width_K = torch.tensor([widths[i % len(widths)] for i in range(samples)], dtype=torch.float32, device=model.device)
     width_W = torch.tensor(widths, dtype=torch.float64, device=model.device)
     share_W = width_W.new_tensor([len(range(first, samples, len(widths))) / samples for first in range(len(widths))])
     log_share_W = share_W.log() - model.dim_latent * width_W.log()

@@ -37,22 +37,18 @@ def kl_to_standard_normal(mean_BZ: Tensor, log_var_BZ: Tensor) -> Tensor:
     return 0.5 * (log_var_BZ.exp() + mean_BZ.square() - log_var_BZ - 1.0)
 
 
-def free_bits(kl_BZ: Tensor, floor: float, keep_B: Tensor | None = None) -> Tensor:
-    """KL of a batch with a floor under every dimension's batch mean, in nats per text (a scalar).
+def free_bits(mean_kl_Z: Tensor, *, floor: float = 0.0, rate: float = 0.0) -> Tensor:
+    """KL with a floor under every dimension, and one under their sum, in nats per text (a scalar).
 
     Args:
-        kl_BZ: KL of every row and dimension, nats.
+        mean_kl_Z: KL of every dimension, nats; the mean over a batch is taken before the floor, so that a dimension may
+            tell texts apart by spending more on one than on another.
         floor: nats per dimension that cost nothing.
-        keep_B: True where a row counts; every row does by default.
+        rate: nats per text that cost nothing, of all dimensions together.
 
-    Source: Kingma et al. 2016 (arXiv 1606.04934), eq. 15. The mean over the batch is taken before the floor,
-    so that a dimension may tell texts apart by spending more on one than on another.
+    Source: Kingma et al. 2016 (arXiv 1606.04934), eq. 15, for the first.
     """
-    if keep_B is None:
-        mean_Z = kl_BZ.mean(dim=0)
-    else:
-        mean_Z = (kl_BZ * keep_B[:, None]).sum(dim=0) / keep_B.sum().clamp(min=1)
-    return mean_Z.clamp(min=floor).sum()
+    return mean_kl_Z.clamp(min=floor).sum().clamp(min=rate)
 
 
 def mutual_information(mean_NZ: Tensor, log_var_NZ: Tensor, sample_NZ: Tensor, *, chunk: int = 256) -> float:

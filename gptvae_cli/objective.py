@@ -101,6 +101,11 @@ class Weights:
     rate: float = 0.0
     language_model: bool = False
 
+    @property
+    def have_free_bits(self) -> bool:
+        """Whether some of the KL costs nothing."""
+        return self.objective == "elbo" and not self.language_model and max(self.floor, self.rate) > 0
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -265,8 +270,7 @@ def objective(
         noise: the latent's noise and what is dropped.
         weights: of the terms.
         step_tokens, step_rows: target tokens and rows of the whole optimizer step, when this batch is a part of it.
-        step_kl_Z: likewise its `mean_kl`: what is free is free of all parts together. The total then leaves out what is
-            free, which has no gradient.
+        step_kl_Z: likewise its `mean_kl`: what is free is free of all parts together.
     """
     if weights.language_model:
         cross_entropy = summed_cross_entropy(model, batch.tokens_BT, None, noise)
@@ -286,12 +290,11 @@ def objective(
         kl_term = F.relu(kl_BZ - weights.floor).sum() / (step_rows or len(kl_BZ))
         total = cross_entropy / tokens + weights.beta * kl_term
     else:
-        if step_kl_Z is None:
-            kept_rows = len(kl_BZ) if noise.keep_B is None else noise.keep_B.sum()
-            kl = kept_rows * free_bits(kl_BZ, weights.floor, noise.keep_B).clamp(min=weights.rate)
-        else:
-            costs = step_kl_Z.clamp(min=weights.floor).sum() > weights.rate
-            kl = (_kept(kl_BZ, noise.keep_B)[0] * (costs & (step_kl_Z > weights.floor))).sum()
+        sum_Z, rows = _kept(kl_BZ, noise.keep_B)
+        mean_Z = sum_Z / rows.clamp(min=1)
+        if step_kl_Z is not None:  # the means of the whole step, with the gradient of this part's
+            mean_Z = step_kl_Z + mean_Z - mean_Z.detach()
+        kl = rows * free_bits(mean_Z, floor=weights.floor, rate=weights.rate)
         total = (cross_entropy + weights.beta * kl) / tokens
     total = total + weights.bag_of_words * bow / tokens
     return Terms(total, cross_entropy.detach(), kl_BZ.detach().sum(), bow.detach())

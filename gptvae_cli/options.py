@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -43,6 +43,10 @@ TABLES: dict[str, type[Options]] = {
 }
 """The tables of a configuration file. No two of them have a key in common, so a key alone names an option."""
 
+KINDS: dict[str, type[Options]] = {field.name: kind for kind in TABLES.values() for field in fields(kind)}
+"""The table of every key."""
+_DEFAULTS = {kind: kind() for kind in TABLES.values()}
+
 UNSET = {
     "corpus": "standard input",
     "latents_from": "the texts themselves",
@@ -63,8 +67,7 @@ _LIMITS = ("steps", "epochs", "max_time")
 
 def default_in_words(key: str) -> str:
     """The default of an option as help and README say it; nothing for what is off."""
-    (default,) = (to_dict(kind())[key] for kind in TABLES.values() if key in keys(kind))
-    match default:
+    match default := getattr(_DEFAULTS[KINDS[key]], key):
         case None | []:
             return UNSET.get(key, "not set")
         case float() if key == "max_time":
@@ -90,8 +93,7 @@ class Layer:
 
 def flags_layer(flags: Mapping[str, object]) -> Layer:
     """Options from the command line, where None is not given."""
-    known = {key for kind in TABLES.values() for key in keys(kind)}
-    values = {key: value for key, value in flags.items() if key in known and value is not None}
+    values = {key: value for key, value in flags.items() if key in KINDS and value is not None}
     return Layer(_read_times(values, "--max-time"), {key: f"--{key.replace('_', '-')}" for key in values})
 
 
@@ -114,7 +116,7 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
 
 def misspelt(environment: Mapping[str, str]) -> Iterator[str]:
     """A note on every variable that names no option of gptvae's, and looks as if it should."""
-    known = ["model", *(key for kind in TABLES.values() for key in keys(kind))]
+    known = ["model", *KINDS]
     for name in sorted(environment):
         word = name.removeprefix("GPTVAE_").lower()
         if name.startswith("GPTVAE_") and word not in known and (hint := did_you_mean(word, known)):
@@ -182,12 +184,12 @@ _FORM = "gptvae train --print-config shows the form"
 
 def _home(key: str) -> str | None:
     """A hint for a key that stands outside its table."""
-    return next((f"it belongs below [{name}]" for name, kind in TABLES.items() if key in keys(kind)), None)
+    return next((f"it belongs below [{name}]" for name, kind in TABLES.items() if KINDS.get(key) is kind), None)
 
 
 def keys(kind: type) -> list[str]:
     """The keys of a table."""
-    return list(get_type_hints(kind))
+    return [field.name for field in fields(kind)]
 
 
 def _read_times(values: Mapping[str, object], label: str) -> dict[str, object]:

@@ -288,17 +288,18 @@ def _step(
     for batch in batches:
         rows = range(rows.stop, rows.stop + len(batch.tokens_BT))
         length = batch.tokens_BT.shape[1]
-        parts.append((batch, training_noise(now, learner.counters.step, rows, length, model.config, dropout)))
-    if len(parts) > 1 and not weights.language_model:
+        noise = training_noise(now, learner.counters.step, rows, length, model.config, dropout)
+        parts.append((batch.to(device), noise.to(device)))
+    if len(parts) > 1 and weights.have_free_bits:
         with autocast(device, dtype):
-            step_kl_Z = mean_kl(model, ((batch.to(device), noise.to(device)) for batch, noise in parts))
+            step_kl_Z = mean_kl(model, parts)
     for batch, noise in parts:
         with autocast(device, dtype):
             terms = objective(
                 model,
                 learner.bag_of_words,
-                batch.to(device),
-                noise.to(device),
+                batch,
+                noise,
                 weights,
                 step_tokens=step_tokens,
                 step_rows=step_rows,

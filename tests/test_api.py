@@ -194,6 +194,23 @@ def test_using_a_model_changes_nothing_of_the_process(folder: Path, monkeypatch:
 # What goes in ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_torch_does_not_matter(model: Model, folder: Path, default: torch.dtype) -> None:
+    """Some libraries set it to float64."""
+    texts = ["one", "another"]
+    expected = model.encode(texts), model.nll(texts, samples=3), model.generate(prior=3, seed=1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for each in (model, load(folder, device="cpu")):
+            found = each.encode(texts), each.nll(texts, samples=3), each.generate(prior=3, seed=1)
+            assert np.array_equal(found[0], expected[0])
+            assert np.array_equal(found[1], expected[1])
+            assert found[2] == expected[2]
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_nothing_in_gives_nothing_out(model: Model) -> None:
     assert model.encode([]).shape == (0, WIDTH)
     assert model.encode([]).dtype == np.float32
@@ -254,6 +271,12 @@ def test_latents_are_checked_as_those_of_a_file(model: Model, latents: Any, word
         assert words in caught.value.message
 
 
+class Table(list[str]):
+    """As of pandas, which gives the names of its columns one by one."""
+
+    columns = ("a", "b")
+
+
 def test_a_point_of_a_path_is_one_latent(model: Model) -> None:
     with pytest.raises(DataError, match=r"points\[1\] holds 6 latents"):
         model.interpolate("a", LATENTS)
@@ -268,6 +291,12 @@ def test_a_point_of_a_path_is_one_latent(model: Model) -> None:
         (lambda model: model.posterior("one"), "texts is one string, expected a list"),
         (lambda model: model.encode(["a"], seed=-1), "seed is -1"),
         (lambda model: model.generate(LATENTS, prior=2), "latents and prior exclude each other"),
+        (lambda model: model.encode(None), "texts is of type NoneType, expected a list of strings"),
+        (lambda model: model.encode({"a text": 1}), "texts is of type dict, expected a list of strings"),
+        (lambda model: model.nll(Table(["a text"])), "texts is of type Table, expected a list of strings"),
+        (lambda model: model.generate(5), "latents is 5, expected an array"),
+        (lambda model: model.generate(top_k=True), "top-k is True"),
+        (lambda model: model.generate(copies=True), "copies is True"),
         (lambda model: model.generate(prior=-1), "prior is -1"),
         (lambda model: model.generate(prior=2.0), "prior is 2.0, it must be a whole number, 0 or more"),
         (lambda model: model.generate(copies=0), "copies is 0, it must be a whole number, 1 or more"),
@@ -314,6 +343,8 @@ def test_what_cannot_be_loaded_is_told(folder: Path) -> None:
         load(folder / "nowhere")
     with pytest.raises(gptvae_cli.DeviceError, match="cuda:77"):
         load(folder, device="cuda:77")
+    with pytest.raises(ConfigError, match="path is of type int"):
+        load(3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="dtype is 'int8'"):
         load(folder, device="cpu", dtype="int8")  # type: ignore[arg-type]
 

@@ -70,30 +70,28 @@ KL_BZ = torch.tensor([[0.0, 2.0, 0.1], [0.8, 4.0, 0.3]])
 
 
 @pytest.mark.parametrize(
-    ("floor", "keep", "expected"),
+    ("floor", "rate", "expected"),
     [
-        (0.0, None, 0.4 + 3.0 + 0.2),
-        (0.5, None, 0.5 + 3.0 + 0.5),
-        (0.5, [False, True], 0.8 + 4.0 + 0.5),
-        (0.5, [True, False], 0.5 + 2.0 + 0.5),
-        (0.5, [False, False], 1.5),
-        (10.0, None, 30.0),
+        (0.0, 0.0, 0.4 + 3.0 + 0.2),
+        (0.5, 0.0, 0.5 + 3.0 + 0.5),
+        (10.0, 0.0, 30.0),
+        (0.0, 3.5, 0.4 + 3.0 + 0.2),
+        (0.0, 3.7, 3.7),
+        (0.5, 3.7, 0.5 + 3.0 + 0.5),
+        (0.5, 4.1, 4.1),
     ],
-    ids=["no-floor", "floor", "second-row", "first-row", "no-row", "all-free"],
 )
-def test_the_floor_is_under_the_batch_mean_of_each_dimension(
-    floor: float, keep: list[bool] | None, expected: float
-) -> None:
+def test_the_floors_are_under_the_means_and_their_sum(floor: float, rate: float, expected: float) -> None:
     """Dimension 0 spends 0.8 nats on one row and nothing on the other. A floor of 0.5 under each row would charge 0.3
     for telling them apart; under their mean of 0.4 it charges nothing."""
-    keep_B = None if keep is None else torch.tensor(keep)
-    assert float(free_bits(KL_BZ, floor, keep_B)) == pytest.approx(expected)
+    assert float(free_bits(KL_BZ.mean(dim=0), floor=floor, rate=rate)) == pytest.approx(expected)
 
 
-def test_a_dimension_under_the_floor_gets_no_gradient() -> None:
+def test_what_is_free_gets_no_gradient() -> None:
     kl_BZ = KL_BZ.clone().requires_grad_()
-    gradient_BZ = torch.autograd.grad(free_bits(kl_BZ, 0.5), kl_BZ)[0]
-    assert gradient_BZ.tolist() == [[0, 0.5, 0], [0, 0.5, 0]]
+    above, below = (free_bits(kl_BZ.mean(dim=0), floor=0.5, rate=rate) for rate in (3.9, 4.1))
+    assert torch.autograd.grad(above, kl_BZ)[0].tolist() == [[0, 0.5, 0], [0, 0.5, 0]]
+    assert not torch.autograd.grad(below, kl_BZ)[0].any()
 
 
 # Mutual information ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ gptvae generate --ref a.txt --sample --greedy -n 10 --format jsonl | jq -r .text
 def generate(
     latent: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Latents, a .npy file; - is standard input.", rich_help_panel=_SOURCES),
+        typer.Option(
+            metavar="FILE", help="Latents, .npy or JSON lines; - is standard input.", rich_help_panel=_SOURCES
+        ),
     ] = None,
     ref: Annotated[
         str | None,
@@ -123,7 +125,7 @@ def generate(
 
             stream_in = stack.enter_context(streams.source(latent))
             latents = iter_latents(stream_in, streams.called(latent), width=header.model.dim_latent)
-            latents = latents if latent == "-" else _begun(latents)
+            latents = _begun(latents) if stream_in.seekable() else latents
         elif ref is not None:
             texts = read_texts([ref], data, repairs=repairs)
         elif text is not None:

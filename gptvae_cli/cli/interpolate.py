@@ -44,7 +44,7 @@ def interpolate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="A .npy file; the path leads through its rows; - is standard input.",
+            help=".npy or JSON lines; the path leads through its rows; - is standard input.",
             rich_help_panel=_POINTS,
         ),
     ] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import select
 import subprocess
@@ -100,6 +101,25 @@ def test_latents_come_from_a_pipe_in_every_layout(
 ) -> None:
     expected = greedy_texts(models, values.reshape(-1, WIDTH).astype(np.float32))
     assert lines(generate("--latent", "-", "--greedy", stdin=array(values))) == expected
+
+
+def test_a_pipe_with_a_name_is_not_waited_for_before_the_model_is_there(models: Path, tmp_path: Path) -> None:
+    """As `--latent <(gptvae encode a.txt)` has one: both load torch meanwhile."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    options = ["--latent", str(pipe), "--model", str(models / "line.safetensors")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gptvae_cli", "generate", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        with pipe.open("wb") as stream:
+            assert process.stderr is not None
+            assert process.stderr.readline().startswith(b"seed ")
+            stream.write(array(LATENTS))
+        assert len(process.communicate(timeout=120)[0].decode().splitlines()) == len(LATENTS)
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_reference_is_written_from_its_mean(generate: Generate, models: Path) -> None:

@@ -13,8 +13,8 @@ texts, which are not in it; so the information may be more than ln(texts), and i
 inequality), as the distance is an underestimate. Densities fitted to samples of the aggregate show how much of the
 distance a learnt prior would find, or at least that much.
 
-At the end what `evaluate` would show of a latent of which every nat is information: its aggregate posterior is the prior.
-The estimate is of texts that are in the aggregate, and so an underestimate.
+At the end what `evaluate` would show of a latent of which every nat is information, whose aggregate posterior is the
+prior. The estimate is of texts that are in the aggregate, and so an underestimate.
 """
 
 from __future__ import annotations
