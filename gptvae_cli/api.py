@@ -24,14 +24,12 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint
-from gptvae_cli.checkpoint import load as load_checkpoint
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import batches_of, places_of
-from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together
+from gptvae_cli.device import tokens_together
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.evaluation import importance_weighted, measure_without_latent
 from gptvae_cli.header import ModelHeader, locate_model
@@ -64,9 +62,7 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str = "auto", dt
     if not isinstance(path, str | os.PathLike | None):
         raise ConfigError(f"path is of type {type(path).__name__}, expected a name")
     found = locate_model(None if path is None else os.fspath(path))
-    where = resolve_device(device)
-    precision = resolve_dtype(dtype, where.device, training=False)
-    return Model(load_checkpoint(found, device=where.device), precision.dtype)
+    return Model(sampling.open_model(found, device=device, dtype=dtype).checkpoint)
 
 
 class Model:
@@ -74,12 +70,10 @@ class Model:
 
     Args:
         checkpoint: what a model file holds.
-        dtype: bfloat16 computes under autocast.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._dtype = dtype
 
     @property
     def header(self) -> ModelHeader:
@@ -153,7 +147,7 @@ class Model:
         Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8.
         """
         samples, seed = _whole("samples", samples, least=1), _seed(seed)
-        if self.header.has_latent and self.header.data.latents_from is not None:
+        if self.header.reads_other_texts:
             raise ConfigError(
                 "the latents of the model come from other texts than it writes",
                 hint="gptvae evaluate --latents-from --per-text has the likelihood of such pairs",
@@ -165,9 +159,9 @@ class Model:
         if rows := [every[place] for place in told]:
             batches = batches_of(rows, None, self.header.model.pad_id, most)
             if self.header.has_latent:
-                found_N = importance_weighted(self.network, batches, samples, seed=seed, dtype=self._dtype)
+                found_N = importance_weighted(self.network, batches, samples, seed=seed, dtype=self._checkpoint.dtype)
             else:
-                found_N = measure_without_latent(self.network, batches, dtype=self._dtype)
+                found_N = measure_without_latent(self.network, batches, dtype=self._checkpoint.dtype)
             nll_N[np.array(told)[places_of(rows, most)]] = found_N.numpy()
         return nll_N
 
@@ -259,14 +253,14 @@ class Model:
 
     def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
         self.header.require_latent("the model")
-        encoder = Encoder(self._checkpoint, self.unit, self._dtype)
+        encoder = Encoder(self._checkpoint, self.unit)
         encodings = list(encoder.encode(self._checked(texts)))
         _warn(encoder)
         return encodings
 
     def _rows(self, texts: Iterable[str]) -> list[list[int]]:
         """Texts as tokens, with their specials."""
-        encoder = Encoder(self._checkpoint, self.unit, self._dtype)
+        encoder = Encoder(self._checkpoint, self.unit)
         rows = list(encoder.rows(self._checked(texts)))
         _warn(encoder)
         return rows
@@ -288,7 +282,7 @@ class Model:
 
     def _point(self, point: str | npt.ArrayLike, name: str) -> Floats:
         if isinstance(point, str):
-            encoder = Encoder(self._checkpoint, self.unit, self._dtype)
+            encoder = Encoder(self._checkpoint, self.unit)
             latent_Z = encoder.point(of_unit(point, self.unit))
             _warn(encoder)
             return latent_Z
@@ -316,9 +310,7 @@ class Model:
 
     def _write(self, latents: Iterable[Floats | None], copies: int, config: SampleConfig, prompt: str) -> list[str]:
         requests = sampling.repeated(latents, copies)
-        return list(
-            sampling.write(self._checkpoint, requests, config, unit=self.unit, prompt=prompt, dtype=self._dtype)
-        )
+        return list(sampling.write(self._checkpoint, requests, config, unit=self.unit, prompt=prompt))
 
 
 def _whole(name: str, value: object, *, least: int) -> int:

@@ -41,11 +41,13 @@ _UNFIT = "the file is damaged or was edited, use one as gptvae wrote it"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that is ready to use, in evaluation mode, with what belongs to it."""
+    """A model that is ready to use, in evaluation mode, with what belongs to it, and the type to compute in: weights
+    are float32, and bfloat16 is autocast's."""
 
     model: GPTVAE
     tokenizer: Tokenizer
     header: ModelHeader
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class State:
     note: str | None
 
 
-def load(path: Path, *, device: torch.device) -> Checkpoint:
+def load(path: Path, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Checkpoint:
     """Builds a model from its file alone.
 
     Raises:
@@ -81,7 +83,7 @@ def load(path: Path, *, device: torch.device) -> Checkpoint:
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: draw nothing for them
             model = GPTVAE.from_config(header.model).float()  # whatever torch's default is
         fill_model(model, tensors)
-    return Checkpoint(model.to(device).eval(), tokenizer, header)
+    return Checkpoint(model.to(device).eval(), tokenizer, header, dtype)
 
 
 def save_model(path: Path, model: GPTVAE, header: ModelHeader) -> None:

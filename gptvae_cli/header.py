@@ -85,6 +85,11 @@ class ModelHeader:
         train = self.training.get("train")
         return not (isinstance(train, dict) and train.get("latents_dropout_prob") == 1)
 
+    @property
+    def reads_other_texts(self) -> bool:
+        """Whether the latents come from other texts than the model writes: it was trained with `--latents-from`."""
+        return self.has_latent and self.data.latents_from is not None
+
     def require_latent(self, name: str | Path) -> None:
         """Keeps latents away from a model that was trained without one, and would make nonsense of them.
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import islice, repeat, tee, zip_longest
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from gptvae_cli import bleu
 from gptvae_cli.checkpoint import Checkpoint
@@ -33,10 +32,13 @@ from gptvae_cli.evaluation import (
     read_keys_of,
     write_greedily,
 )
+from gptvae_cli.sampling import Encoder
 
 Columns = dict[str, npt.NDArray[np.float64]]
 Arrays = dict[str, npt.NDArray[Any]]
 Row = Sequence[int]
+Item = tuple[tuple[int, Row], Row | None]
+"""The place of a text, the text, and what the encoder reads in its stead."""
 
 SAMPLE_TEXTS = 10_000
 """Texts, at random, over which mutual information is estimated (the estimate takes their number squared) and probes
@@ -60,42 +62,92 @@ _PER_TEXT = {
 class Piece:
     """What was measured of some consecutive texts: columns and hashes of the texts [N], and for a model with a latent
     their `posteriors`: places in the corpus, texts, and numbers of what the encoder read [N], means, log-variances and
-    a sample of each [N Z]."""
+    a sample of each [N Z]. Their `places` count the texts that have nothing to measure, too."""
 
+    places: list[int]
     columns: Columns
     keys_N: Keys
     texts_N: Keys
     posteriors: Arrays | None
 
 
+def measured_together(
+    models: Sequence[Checkpoint],
+    texts: Iterable[str],
+    sources: Iterable[str] | None,
+    *,
+    unit: Unit,
+    most: int | None,
+    samples: int,
+    seed: int,
+    on_progress: Callable[[int], None] = lambda texts: None,
+) -> tuple[list[Gathered], int, list[str]]:
+    """What every model makes of the same texts, which are read once; and of the first one how many it cuts, and what
+    people should know about them.
+
+    Args:
+        models: side by side, so that no model's share of the texts has to wait in memory for another's.
+        texts: as `read_texts` gives them.
+        sources: what the encoder of a model reads that was trained so, one for each text.
+        unit, samples, seed: as in `measured`.
+        most: texts, or windows of them; None is all.
+        on_progress: called with the texts that the first model has measured so far.
+    """
+    encoders, readers = ([Encoder(each, unit) for each in models] for _ in range(2))
+    gathered = [Gathered() for _ in models]
+    streams: list[Iterator[Piece]] = []
+    # What is read of a running text is not its windows, which are counted below.
+    some = texts if unit == "window" else islice(texts, most)
+    copies = zip(tee(some, len(models)), tee(sources or (), len(models)), strict=True)
+    for model, encoder, reader, (text, source) in zip(models, encoders, readers, copies, strict=True):
+        read = islice(reader.rows(source), most) if model.header.reads_other_texts else None
+        # An empty text of windows has no token to predict, and no likelihood.
+        rows = ((place, row) for place, row in enumerate(encoder.rows(text)) if len(row) > 1)
+        told = on_progress if encoder is encoders[0] else lambda texts: None
+        streams.append(
+            measured(model, islice(rows, most), read, unit=unit, samples=samples, seed=seed, on_progress=told)
+        )
+    for pieces in zip_longest(*streams):
+        for each, piece in zip(gathered, pieces, strict=True):
+            if piece is not None:
+                each.add(piece)
+    notes = [encoder.note for encoder in encoders]
+    notes += [reader.note and f"to encode: {reader.note}" for reader in readers]
+    return gathered, encoders[0].cut, list(dict.fromkeys(note for note in notes if note is not None))
+
+
 def measured(
     checkpoint: Checkpoint,
-    rows: Iterable[Row],
+    rows: Iterable[tuple[int, Row]],
     sources: Iterable[Row] | None = None,
     *,
     unit: Unit,
     samples: int,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Iterator[Piece]:
     """Measures texts, a piece at a time, in their order.
 
     Args:
         checkpoint: the model; one that was trained without a latent is measured without.
-        rows: texts as tokens with their specials, what the decoder writes.
+        rows: places and texts, as tokens with their specials, what the decoder writes.
         sources: what the encoder reads, if not the same.
         unit: what a text is; of `window` they are windows of running ones.
         samples: K of the importance-weighted likelihood.
         seed: of the latents that are drawn.
-        dtype: bfloat16 computes under autocast.
         on_progress: called with the texts measured so far.
     """
-    model, config, tokenizer = checkpoint.model, checkpoint.header.model, checkpoint.tokenizer
+    model, config, tokenizer, dtype = (
+        checkpoint.model,
+        checkpoint.header.model,
+        checkpoint.tokenizer,
+        checkpoint.dtype,
+    )
     tally, constraint = _Tally(checkpoint, running=unit == "window"), tokenizer.constraint(unit)
     done, most = 0, tokens_together(model.device)
     for piece in _pieces(zip(rows, repeat(None) if sources is None else sources, strict=False)):
-        targets = [row for row, _ in piece]
+        places = [place for (place, _), _ in piece]
+        targets = [row for (_, row), _ in piece]
         read = None if sources is None else [source for _, source in piece if source is not None]
         batches = batches_of(targets, read, config.pad_id, most)
         back = np.argsort(places_of(targets, most))  # where in the batches each text is
@@ -109,7 +161,7 @@ def measured(
             columns["nll"] = measure_without_latent(model, batches, dtype=dtype).numpy()[back]
             done += len(targets)
             on_progress(done)
-            yield Piece(columns, keys_N, texts_N, None)
+            yield Piece(places, columns, keys_N, texts_N, None)
             continue
         found = measure_texts(model, batches, seed=seed, dtype=dtype)
         nll_N = importance_weighted(
@@ -134,7 +186,7 @@ def measured(
             **dict(zip(NGRAMS, np.array(ngrams, float).T, strict=True)),
         }
         posteriors = {
-            "place": np.arange(done, done + len(targets)),
+            "place": np.array(places),
             "text": np.array(texts, dtype=object),
             "read": read_keys_of(batches, config.pad_id)[back],
             "mean": mean_NZ.numpy(),
@@ -142,7 +194,7 @@ def measured(
             "sample": found.sample_NZ[back].numpy(),
         }
         done += len(targets)
-        yield Piece(columns, keys_N, texts_N, posteriors)
+        yield Piece(places, columns, keys_N, texts_N, posteriors)
 
 
 class _Tally:
@@ -180,17 +232,17 @@ class _Tally:
         return {name: count_N.astype(float) for name, count_N in counts.items()}
 
 
-def _pieces(items: Iterable[tuple[Row, Row | None]]) -> Iterator[list[tuple[Row, Row | None]]]:
+def _pieces(items: Iterable[Item]) -> Iterator[list[Item]]:
     """Cuts texts into lists that fit in memory. Two wait for the next list, for a lone text has no other beside it."""
-    piece: list[tuple[Row, Row | None]] = []
+    piece: list[Item] = []
     tokens = 0
     for item in items:
         piece.append(item)
-        tokens += len(item[0])
+        tokens += len(item[0][1])
         if len(piece) >= 4 and (len(piece) >= _PIECE_TEXTS + 2 or tokens >= _PIECE_TOKENS):
             yield piece[:-2]
             piece = piece[-2:]
-            tokens = sum(len(row) for row, _ in piece)
+            tokens = sum(len(row) for (_, row), _ in piece)
     if piece:
         yield piece
 
@@ -199,6 +251,7 @@ def _pieces(items: Iterable[tuple[Row, Row | None]]) -> Iterator[list[tuple[Row,
 class Gathered:
     """The pieces of one model together."""
 
+    places: list[int] = field(default_factory=list)
     columns: list[Columns] = field(default_factory=list)
     keys: list[Keys] = field(default_factory=list)
     hashes: list[Keys] = field(default_factory=list)
@@ -210,6 +263,7 @@ class Gathered:
 
     def add(self, piece: Piece) -> None:
         """Adds the next piece."""
+        self.places += piece.places
         self.columns.append(piece.columns)
         self.keys.append(piece.keys_N)
         self.hashes.append(piece.texts_N)
@@ -239,12 +293,13 @@ class Gathered:
 
     def per_text(self) -> Iterator[dict[str, int | float | bool]]:
         """The figures of every text, in the order that the texts came in: nats, and what `report` is of in all."""
+        places = iter(self.places)
         for columns in self.columns:
-            for row in range(len(columns["nll"])):
-                counts = {name: round(columns[name][row]) for name in ("tokens", "bytes")}
-                nats = {name: float(columns[key][row]) for key, name in _PER_TEXT.items() if key in columns}
-                whole = {"exact_match": bool(columns["exact"][row])} if "exact" in columns else {}
-                yield counts | nats | whole
+            for i in range(len(columns["nll"])):
+                counts = {name: round(columns[name][i]) for name in ("tokens", "bytes")}
+                nats = {name: float(columns[key][i]) for key, name in _PER_TEXT.items() if key in columns}
+                whole = {"exact_match": bool(columns["exact"][i])} if "exact" in columns else {}
+                yield {"row": next(places), **counts, **nats, **whole}
 
     def table(self, order: npt.NDArray[np.int64]) -> Columns:
         """The columns of all texts."""

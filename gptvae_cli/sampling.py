@@ -24,7 +24,7 @@ from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import padded, plan_batches
 from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
-from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together, tune_cpu
+from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.healing import take_back
 from gptvae_cli.noise import latent_noise
@@ -39,32 +39,29 @@ _POOL_TEXTS, _POOL_SIZE = 4096, 2**20
 
 
 class Opened(NamedTuple):
-    """A model that is ready, the type it computes in, and what people may want to know about that."""
+    """A model that is ready, and what people may want to know about where and in what it computes."""
 
     checkpoint: Checkpoint
-    dtype: torch.dtype
     note: str | None
 
 
-def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto", threads: int | None = None) -> Opened:
-    """Loads a model to encode and write with.
+def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto") -> Opened:
+    """Loads a model to encode and write with. Nothing of the process is changed: see `device.tune_cpu`.
 
     Args:
         path: of the model file, see `header.locate_model`.
         device: `auto`, `cpu`, `cuda` or `cuda:n`.
         dtype: `auto` is float32.
-        threads: CPU threads; torch's own choice for None.
 
     Raises:
         CheckpointError, DeviceError, ConfigError: for what cannot be loaded, is not there, or is not known.
     """
     where = resolve_device(device)
-    tune_cpu(threads)
     precision = resolve_dtype(dtype, where.device, training=False)
     note = None
     if where.device.type != "cpu" or precision.dtype != torch.float32:  # the rest is what everybody expects
         note = f"computing on {where.device}, {where.reason}; in {precision.name}, {precision.reason}"
-    return Opened(load(path, device=where.device), precision.dtype, note)
+    return Opened(load(path, device=where.device, dtype=precision.dtype), note)
 
 
 # Texts to latents -----------------------------------------------------------------------------------------------------
@@ -88,11 +85,10 @@ class Encoder:
     Args:
         checkpoint: the model.
         unit: what a text is. A `window` text is cut into consecutive windows, each with a latent of its own.
-        dtype: bfloat16 computes under autocast.
     """
 
-    def __init__(self, checkpoint: Checkpoint, unit: Unit, dtype: torch.dtype = torch.float32) -> None:
-        self.checkpoint, self.unit, self.dtype = checkpoint, unit, dtype
+    def __init__(self, checkpoint: Checkpoint, unit: Unit) -> None:
+        self.checkpoint, self.unit = checkpoint, unit
         self.config = checkpoint.header.model
         self.cut = self.changed = 0
 
@@ -172,10 +168,10 @@ class Encoder:
     @torch.inference_mode()
     def _posteriors(self, rows: Sequence[Sequence[int]]) -> list[Encoding]:
         """The posteriors of rows of tokens, computed in batches of rows about equally long."""
-        model = self.checkpoint.model
+        model, dtype = self.checkpoint.model, self.checkpoint.dtype
         encodings: dict[int, Encoding] = {}
-        with autocast(model.device, self.dtype), model.frozen():
-            for index in plan_batches(np.array([*map(len, rows)]), tokens_together(model.device, self.dtype)):
+        with autocast(model.device, dtype), model.frozen():
+            for index in plan_batches(np.array([*map(len, rows)]), tokens_together(model.device, dtype)):
                 tokens_BT = padded([rows[i] for i in index], self.config.pad_id)
                 posterior = model.posterior(tokens_BT.to(model.device)).in_float32()
                 mean_BZ = posterior.mean_BZ.cpu().numpy()
@@ -248,7 +244,6 @@ def write(
     *,
     unit: Unit,
     prompt: str = "",
-    dtype: torch.dtype = torch.float32,
     on_text: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
     """Writes the texts that are asked for, in their order, the prompt included.
@@ -259,7 +254,6 @@ def write(
         sample: how tokens are chosen.
         unit: a `line` never holds a line break.
         prompt: what every text begins with, in place of a prompt of its own.
-        dtype: bfloat16 computes under autocast.
         on_text: called with the pieces of a text as they come. Texts are then written one after another.
 
     Raises:
@@ -271,7 +265,7 @@ def write(
     constraint = tokenizer.constraint(unit)
     prompt_ids, endings = take_back(tokenizer, prompt, constraint)
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
-    with autocast(device, dtype):
+    with autocast(device, checkpoint.dtype):
         for ids in decode(
             checkpoint.model,
             (replace(request, prompt=prompt_ids) for request in requests),

@@ -204,6 +204,8 @@ def test_speed_of_bfloat16_is_that_of_the_best_products(
 
 
 def test_threads_are_set_and_none_changes_nothing(thread_count: int) -> None:
+    with pytest.raises(ConfigError, match="threads is 0"):
+        tune_cpu(0)
     assert tune_cpu(None) == thread_count
     assert tune_cpu(thread_count + 1) == torch.get_num_threads() == thread_count + 1
     assert tune_cpu(None) == thread_count + 1

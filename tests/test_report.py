@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def gather(checkpoint: Checkpoint, texts: list[str], seed: int = 2) -> Gathered:
     found = Gathered()
-    for piece in measured(checkpoint, Encoder(checkpoint, "line").rows(texts), unit="line", samples=SAMPLES, seed=seed):
+    rows = enumerate(Encoder(checkpoint, "line").rows(texts))
+    for piece in measured(checkpoint, rows, unit="line", samples=SAMPLES, seed=seed):
         found.add(piece)
     return found
 
@@ -174,7 +176,7 @@ def test_everything_is_computed_in_the_type_that_was_asked_for(checkpoint: Check
     rows = list(Encoder(checkpoint, "line").rows(TEXTS))
     batches = batches_of(rows, None, checkpoint.header.model.pad_id, 1024)
     exact, rounded = (
-        list(measured(checkpoint, rows, unit="line", samples=SAMPLES, seed=2, dtype=dtype))
+        list(measured(replace(checkpoint, dtype=dtype), enumerate(rows), unit="line", samples=SAMPLES, seed=2))
         for dtype in (torch.float32, torch.bfloat16)
     )
     nll_N = importance_weighted(checkpoint.model, batches, SAMPLES, seed=2, dtype=torch.bfloat16)
@@ -193,7 +195,7 @@ def test_progress_counts_the_texts_of_all_pieces(
     monkeypatch.setattr(pieces, "_PIECE_TEXTS", piece_texts)
     monkeypatch.setattr(pieces, "tokens_together", lambda device: 40)
     told: list[int] = []
-    rows = Encoder(checkpoint, "line").rows(TEXTS)
+    rows = enumerate(Encoder(checkpoint, "line").rows(TEXTS))
     for piece in measured(checkpoint, rows, unit="line", samples=1, on_progress=told.append):
         assert told[-1] >= len(piece.keys_N)
     assert told == sorted(set(told)), "it never goes back"
@@ -210,7 +212,7 @@ def test_a_text_that_is_there_often_is_as_often_in_the_sample(monkeypatch: pytes
         keys_N = random.permutation(np.append(np.random.default_rng(1).integers(0, 2**63, 7000), [12345] * 3000))
         found = Gathered()
         for part_N in np.array_split(keys_N, count):
-            found.add(Piece({}, part_N, part_N, {"mean": np.zeros((len(part_N), 1)), "key": part_N}))
+            found.add(Piece([], {}, part_N, part_N, {"mean": np.zeros((len(part_N), 1)), "key": part_N}))
         assert found.sample is not None
         assert 0.25 < np.mean(found.sample["key"] == 12345) < 0.35
         samples.append(found.sample["key"].tolist())
@@ -226,7 +228,7 @@ def test_a_text_that_is_cut_has_no_end_to_get_right(checkpoint: Checkpoint, monk
     tokens, never = [b""] * tokenizer.num_tokens, [ord("z"), ord("q"), tokenizer.eos_id]
     rule = Constraint(tokens, never=never, eos_id=tokenizer.eos_id)
     monkeypatch.setattr(tokenizer, "constraint", lambda unit: rule)
-    for piece in measured(checkpoint, rows, unit="line", samples=1):
+    for piece in measured(checkpoint, enumerate(rows), unit="line", samples=1):
         found.add(piece)
     assert report.report(found, samples=1, seed=0).values["token_accuracy"] == 0
 
@@ -267,7 +269,7 @@ def test_a_word_that_two_windows_share_counts_once(
     # And where one text ends and another begins, the words are two.
     rows = list(Encoder(checkpoint, "window").rows([text, "Others follow"]))
     assert len(rows) > 5
-    for piece in measured(checkpoint, rows, unit="window", samples=1):
+    for piece in measured(checkpoint, enumerate(rows), unit="window", samples=1):
         found.add(piece)
     values = report.report(found, samples=1, seed=0).values
     assert (values["words"], values["bytes"]) == (len(text.split()) + 2, len(text) + len("Others follow"))
@@ -384,7 +386,7 @@ def test_a_baseline_that_read_the_end_of_a_text_is_told_from_a_model_that_did_no
     found = []
     for ended in (rows, [rows[0][:-1], *rows[1:]]):
         found.append(Gathered())
-        for piece in measured(checkpoint, ended, unit="line", samples=1):
+        for piece in measured(checkpoint, enumerate(ended), unit="line", samples=1):
             found[-1].add(piece)
     with pytest.raises(ConfigError, match=r"read 1 of [0-9]+ texts differently"):
         report.report(*found, samples=1, seed=0)

@@ -13,13 +13,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from gptvae_cli.config import DEVICE, DType, Errors, Unit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gptvae_cli.checkpoint import Checkpoint
 
 # Options --------------------------------------------------------------------------------------------------------------
 
@@ -190,6 +195,22 @@ def waiting(label: str, *, quiet: bool) -> Iterator[None]:
         return
     with stderr.status(label):
         yield
+
+
+def load_model(path: Path, *, device: str, dtype: DType, threads: int | None, quiet: bool) -> Checkpoint:
+    """A model to encode and write with, and a note on where and in what it computes, if that is not as usual.
+
+    Raises:
+        CheckpointError, DeviceError, ConfigError: as `sampling.open_model`.
+    """
+    with waiting("loading the model", quiet=quiet):
+        from gptvae_cli.device import tune_cpu
+        from gptvae_cli.sampling import open_model
+
+        tune_cpu(threads)
+        found = open_model(path, device=device, dtype=dtype)
+    note(found.note, quiet=quiet)
+    return found.checkpoint
 
 
 @contextmanager

@@ -87,13 +87,10 @@ def encode(
     repairs = Repairs()
     texts = read_texts(sources, config, repairs=repairs)
     seed = console.pick_seed(seed, quiet=quiet) if sample else None
-    with console.waiting("loading the model", quiet=quiet):
-        from gptvae_cli import sampling
+    checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
+    from gptvae_cli.sampling import Encoder
 
-        checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
-    console.note(remark, quiet=quiet)
-
-    encoder = sampling.Encoder(checkpoint, config.unit, precision)
+    encoder = Encoder(checkpoint, config.unit)
     with ExitStack() as stack:
         write = stack.enter_context(latents_to(out, format, header.model.dim_latent))
         write_std: Write | None = None

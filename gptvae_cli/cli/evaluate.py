@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import islice, tee, zip_longest
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from gptvae_cli.config import Unit
     from gptvae_cli.header import ModelHeader
-    from gptvae_cli.pieces import Gathered, Piece
-    from gptvae_cli.sampling import Opened
 
 EXAMPLES = """\
 gptvae evaluate test.txt
@@ -130,19 +128,28 @@ def evaluate(
             marks = read_texts([labels], TextConfig(field=data.field, errors=errors or "strict"))
             names = _aligned(labels, marks, "labels", texts, count)
             require_classes(names)  # which more may be wrong with, as the texts that bear them will tell
-    with console.waiting("loading the model", quiet=quiet):
-        from gptvae_cli import report, sampling
     if with_baseline:
         paths.append(_train_baseline(path, header, device=device, dtype=dtype, threads=threads, quiet=quiet))
+    models = [
+        console.load_model(each, device=device, dtype=dtype, threads=threads, quiet=quiet or each is not path)
+        for each in paths
+    ]
+    from gptvae_cli.pieces import measured_together
+    from gptvae_cli.report import report
 
-    opened = [sampling.open_model(each, device=device, dtype=dtype, threads=threads) for each in paths]
-    console.note(opened[0].note, quiet=quiet)
     with ExitStack() as stack:
         # Before hours of measuring: it may not be writable.
         scores = None if per_text is None else stack.enter_context(streams.output(per_text))
         with console.progress("measuring", "texts", quiet=quiet, total=texts or None) as advance:
-            gathered, rows, cut, remarks = _measure(
-                opened, lines, sources, unit=data.unit, most=texts or None, samples=samples, seed=seed, advance=advance
+            gathered, cut, remarks = measured_together(
+                models,
+                lines,
+                sources,
+                unit=data.unit,
+                most=texts or None,
+                samples=samples,
+                seed=seed,
+                on_progress=advance,
             )
         if gathered[0].texts < 2:
             found_texts = "one text" if gathered[0].texts else "no texts"
@@ -150,11 +157,11 @@ def evaluate(
         for remark in (*remarks, repairs.note):
             console.note(remark, quiet=quiet)
         if scores is not None:
-            for row, figures in zip(rows, gathered[0].per_text(), strict=True):
-                scores.write(f"{json.dumps({'row': row, **figures})}\n".encode())
+            for figures in gathered[0].per_text():
+                scores.write(f"{json.dumps(figures)}\n".encode())
     # The figures of texts are in their file by now, whatever is wrong with the labels or the baseline.
     with console.waiting("resampling the texts" if names is None else "training the probes", quiet=quiet):
-        found = report.report(*gathered, labels=names, samples=samples, seed=seed)
+        found = report(*gathered, labels=names, samples=samples, seed=seed)
     about = {
         "model": str(path),
         "corpus": corpus or ["-"],
@@ -170,67 +177,6 @@ def evaluate(
         streams.write_text("".join(f"{line}\n" for line in table(about, found)))
 
 
-def _measure(
-    opened: Sequence[Opened],
-    lines: Iterable[str],
-    sources: Iterable[str] | None,
-    *,
-    unit: Unit,
-    most: int | None,
-    samples: int,
-    seed: int,
-    advance: Callable[[int], None],
-) -> tuple[list[Gathered], list[int], int, list[str | None]]:
-    """What every model makes of the texts, which are read once; and of the first one the rows of these texts, as
-    `encode` counts them, how many it cuts, and what people should know about them."""
-    from gptvae_cli.pieces import Gathered, measured
-    from gptvae_cli.sampling import Encoder
-
-    encoders, readers = ([Encoder(each.checkpoint, unit, each.dtype) for each in opened] for _ in range(2))
-    gathered = [Gathered() for _ in opened]
-    streams: list[Iterator[Piece]] = []
-    places: list[list[int]] = [[] for _ in opened]
-    # What is read of a running text is not its windows, which are counted below.
-    some = lines if unit == "window" else islice(lines, most)
-    copies = zip(tee(some, len(opened)), tee(sources or (), len(opened)), strict=True)
-    for encoder, reader, (text, source), place in zip(encoders, readers, copies, places, strict=True):
-        read = islice(reader.rows(source), most) if _reads_other_texts(encoder.checkpoint.header) else None
-        streams.append(
-            measured(
-                encoder.checkpoint,
-                islice(_predicted(encoder.rows(text), place), most),
-                read,
-                unit=unit,
-                samples=samples,
-                seed=seed,
-                dtype=encoder.dtype,
-                on_progress=advance if encoder is encoders[0] else lambda texts: None,
-            )
-        )
-    # Side by side, so that no model's share of the texts has to wait in memory for another's.
-    for pieces in zip_longest(*streams):
-        for each, piece in zip(gathered, pieces, strict=True):
-            if piece is not None:
-                each.add(piece)
-    notes = [encoder.note for encoder in encoders] + [
-        note and f"to encode: {note}" for note in (r.note for r in readers)
-    ]
-    return gathered, places[0], encoders[0].cut, list(dict.fromkeys(notes))
-
-
-def _predicted(rows: Iterable[list[int]], places: list[int]) -> Iterator[list[int]]:
-    """Those with a token to predict, whose places go into the list: an empty text of windows has no likelihood."""
-    for place, row in enumerate(rows):
-        if len(row) > 1:
-            places.append(place)
-            yield row
-
-
-def _reads_other_texts(header: ModelHeader) -> bool:
-    """Whether a model was trained with `--latents-from`, and has a latent."""
-    return header.has_latent and header.data.latents_from is not None
-
-
 def _check(
     headers: Sequence[ModelHeader], unit: Unit, texts: int, *, labels: str | None, latents_from: str | None
 ) -> None:
@@ -242,12 +188,12 @@ def _check(
         if file is not None and unit == "window":
             raise ConfigError(f"{option} is of texts, and --unit window cuts texts into windows")
     for name, each in zip(("this model", "the baseline"), headers, strict=False):
-        if _reads_other_texts(each) and latents_from is None:
+        if each.reads_other_texts and latents_from is None:
             raise ConfigError(
                 f"the latents of {name} come from other texts than it writes",
                 hint="give those of the corpus: --latents-from",
             )
-    if latents_from is not None and not any(map(_reads_other_texts, headers)):
+    if latents_from is not None and not any(each.reads_other_texts for each in headers):
         raise ConfigError("--latents-from is for a model that was trained with it", hint="leave it out")
     if "-" in (labels, latents_from):
         raise ConfigError("--labels and --latents-from need a file, standard input is for the corpus")

@@ -134,12 +134,10 @@ def generate(
         if drawn:
             config = replace(config, seed=console.pick_seed(seed, quiet=quiet))
 
-        with console.waiting("loading the model", quiet=quiet):
-            from gptvae_cli import sampling
+        checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
+        from gptvae_cli import sampling
 
-            checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
-        console.note(remark, quiet=quiet)
-        encoder = sampling.Encoder(checkpoint, data.unit, precision)
+        encoder = sampling.Encoder(checkpoint, data.unit)
         total = None
         if latents is not None:
             requests = sampling.repeated(latents, copies)
@@ -156,7 +154,6 @@ def generate(
             config,
             unit=data.unit,
             prompt=prompt,
-            dtype=precision,
             on_text=printer.piece if stream else None,
         )
         advance = stack.enter_context(console.progress("writing", "texts", quiet=quiet, total=total, beside_data=True))

@@ -94,14 +94,12 @@ def interpolate(
     else:
         found = [_point(name, data, width, repairs) for name in points or []]
 
-    with console.waiting("loading the model", quiet=quiet):
-        import numpy as np
+    checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
+    import numpy as np
 
-        from gptvae_cli import sampling
+    from gptvae_cli import sampling
 
-        checkpoint, precision, remark = sampling.open_model(path, device=device, dtype=dtype, threads=threads)
-    console.note(remark, quiet=quiet)
-    encoder = sampling.Encoder(checkpoint, data.unit, precision)
+    encoder = sampling.Encoder(checkpoint, data.unit)
     points_NZ = np.stack([encoder.point(point) if isinstance(point, str) else point for point in found])
     path_KZ = sampling.walk(points_NZ, steps, kind)
     if latents_out is not None:
@@ -110,7 +108,7 @@ def interpolate(
                 write(latent_Z)
     requests, greedily = sampling.repeated(path_KZ, 1), SampleConfig(greedy=True)
     with console.progress("writing", "texts", quiet=quiet, total=len(path_KZ), beside_data=True) as advance:
-        for step, text in enumerate(sampling.write(checkpoint, requests, greedily, unit=data.unit, dtype=precision)):
+        for step, text in enumerate(sampling.write(checkpoint, requests, greedily, unit=data.unit)):
             printer.write(text, step=step)
             advance(step + 1)
     console.note(encoder.note, quiet=quiet)

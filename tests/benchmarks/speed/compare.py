@@ -190,10 +190,10 @@ def encode(rounds: int, *, dtype: torch.dtype = torch.float32) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_model(path, ours, ModelHeader(FORMAT_VERSION, ours.config, DataConfig(), tokenizer.to_json(), {}))
-        checkpoint = load(path, device=torch.device("cpu"))
+        checkpoint = load(path, device=torch.device("cpu"), dtype=dtype)
 
     def encode_ours() -> float:
-        return sum(1 for _ in Encoder(checkpoint, "line", dtype).encode(lines))
+        return sum(1 for _ in Encoder(checkpoint, "line").encode(lines))
 
     @torch.no_grad()
     def encode_stock() -> float:
