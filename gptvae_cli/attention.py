@@ -16,7 +16,7 @@ _FLASH_TOKENS = 128
 _VECTOR_BYTES = 64
 """Of a vector register of 512 bits."""
 _MANY_ROWS = 8
-"""From which on products of float32 attend to keys of bfloat16 faster than torch's fused kernel, on a CPU."""
+"""Rows from which on products of float32 attend to keys of bfloat16 faster than torch's fused kernel, on a CPU."""
 
 
 def as_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:

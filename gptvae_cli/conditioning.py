@@ -37,7 +37,7 @@ class Conditioning(Protocol):
         """The same for x-transformers' `TransformerWrapper`, whose hidden states have the slots in front."""
 
     def window(self, context: Sequence[int], length: int) -> list[int]:
-        """So many of a text's tokens, the newest, that its latent can be told to the decoder with."""
+        """The newest tokens of a text, as many as this, in a form that still carries its latent."""
 
 
 class Token:

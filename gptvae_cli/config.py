@@ -408,11 +408,6 @@ AnyConfig = ModelConfig | DataConfig | TrainConfig | SampleConfig | RunConfig | 
 Config = TypeVar("Config", bound=AnyConfig)
 
 
-def to_dict(config: AnyConfig) -> dict[str, Any]:
-    """The fields as JSON values."""
-    return asdict(config)
-
-
 def from_dict(kind: type[Config], values: Mapping[str, object]) -> Config:
     """Builds a config from JSON or TOML values, checking names and types before the config checks the values.
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from gptvae_cli.config import DataConfig, to_dict
+from gptvae_cli.config import DataConfig
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError, GPTVAEError
 from gptvae_cli.ingest import (
     SAMPLE_CHARS,
@@ -260,7 +260,7 @@ def fingerprint(sources: Sequence[str], config: DataConfig) -> str | None:
         marks = [_file_mark(Path(file)) for file in [*files, *filter(None, named)]]
     except OSError:
         return None
-    digest.update(json.dumps([to_dict(config), marks]).encode("utf-8"))
+    digest.update(json.dumps([asdict(config), marks]).encode("utf-8"))
     return digest.hexdigest()
 
 

@@ -107,7 +107,7 @@ class Rows:
         return Batch(self._padded(self.store, spans), source_BT, int((spans.widths_N - 1).sum()))
 
     def mean_width(self) -> float:
-        """Tokens of a row, about, BOS and EOS counted."""
+        """Mean tokens of a row, about, BOS and EOS counted."""
         return min(self.config.max_seq_len, 2 + self.store.count / max(1, len(self)))
 
     def _texts(self, store: TokenStore, index_N: Ints) -> Spans:

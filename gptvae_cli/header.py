@@ -16,11 +16,11 @@ import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gptvae_cli.config import Config, DataConfig, ModelConfig, from_dict, to_dict
+from gptvae_cli.config import Config, DataConfig, ModelConfig, from_dict
 from gptvae_cli.errors import CheckpointError, ConfigError
 
 FORMAT_VERSION = 1
@@ -112,8 +112,8 @@ class ModelHeader:
         """
         return {
             VERSION_KEY: str(self.format_version),
-            "model": json.dumps(to_dict(self.model)),
-            "data": json.dumps(to_dict(self.data)),
+            "model": json.dumps(asdict(self.model)),
+            "data": json.dumps(asdict(self.data)),
             "tokenizer": self.tokenizer,
             "training": json.dumps(self.training),
         }

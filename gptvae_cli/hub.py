@@ -18,11 +18,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gptvae_cli.config import TrainConfig, from_dict, to_dict
+from gptvae_cli.config import TrainConfig, from_dict
 from gptvae_cli.errors import GPTVAEError
 from gptvae_cli.evaluation import Figures
 from gptvae_cli.files import remove_file, write_atomically
@@ -126,7 +126,7 @@ def config_json(header: ModelHeader) -> str:
         "gptvae_version": header.training["gptvae"],
         "format_version": header.format_version,
         "unit": header.data.unit,
-        **to_dict(model),
+        **asdict(model),
         "vocab_size": model.num_tokens,
         "max_position_embeddings": model.max_seq_len,
         "pad_token_id": model.pad_id,

@@ -18,7 +18,7 @@ from gptvae_cli.config import PathKind
 from gptvae_cli.errors import ConfigError
 
 LEAST_NATS = 1.0
-"""Of information that a latent in use carries, and that a decoder which listens loses by getting another text's."""
+"""Nats per text: the least information of a latent in use, and the least that another text's costs the decoder."""
 
 
 def reparameterize(mean_BZ: Tensor, log_var_BZ: Tensor, noise_BZ: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ _PROCESSORS = Path("/proc/cpuinfo")
 
 
 def memory() -> int:
-    """Bytes."""
+    """Memory that this process may use, in bytes."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *_numbers("memory.max"), *_numbers("memory/memory.limit_in_bytes")])
 
 
 def processors() -> int:
-    """Those that this process may run on at once."""
+    """How many this process may run on at once."""
     count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return min(count, processor_quota() or count)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 
 _UNIFORMS = 64
-"""That are drawn at once."""
+"""Uniforms that are drawn at once."""
 _BLOCK = 8
 """Numbers of float32 that Philox makes of one value of its counter, four words of 64 bits."""
 

@@ -168,7 +168,7 @@ since after every product the gradient of all weights is added to, and the secon
 kernels, and the logits take a quarter of a gigabyte there."""
 
 _WORDS_TOGETHER = 8
-"""What the vocabulary is filled up to a multiple of. In float32 MKL is faster then (row `loss` of
+"""The vocabulary is padded to a multiple of this. In float32 MKL is faster then (row `loss` of
 `tests/benchmarks/speed/`), and a GPU's matrix units want whole eights."""
 
 

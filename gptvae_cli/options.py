@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -27,7 +27,6 @@ from gptvae_cli.config import (
     did_you_mean,
     fits,
     from_dict,
-    to_dict,
     type_name,
 )
 from gptvae_cli.errors import ConfigError, FieldError
@@ -235,7 +234,7 @@ def to_toml(configs: Iterable[Options]) -> str:
     lines: list[str] = []
     for config in configs:
         lines += [f"[{names[type(config)]}]"]
-        for key, value in to_dict(config).items():
+        for key, value in asdict(config).items():
             unset = value is None or value == []
             lines += [f"# {key} =    # {UNSET.get(key, 'not set')}" if unset else f"{key} = {_toml_value(value)}"]
         lines += [""]

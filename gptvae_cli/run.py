@@ -17,7 +17,7 @@ import torch
 
 from gptvae_cli import __version__
 from gptvae_cli.checkpoint import load, load_state, load_tokenizer, save_model, save_state
-from gptvae_cli.config import DataConfig, ModelConfig, SizeConfig, TrainConfig, to_dict
+from gptvae_cli.config import DataConfig, ModelConfig, SizeConfig, TrainConfig
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
@@ -154,9 +154,9 @@ class Job:
         """
         self.learner.check_finite()
         metadata = {
-            "model": to_dict(self.model_config),
-            "data": to_dict(self.data),
-            "train": to_dict(self.learner.config),
+            "model": asdict(self.model_config),
+            "data": asdict(self.data),
+            "train": asdict(self.learner.config),
             "tokenizer": self.corpus.tokenizer.to_json(),
             "counters": counters_dict(self.learner.counters),
             "precision": self.precision.name,
@@ -170,7 +170,7 @@ class Job:
         training = {
             "gptvae": __version__,
             "torch": torch.__version__,
-            "train": to_dict(self.learner.config),
+            "train": asdict(self.learner.config),
             "learning_rate": self.learner.lr,
             "device": self.learner.model.device.type,
             "precision": self.precision.name,

@@ -37,7 +37,7 @@ from gptvae_cli.schedule import Dropout, dropout_shares, learning_rate_factor
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
 """Progress at which a run is validated: a first look, early enough to mend what goes wrong, then every tenth."""
 FIRST_PROGRESS = 0.001
-"""Progress by which the learning rate counts that of the first steps: at none of it they would change nothing."""
+"""Least progress that the warm-up counts: at 0 the first step would have a learning rate of 0."""
 EARLIEST_BEST = 0.1
 """Progress before which no model is the best: one that has hardly begun has a latent that may only look alive."""
 VALIDATION_TEXTS = 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.distributions import Categorical
 from torch.testing import assert_close
 
 from gptvae_cli.conditioning import CONDITIONINGS
-from gptvae_cli.config import ConditioningName, ModelConfig, from_dict, to_dict
+from gptvae_cli.config import ConditioningName, ModelConfig, from_dict
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.model import GPTVAE
 from tests.conftest import stock_of
@@ -112,7 +113,7 @@ def test_the_newest_tokens_fit_the_window(conditioning: ConditioningName) -> Non
 
 
 def test_a_model_says_how_its_latent_enters(tiny_config: Callable[..., ModelConfig]) -> None:
-    stored = to_dict(tiny_config(conditioning="bos"))
+    stored = asdict(tiny_config(conditioning="bos"))
     assert from_dict(ModelConfig, stored).conditioning == "bos"
     del stored["conditioning"]
     with pytest.raises(ConfigError, match="needs a value for conditioning"):

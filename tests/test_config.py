@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, asdict, fields
 from typing import Any, get_args
 
 import numpy as np
@@ -23,7 +23,6 @@ from gptvae_cli.config import (
     TrainConfig,
     did_you_mean,
     from_dict,
-    to_dict,
 )
 from gptvae_cli.errors import ConfigError, ExitCode, FieldError
 from gptvae_cli.sizing import PRESETS
@@ -200,7 +199,7 @@ def test_every_field_has_a_row_in_the_table_above_or_takes_any_text() -> None:
 )
 def test_the_edges_of_what_is_allowed_are_allowed(kind: type[Config], values: dict[str, Any]) -> None:
     base = MODEL if kind is ModelConfig else {}
-    assert to_dict(kind(**{**base, **values})).items() >= values.items()
+    assert asdict(kind(**{**base, **values})).items() >= values.items()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +224,7 @@ def test_valid_is_a_share_or_a_file(valid: str, share: float | None) -> None:
     ids=lambda config: type(config).__name__,
 )
 def test_a_config_survives_json(config: Any) -> None:
-    values = json.loads(json.dumps(to_dict(config), allow_nan=False))
+    values = json.loads(json.dumps(asdict(config), allow_nan=False))
     assert from_dict(type(config), values) == config
 
 
@@ -287,7 +286,7 @@ def test_a_whole_number_is_a_number() -> None:
 
 
 def test_the_stock_recipe_is_made_of_fields() -> None:
-    assert to_dict(from_dict(TrainConfig, {"objective": "stock", **STOCK_RECIPE})).items() >= STOCK_RECIPE.items()
+    assert asdict(from_dict(TrainConfig, {"objective": "stock", **STOCK_RECIPE})).items() >= STOCK_RECIPE.items()
 
 
 def test_presets_are_those_that_there_are() -> None:

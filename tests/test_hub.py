@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from gptvae_cli.checkpoint import load, save_model
 from gptvae_cli.cli.app import app
-from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, from_dict, to_dict
+from gptvae_cli.config import DataConfig, ModelConfig, TrainConfig, from_dict
 from gptvae_cli.doctor import verdict
 from gptvae_cli.errors import GPTVAEError
 from gptvae_cli.evaluation import Figures
@@ -71,7 +71,7 @@ def header(
     training = {
         "gptvae": "0.1.0",
         "torch": "2",
-        "train": to_dict(TrainConfig(**train)),
+        "train": asdict(TrainConfig(**train)),
         "learning_rate": 0.002,
         "device": "cpu",
         "precision": "float32",
@@ -135,7 +135,7 @@ def test_the_configuration_has_our_names_and_those_of_the_hub() -> None:
     values = json.loads(config_json(header()))
     model = header().model
     assert values["model_type"] == "gptvae"
-    assert {name: values[name] for name in to_dict(model)} == to_dict(model)
+    assert {name: values[name] for name in asdict(model)} == asdict(model)
     assert (values["pad_token_id"], values["bos_token_id"], values["eos_token_id"]) == (256, 257, 258)
     assert (values["vocab_size"], values["max_position_embeddings"]) == (259, 24)
 

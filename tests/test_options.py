@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptvae_cli.config import DataConfig, MachineConfig, RunConfig, SizeConfig, TrainConfig, from_dict, to_dict
+from gptvae_cli.config import DataConfig, MachineConfig, RunConfig, SizeConfig, TrainConfig, from_dict
 from gptvae_cli.errors import ConfigError, ExitCode
 from gptvae_cli.options import (
     TABLES,
@@ -264,7 +264,7 @@ def test_a_default_is_told_in_words(key: str, words: str) -> None:
 
 def test_every_option_that_may_be_unset_says_what_that_means() -> None:
     for kind in TABLES.values():
-        assert "not set" not in [default_in_words(key) for key in to_dict(kind())]
+        assert "not set" not in [default_in_words(key) for key in asdict(kind())]
 
 
 @pytest.mark.parametrize(

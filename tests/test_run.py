@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gptvae_cli import __version__
 from gptvae_cli.checkpoint import load, load_state, save_state
-from gptvae_cli.config import DataConfig, ModelConfig, PresetName, SizeConfig, TrainConfig, Unit, to_dict
+from gptvae_cli.config import DataConfig, ModelConfig, PresetName, SizeConfig, TrainConfig, Unit
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
@@ -390,7 +390,7 @@ def test_the_model_file_says_how_it_was_trained(folder: Path, corpus: str) -> No
     job = finish(begin(folder, [corpus], seed=5))
     training = read_header(folder / "model.safetensors").training
     assert job.figures is not None
-    assert training["train"] == to_dict(job.learner.config)
+    assert training["train"] == asdict(job.learner.config)
     assert training["train"]["seed"] == 5
     assert training["gptvae"] == __version__
     assert training["corpus"]["digest"] == job.corpus.facts.digest
@@ -1002,7 +1002,7 @@ def test_a_state_of_a_stranger_is_refused_in_one_line(
 
 def test_a_small_state_cannot_claim_a_huge_model(folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     job = finish(begin(folder, [corpus]), until=1)
-    edited(folder, model=to_dict(replace(job.model_config, dim=65536, heads=1024, attn_dim_head=1024)))
+    edited(folder, model=asdict(replace(job.model_config, dim=65536, heads=1024, attn_dim_head=1024)))
     build = GPTVAE.from_config
 
     def build_without_memory(config: ModelConfig) -> GPTVAE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, islice
@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptvae_cli.cli import console, streams
+from gptvae_cli.cli.encode import latents_to
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from gptvae_cli.decoding import Request
     from gptvae_cli.sampling import Floats
 
 _SOURCES, _TOKENS, _OUTPUT = "What to write from, one of these", "How to choose tokens", "Output"
 
 EXAMPLES = """\
-gptvae generate --prior 5
+gptvae generate --prior 5 --latents-out z.npy
 gptvae generate --text "the food was great" -n 3 --temperature 0.7
 gptvae encode a.txt | gptvae generate --latent - --greedy
 gptvae generate --ref a.txt --sample --greedy -n 10 --format jsonl | jq -r .text
@@ -75,6 +77,10 @@ def generate(
     stream: Annotated[
         bool, typer.Option("--stream", help="Print a text while it is written.", rich_help_panel=_OUTPUT)
     ] = False,
+    latents_out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Also write the latent of every text, a .npy file.", rich_help_panel=_OUTPUT),
+    ] = None,
     format: console.TextFormatOption = "text",
     null: console.NullOption = False,
     unit: console.UnitOption = None,
@@ -110,8 +116,10 @@ def generate(
         streams.refuse_terminal_stdin("gptvae generate --latent z.npy")
     path = locate_model(model)
     header = read_header(path)
-    if (latent, ref, text) != (None, None, None):
+    if (latent, ref, text, latents_out) != (None, None, None, None):
         header.require_latent(path)
+    streams.refuse_stdout("--latents-out", latents_out)
+    streams.refuse_input("--latents-out", latents_out, [*filter(None, [latent, ref]), str(path)])
     data = header.data.overridden(unit=unit, field=field, errors=errors)
     printer = streams.TextWriter(format, data.unit, null=null)
     if stream and format == "jsonl":
@@ -148,6 +156,9 @@ def generate(
             requests = sampling.sampled(encoder.encode(texts), copies, config.seed)
         else:
             requests = sampling.repeated((encoding.mean_Z for encoding in encoder.encode(texts)), copies)
+        if latents_out is not None:
+            write = stack.enter_context(latents_to(latents_out, "npy", header.model.dim_latent))
+            requests = _noted(requests, write)
         written = sampling.write(
             checkpoint,
             requests,
@@ -166,6 +177,14 @@ def generate(
             advance(done + 1)
     console.note(encoder.note, quiet=quiet)
     console.note(repairs.note, quiet=quiet)
+
+
+def _noted(requests: Iterator[Request], write: Callable[[Floats], object]) -> Iterator[Request]:
+    """The same requests, whose latents are written as they are taken."""
+    for request in requests:
+        assert request.latent is not None, "the model has a latent"
+        write(request.latent.numpy())
+        yield request
 
 
 def _check_sources(sources: dict[str, str | int | None], *, sample: bool) -> None:

@@ -21,7 +21,7 @@ _VALUES = {int: "N", float: "X"}
 
 
 class Command(TyperCommand):
-    """A command that shows its help so."""
+    """A Typer command whose help `show` prints."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         show(ctx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,7 +53,6 @@ def info(
 
 
 def _summary(path: str, layout: Layout) -> dict[str, Any]:
-    from gptvae_cli.config import to_dict
     from gptvae_cli.header import ModelHeader, json_object
     from gptvae_cli.sizing import preset_of
     from gptvae_cli.tokenizer import kind_of
@@ -66,9 +66,9 @@ def _summary(path: str, layout: Layout) -> dict[str, Any]:
         "parameters": sum(tensor.numel for name, tensor in layout.tensors.items() if not name.endswith(_BUFFERS)),
         "preset": preset_of(header.model),
         "has_latent": header.has_latent,
-        "model": to_dict(header.model),
+        "model": asdict(header.model),
         "tokenizer": {"kind": kind_of(tokenizer.get("model")), "num_tokens": header.model.num_tokens},
-        "data": to_dict(header.data),
+        "data": asdict(header.data),
         "training": header.training,
     }
     # Python reads and writes infinities and NaN, which JSON does not know.
@@ -79,7 +79,7 @@ def _summary(path: str, layout: Layout) -> dict[str, Any]:
 def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What people ask first, named. What stands in `training` may be anything, and is left out where it is not what a
     run writes."""
-    from gptvae_cli.config import DataConfig, TrainConfig, to_dict
+    from gptvae_cli.config import DataConfig, TrainConfig
 
     model, data, training = summary["model"], summary["data"], summary["training"]
     version = _told(training, gptvae=", by gptvae {}")
@@ -107,7 +107,7 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ),
     )
     chosen = {**data, **(training["train"] if isinstance(training.get("train"), dict) else {})}
-    defaults = to_dict(DataConfig()) | to_dict(TrainConfig())
+    defaults = asdict(DataConfig()) | asdict(TrainConfig())
     changed = (name for name, default in defaults.items() if chosen.get(name) not in (None, default))
     yield "options", " ".join(f"--{name.replace('_', '-')} {_shown(chosen[name])}" for name in changed)
     yield "treated", _told(training, treatment="{}")

@@ -389,6 +389,26 @@ def test_a_stream_shows_its_first_piece_before_the_text_is_done(generate: Genera
         process.communicate()
 
 
+@pytest.mark.parametrize("source", [["--prior", "3"], ["--ref", "texts.txt", "--sample"], ["--latent", "z.npy"]])
+def test_the_latent_of_every_text_may_be_kept(generate: Generate, source: list[str]) -> None:
+    """Of those that are drawn nothing else tells."""
+    options = (*source, "-n", "2", "--seed", "1", "--greedy")
+    texts = lines(generate(*options, "--latents-out", "kept.npy"))
+    kept = np.load("kept.npy")
+    assert kept.shape == (len(texts), WIDTH)
+    assert lines(generate("--latent", "kept.npy", "--greedy")) == texts == lines(generate(*options))
+    alike = np.array_equal(kept[::2], kept[1::2])
+    assert alike == ("--sample" not in source), "a copy has a draw of its own"
+
+
+def test_latents_are_kept_in_a_file_that_is_not_read(generate: Generate, models: Path, baseline: Path) -> None:
+    assert_fails(generate("--latents-out", "-"), 2, "--latents-out")
+    for file in ("z.npy", str(models / "line.safetensors")):
+        assert_fails(generate("--latent", "z.npy", "--latents-out", file), 2, f"--latents-out {file} is what is read")
+    without = CliRunner().invoke(app, ["generate", "--model", str(baseline), "--latents-out", "kept.npy"])
+    assert_fails(without, 3, "has no latent")
+
+
 # Model and machine ----------------------------------------------------------------------------------------------------
 
 

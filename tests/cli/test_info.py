@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from gptvae_cli.checkpoint import load
 from gptvae_cli.cli.app import app
-from gptvae_cli.config import TrainConfig, to_dict
+from gptvae_cli.config import TrainConfig
 from tests.cli.conftest import LONGEST, WIDTH, make_model
 from tests.cli.test_train import assert_fails
 
@@ -69,7 +70,7 @@ def learnt(path: Path) -> int:
 
 TRAINING: dict[str, Any] = {
     "gptvae": "0.1.0",
-    "train": {**to_dict(TrainConfig(target_rate=16.0, seed=3, steps=7)), "max_time": None},
+    "train": {**asdict(TrainConfig(target_rate=16.0, seed=3, steps=7)), "max_time": None},
     "corpus": {"texts": 1200, "characters": 34567},
     "steps": 7,
     "epochs": 0.123456,
@@ -125,7 +126,7 @@ def test_people_see_what_a_model_is(tmp_path: Path) -> None:
 
 
 def test_people_see_that_a_baseline_has_no_latent(tmp_path: Path) -> None:
-    training = {**TRAINING, "train": to_dict(TrainConfig(latents_dropout_prob=1.0))}
+    training = {**TRAINING, "train": asdict(TrainConfig(latents_dropout_prob=1.0))}
     found = info(make_model(tmp_path / "model.safetensors", **training)).stdout
     assert "\nlatent    none: the model is a baseline\n" in found
     assert "\noptions   --latents-dropout-prob 1.0\n" in found

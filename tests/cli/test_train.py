@@ -16,6 +16,7 @@ import sys
 import termios
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from gptvae_cli.cli.app import app
-from gptvae_cli.config import STOCK_RECIPE, TrainConfig, to_dict
+from gptvae_cli.config import STOCK_RECIPE, TrainConfig
 from gptvae_cli.header import read_header
 
 NAMES = [first + last for first in ("an", "be", "cla", "do", "ele", "fi") for last in ("na", "lla", "ra", "ria", "ly")]
@@ -452,7 +453,7 @@ def test_a_resumed_run_takes_the_machine_but_no_limit_from_the_environment(
 
 
 def test_every_field_of_the_training_has_a_flag() -> None:
-    values: dict[str, Any] = to_dict(TrainConfig(steps=3, epochs=2.0, lr=0.25, strict=True, log="tensorboard"))
+    values: dict[str, Any] = asdict(TrainConfig(steps=3, epochs=2.0, lr=0.25, strict=True, log="tensorboard"))
     values |= {"objective": "stock", "target_rate": 0.0, "on_collapse": "warn", "max_time": 77.0}
     flags: list[object] = []
     for name, value in values.items():
