@@ -39,7 +39,7 @@ ROWS: list[set[str]] = [
     {"api"},
     {"pieces", "baseline"},
     {"report"},
-    {"cli.console"},
+    {"cli.console", "cli.flags"},
     {"cli.streams", "cli.display", "cli.table", "cli.help"},
     {"cli commands"},
     {"cli.app"},

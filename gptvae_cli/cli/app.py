@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from gptvae_cli import __version__
-from gptvae_cli.cli import console, demo, encode, evaluate, generate, help, info, interpolate, streams, train
+from gptvae_cli.cli import console, demo, encode, evaluate, flags, generate, help, info, interpolate, streams, train
 from gptvae_cli.config import did_you_mean
 from gptvae_cli.errors import ConfigError, ExitCode, GPTVAEError
 
@@ -80,7 +80,7 @@ class _Commands(TyperGroup):
         except (typer.TyperException, typer.Exit, typer.Abort, BrokenPipeError):
             raise
         except Exception as problem:
-            if ctx.meta.get(console.DEBUG_KEY):
+            if ctx.meta.get(flags.DEBUG_KEY):
                 console.stderr.out(console.sanitize("".join(traceback.format_exception(problem))), end="")
             if isinstance(problem, streams.NothingToReadError):
                 self._show_help(ctx)

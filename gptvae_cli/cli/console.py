@@ -1,4 +1,4 @@
-"""The terminal: what people read on stderr, and the options commands share.
+"""The terminal: what people read on stderr.
 
 What a corpus or a model wrote may hold anything, so it reaches a terminal only through `sanitize`.
 """
@@ -13,119 +13,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.text import Text
-
-from gptvae_cli.config import DEVICE, DType, Errors, Unit
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from gptvae_cli.checkpoint import Checkpoint
+    from gptvae_cli.config import DType
 
-# Options --------------------------------------------------------------------------------------------------------------
-
-COMMON = "Model and machine"
-DEBUG_KEY = "gptvae.debug"
-"""Where `ctx.meta` says whether an error shows its traceback."""
-
-
-def _remember_debug(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta[DEBUG_KEY] = value
-    return value
-
-
-DEVICES = ["auto", "cpu", "cuda"]
-
-
-def _check_device(value: str) -> str:
-    # Here, and not where the device is looked for, so that a wrong variable is told by its name.
-    if DEVICE.fullmatch(value) is None:
-        raise typer.BadParameter("auto, cpu, cuda or cuda:n")
-    return value
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PATH",
-        help="A run folder or a .safetensors file. [default: $GPTVAE_MODEL, else ./gptvae-run]",
-        rich_help_panel=COMMON,
-    ),
-]
-DeviceOption = Annotated[
-    str,
-    typer.Option(
-        metavar="DEVICE",
-        envvar="GPTVAE_DEVICE",
-        callback=_check_device,
-        autocompletion=lambda: DEVICES,
-        help="auto, cpu, cuda or cuda:1.",
-        rich_help_panel=COMMON,
-    ),
-]
-DTypeOption = Annotated[
-    DType,
-    typer.Option(
-        envvar="GPTVAE_DTYPE",
-        help="Numbers to compute with; auto is float32.",
-        rich_help_panel=COMMON,
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        envvar="GPTVAE_THREADS",
-        help="CPU threads. [default: as torch finds best]",
-        rich_help_panel=COMMON,
-    ),
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        max=2**63 - 1,
-        envvar="GPTVAE_SEED",
-        help="Seed of everything random. [default: one is picked and printed]",
-        rich_help_panel=COMMON,
-    ),
-]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no progress.", rich_help_panel=COMMON)]
-DebugOption = Annotated[
-    bool,
-    typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug, rich_help_panel=COMMON),
-]
-UnitOption = Annotated[Unit | None, typer.Option(help="What one text is. [default: as the model was trained]")]
-FieldOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEY", help="Of texts in .jsonl, .csv and .parquet files. [default: as the model was trained]"
-    ),
-]
-ErrorsOption = Annotated[
-    Errors | None,
-    typer.Option(help="Bytes that are not UTF-8 are an error, or U+FFFD. [default: as the model was trained]"),
-]
-TextFormat = Literal["text", "jsonl"]
-TextFormatOption = Annotated[TextFormat, typer.Option(help="Plain texts, or one JSON object a line.")]
-NullOption = Annotated[
-    bool, typer.Option("-0", "--null", help="End every text with a NUL, for xargs -0; one inside is left out.")
-]
-
-
-def pick_seed(seed: int | None, *, quiet: bool) -> int:
-    """The seed that was given, or a new one, which a note tells."""
-    if seed is None:
-        seed = secrets.randbelow(2**32)
-        note(f"seed {seed}; --seed {seed} gives the same again", quiet=quiet)
-    return seed
-
-
-# People ---------------------------------------------------------------------------------------------------------------
 
 # FORCE_COLOR may colour a file, but nothing is to move there; on a dumb terminal, Rich sees to that itself.
 _movable = None if sys.stderr is not None and sys.stderr.isatty() else False
@@ -158,6 +56,14 @@ def note(text: str | None, *, quiet: bool = False) -> None:
     """A line for people, where there is something to say; on a terminal it breaks between words, in a file nowhere."""
     if text is not None and not quiet:
         stderr.print(Text(one_line(text)), soft_wrap=not stderr.is_terminal)
+
+
+def pick_seed(seed: int | None, *, quiet: bool) -> int:
+    """The seed that was given, or a new one, which a note tells."""
+    if seed is None:
+        seed = secrets.randbelow(2**32)
+        note(f"seed {seed}; --seed {seed} gives the same again", quiet=quiet)
+    return seed
 
 
 def command(text: str, *, quiet: bool = False) -> None:

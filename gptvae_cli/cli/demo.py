@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gptvae_cli.cli import console, encode, generate, interpolate, train
+from gptvae_cli.cli import console, encode, flags, generate, interpolate, train
 from gptvae_cli.config import TrainConfig
 from gptvae_cli.errors import ConfigError, GPTVAEError
 from gptvae_cli.options import parse_seconds
@@ -27,9 +27,9 @@ def demo(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where everything goes.")] = Path("gptvae-demo"),
     max_time: Annotated[str, typer.Option(metavar="TIME", help="Of the training, as 90s or 5m.")] = "90s",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier demo.")] = False,
-    device: console.DeviceOption = "auto",
-    quiet: console.QuietOption = False,
-    debug: console.DebugOption = False,
+    device: flags.DeviceOption = "auto",
+    quiet: flags.QuietOption = False,
+    debug: flags.DebugOption = False,
 ) -> None:
     """Train on 32,033 first names, then encode, generate and interpolate, saying what it does.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from gptvae_cli.cli import console, streams
+from gptvae_cli.cli import console, flags, streams
 from gptvae_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,16 +47,16 @@ def encode(
             help="One float32 array (texts, Z), or one JSON object a text. [default: jsonl for such an --out, else npy]"
         ),
     ] = None,
-    unit: console.UnitOption = None,
-    field: console.FieldOption = None,
-    errors: console.ErrorsOption = None,
-    model: console.ModelOption = None,
-    device: console.DeviceOption = "auto",
-    dtype: console.DTypeOption = "auto",
-    threads: console.ThreadsOption = None,
-    seed: console.SeedOption = None,
-    quiet: console.QuietOption = False,
-    debug: console.DebugOption = False,
+    unit: flags.UnitOption = None,
+    field: flags.FieldOption = None,
+    errors: flags.ErrorsOption = None,
+    model: flags.ModelOption = None,
+    device: flags.DeviceOption = "auto",
+    dtype: flags.DTypeOption = "auto",
+    threads: flags.ThreadsOption = None,
+    seed: flags.SeedOption = None,
+    quiet: flags.QuietOption = False,
+    debug: flags.DebugOption = False,
 ) -> None:
     """Turn texts into latents, in their order: a NumPy file, one row a text.
 

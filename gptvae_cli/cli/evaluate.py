@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptvae_cli.cli import console, streams
+from gptvae_cli.cli import console, flags, streams
 from gptvae_cli.cli.table import table
 from gptvae_cli.config import TextConfig
 from gptvae_cli.errors import ConfigError, DataError
@@ -63,13 +63,13 @@ def evaluate(
         str | None,
         typer.Option(metavar="FILE", help="Also write the figures of every text, one JSON object a line."),
     ] = None,
-    unit: console.UnitOption = None,
-    field: console.FieldOption = None,
-    errors: console.ErrorsOption = None,
-    model: console.ModelOption = None,
-    device: console.DeviceOption = "auto",
-    dtype: console.DTypeOption = "auto",
-    threads: console.ThreadsOption = None,
+    unit: flags.UnitOption = None,
+    field: flags.FieldOption = None,
+    errors: flags.ErrorsOption = None,
+    model: flags.ModelOption = None,
+    device: flags.DeviceOption = "auto",
+    dtype: flags.DTypeOption = "auto",
+    threads: flags.ThreadsOption = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -77,11 +77,11 @@ def evaluate(
             max=2**63 - 1,
             envvar="GPTVAE_SEED",
             help="Seed of the latents that are drawn. [default: 0]",
-            rich_help_panel=console.COMMON,
+            rich_help_panel=flags.COMMON,
         ),
     ] = 0,
-    quiet: console.QuietOption = False,
-    debug: console.DebugOption = False,
+    quiet: flags.QuietOption = False,
+    debug: flags.DebugOption = False,
 ) -> None:
     """Measure a model on texts that it has not seen: likelihood, use of the latent, reconstruction.
 

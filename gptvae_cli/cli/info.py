@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptvae_cli.cli import console, streams
+from gptvae_cli.cli import console, flags, streams
 from gptvae_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def info(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All there is, as one JSON object.")] = False,
-    model: console.ModelOption = None,
-    debug: console.DebugOption = False,
+    model: flags.ModelOption = None,
+    debug: flags.DebugOption = False,
 ) -> None:
     """Show what a model is and how it was trained; with --json all that its file says of it."""
     from gptvae_cli.header import locate_model, read_layout, reading

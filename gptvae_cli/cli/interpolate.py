@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gptvae_cli.cli import console, streams
+from gptvae_cli.cli import console, flags, streams
 from gptvae_cli.cli.encode import latents_to
 from gptvae_cli.config import PathKind, SampleConfig, TextConfig
 from gptvae_cli.errors import ConfigError, DataError
@@ -53,17 +53,17 @@ def interpolate(
     latents_out: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write the latents, a .npy file.", rich_help_panel=_OUTPUT)
     ] = None,
-    format: console.TextFormatOption = "text",
-    null: console.NullOption = False,
-    unit: console.UnitOption = None,
-    field: console.FieldOption = None,
-    errors: console.ErrorsOption = None,
-    model: console.ModelOption = None,
-    device: console.DeviceOption = "auto",
-    dtype: console.DTypeOption = "auto",
-    threads: console.ThreadsOption = None,
-    quiet: console.QuietOption = False,
-    debug: console.DebugOption = False,
+    format: flags.TextFormatOption = "text",
+    null: flags.NullOption = False,
+    unit: flags.UnitOption = None,
+    field: flags.FieldOption = None,
+    errors: flags.ErrorsOption = None,
+    model: flags.ModelOption = None,
+    device: flags.DeviceOption = "auto",
+    dtype: flags.DTypeOption = "auto",
+    threads: flags.ThreadsOption = None,
+    quiet: flags.QuietOption = False,
+    debug: flags.DebugOption = False,
 ) -> None:
     """Write texts along a path between latents, greedily.
 

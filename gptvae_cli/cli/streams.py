@@ -16,7 +16,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from gptvae_cli.cli.console import TextFormat, sanitize
+from gptvae_cli.cli.console import sanitize
+from gptvae_cli.cli.flags import TextFormat
 from gptvae_cli.config import Unit
 from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
 from gptvae_cli.files import is_no_file, replacing

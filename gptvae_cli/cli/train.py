@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptvae_cli.cli import console, streams
+from gptvae_cli.cli import console, flags, streams
 from gptvae_cli.config import (
     ConditioningName,
     DataConfig,
@@ -167,16 +167,16 @@ def train(
         float | None, _option("weight_decay", "Weight decay of the weight matrices.", _LEARNING)
     ] = None,
     clip: Annotated[float | None, _option("clip", "Largest gradient norm.", _LEARNING)] = None,
-    seed: Annotated[int | None, _option("seed", "Seed of weights, order and noise.", console.COMMON)] = None,
+    seed: Annotated[int | None, _option("seed", "Seed of weights, order and noise.", flags.COMMON)] = None,
     device: Annotated[
-        str | None, _option("device", "auto, cpu, cuda or cuda:1.", console.COMMON, "DEVICE", console.DEVICES)
+        str | None, _option("device", "auto, cpu, cuda or cuda:1.", flags.COMMON, "DEVICE", flags.DEVICES)
     ] = None,
     dtype: Annotated[
-        DType | None, _option("dtype", "Numbers to compute with; auto takes the faster ones.", console.COMMON)
+        DType | None, _option("dtype", "Numbers to compute with; auto takes the faster ones.", flags.COMMON)
     ] = None,
-    threads: Annotated[int | None, _option("threads", "CPU threads.", console.COMMON)] = None,
-    quiet: console.QuietOption = False,
-    debug: console.DebugOption = False,
+    threads: Annotated[int | None, _option("threads", "CPU threads.", flags.COMMON)] = None,
+    quiet: flags.QuietOption = False,
+    debug: flags.DebugOption = False,
 ) -> None:
     """Train a model on texts, and say what its latent carries.
 
