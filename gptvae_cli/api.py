@@ -75,6 +75,10 @@ class Model:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
+    def __repr__(self) -> str:
+        parameters = sum(weight.numel() for weight in self.network.parameters())
+        return f"<gptvae_cli.Model: {parameters:,} parameters, latent {self.dim_latent}, unit {self.unit}>"
+
     @property
     def header(self) -> ModelHeader:
         """What the model file says about itself: sizes, what a text is, how it was trained and with which figures."""

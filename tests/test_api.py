@@ -171,6 +171,8 @@ def test_a_model_says_what_it_is(model: Model, folder: Path) -> None:
     assert (model.dim_latent, model.max_seq_len, model.unit) == (WIDTH, LONGEST, "line")
     assert isinstance(model.network, gptvae_cli.GPTVAE)
     assert not model.network.training
+    count = sum(weight.numel() for weight in model.network.parameters())
+    assert repr(model) == f"<gptvae_cli.Model: {count:,} parameters, latent {WIDTH}, unit line>"
 
 
 def test_using_a_model_changes_nothing_of_the_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
