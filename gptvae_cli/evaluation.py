@@ -27,7 +27,7 @@ from gptvae_cli.device import autocast, rows_together, tokens_together
 from gptvae_cli.latent import active_dimensions, entropy, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
-from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
+from gptvae_cli.objective import Batch, cross_entropy_BT
 
 Keys = npt.NDArray[np.int64]
 
@@ -282,8 +282,7 @@ def _others(keys_N: Keys, lengths_N: npt.NDArray[np.int64]) -> npt.NDArray[np.in
 
 def _nats_B(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None = None) -> Tensor:
     """Cross-entropy of every row in float64."""
-    noise = Noise(torch.empty(0) if latents_BZ is None else latents_BZ, keep_B)
-    return cross_entropy_BT(model, tokens_BT, latents_BZ, noise).double().sum(-1)
+    return cross_entropy_BT(model, tokens_BT, latents_BZ, keep_B=keep_B).double().sum(-1)
 
 
 @contextmanager

@@ -218,11 +218,10 @@ def test_word_dropout_hides_inputs_but_never_bos_nor_a_target(tiny_model: TinyMo
     """BOS says that a text begins. Hiding everything leaves a decoder that sees BOS, the latent and the places."""
     model, rows = tiny_model(), texts()
     batch, latents_BZ = batch_of(rows), latent_noise()
-    nothing = Noise(latents_BZ, hide_BT=torch.zeros_like(batch.tokens_BT, dtype=torch.bool))
-    everything = Noise(latents_BZ, hide_BT=torch.ones_like(batch.tokens_BT, dtype=torch.bool))
-    plain_BT = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ))
-    assert_close(cross_entropy_BT(model, batch.tokens_BT, latents_BZ, nothing), plain_BT, rtol=0, atol=0)
-    hidden_BT = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, everything)
+    nothing, everything = (torch.full_like(batch.tokens_BT, hide, dtype=torch.bool) for hide in (False, True))
+    plain_BT = cross_entropy_BT(model, batch.tokens_BT, latents_BZ)
+    assert_close(cross_entropy_BT(model, batch.tokens_BT, latents_BZ, hide_BT=nothing), plain_BT, rtol=0, atol=0)
+    hidden_BT = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, hide_BT=everything)
     assert_close(hidden_BT[:, 0], plain_BT[:, 0], rtol=0, atol=0)
     assert (hidden_BT[2, 1:10] != plain_BT[2, 1:10]).all()
     # Hidden inputs are all the same token, whatever the text, while the targets are the text's own.
@@ -234,7 +233,7 @@ def test_word_dropout_hides_inputs_but_never_bos_nor_a_target(tiny_model: TinyMo
             model,
             torch.tensor([row]),
             latents_BZ[2:3],
-            Noise(latents_BZ[2:3], hide_BT=torch.ones(1, 11, dtype=torch.bool)),
+            hide_BT=torch.ones(1, 11, dtype=torch.bool),
         )
         expected_T = -log_prob(logits_1TV[0], torch.tensor(row[1:]))
         assert_close(found_1T[0], expected_T, rtol=1e-4, atol=1e-5, msg=str(z))
@@ -258,7 +257,7 @@ def test_the_summed_cross_entropy_and_its_gradients_are_those_of_torch(
     with torch.no_grad():
         model.decoder.to_logits.weight.mul_(20)
     monkeypatch.setitem(_LOGITS_TOGETHER, "cpu", (product_rows * 20, few_rows * 20))
-    plain = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ)).sum()
+    plain = cross_entropy_BT(model, batch.tokens_BT, latents_BZ).sum()
     expected = gradients(3 * plain, model)
     found = summed_cross_entropy(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ))
     assert_close(found, plain, rtol=1e-12, atol=0)
@@ -273,7 +272,7 @@ def test_the_summed_cross_entropy_is_that_of_torch_under_autocast(
     monkeypatch.setitem(_LOGITS_TOGETHER, "cpu", (7 * 20, 3 * 20))
     model, batch, latents_BZ = tiny_model(), batch_of(texts()), latent_noise()
     with torch.autocast("cpu", torch.bfloat16):
-        plain = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ)).sum()
+        plain = cross_entropy_BT(model, batch.tokens_BT, latents_BZ).sum()
         found = summed_cross_entropy(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ))
     assert_close(found, plain, rtol=1e-3, atol=0)
     expected, found_gradients = gradients(plain, model), gradients(found, model)
@@ -286,7 +285,7 @@ def test_a_dropped_row_gets_no_gradient_from_the_decoder(tiny_model: TinyModel) 
     model, batch = tiny_model(), batch_of(texts())
     latents_BZ = latent_noise().requires_grad_()
     keep_B = torch.tensor([True, False, True, False, True])
-    nats_BT = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, Noise(latents_BZ.detach(), keep_B))
+    nats_BT = cross_entropy_BT(model, batch.tokens_BT, latents_BZ, keep_B=keep_B)
     (gradient_BZ,) = torch.autograd.grad(nats_BT.sum(), latents_BZ)
     assert (gradient_BZ[~keep_B] == 0).all()
     assert (gradient_BZ[keep_B].abs().sum(-1) > 0).all()
@@ -328,7 +327,7 @@ def test_the_encoder_alone_reads_the_other_text(tiny_model: TinyModel) -> None:
     rows, source = texts(), texts(seed=9)
     paired = objective(model, head, batch_of(rows, source), noise, replace(ELBO, bag_of_words=1.0))
     mean_BZ = model.posterior(batch_of(source).tokens_BT).mean_BZ
-    nats_BT = cross_entropy_BT(model, batch_of(rows).tokens_BT, mean_BZ, noise)
+    nats_BT = cross_entropy_BT(model, batch_of(rows).tokens_BT, mean_BZ)
     assert_close(paired.cross_entropy, nats_BT.sum(), rtol=1e-5, atol=1e-4)
     assert_close(paired.bag_of_words, head(mean_BZ, batch_of(rows).tokens_BT, (PAD, BOS, EOS)), rtol=1e-5, atol=1e-4)
     assert batch_of(rows, source).encoder_BT.tolist() == batch_of(source).tokens_BT.tolist()

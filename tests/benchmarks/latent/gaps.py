@@ -35,7 +35,7 @@ from gptvae_cli.evaluation import PROPOSAL_WIDTHS, importance_weighted
 from gptvae_cli.header import locate_model
 from gptvae_cli.latent import mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
-from gptvae_cli.objective import Batch, Noise, cross_entropy_BT
+from gptvae_cli.objective import Batch, cross_entropy_BT
 from gptvae_cli.sampling import Encoder, open_model
 from gptvae_cli.text import read_texts
 
@@ -56,7 +56,7 @@ def terms(model: GPTVAE, tokens_BT: Tensor, posterior: Posterior, samples: int) 
     tokens_NT = tokens_BT.repeat(samples, 1)
     many = Posterior(posterior.mean_BZ.repeat(samples, 1), posterior.log_var_BZ.repeat(samples, 1))
     latents_NZ = many.sample(torch.randn(many.mean_BZ.shape))
-    nats_N = cross_entropy_BT(model, tokens_NT, latents_NZ, Noise(latents_NZ)).sum(-1)
+    nats_N = cross_entropy_BT(model, tokens_NT, latents_NZ).sum(-1)
     return nats_N.view(samples, -1).mean(0), posterior.kl_BZ().sum(-1)
 
 
