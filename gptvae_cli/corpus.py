@@ -13,8 +13,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import get_type_hints
 
-from gptvae_cli.config import DataConfig
+from gptvae_cli.config import DataConfig, fits
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError, GPTVAEError
 from gptvae_cli.ingest import (
     SAMPLE_CHARS,
@@ -88,6 +89,8 @@ class Corpus:
             if content["format"] != _CACHE_FORMAT:
                 raise ValueError("it is of another format")
             facts, sizes = CorpusFacts(**content["facts"]), content["sizes"]
+            if not all(fits(getattr(facts, name), kind) for name, kind in get_type_hints(CorpusFacts).items()):
+                raise ValueError("a fact is of another type")
             if sizes != _sizes(folder):
                 raise ValueError("a file is missing, or has changed its size")
             stores = {Path(name).stem: None for name in sizes if name.endswith(".tokens")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import os
 import signal
@@ -150,6 +151,18 @@ def test_a_damaged_cache_is_an_error_and_not_other_tokens(tmp_path: Path, name: 
         Corpus.open(tmp_path / "cache")
     assert caught.value.exit_code == ExitCode.BAD_INPUT
     assert "--force" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("fact", "value"), [("texts", "| x"), ("characters", None), ("digest", 3), ("empty", True)])
+def test_a_fact_of_another_type_is_an_error_at_once(tmp_path: Path, fact: str, value: object) -> None:
+    """It may be a stranger's, and would fail in a sentence of the run."""
+    build(tmp_path, "a\nb\nc\nd\n")
+    facts = tmp_path / "cache/corpus.json"
+    content = json.loads(facts.read_text())
+    content["facts"][fact] = value
+    facts.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="cache is missing, damaged"):
+        Corpus.open(tmp_path / "cache")
 
 
 def test_a_cache_of_pairs_leaves_nothing_to_a_corpus_without_pairs(tmp_path: Path) -> None:
