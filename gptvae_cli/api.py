@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str = "auto", dt
     Raises:
         CheckpointError: for a model that is missing, damaged or foreign.
         DeviceError: for a GPU that is not there.
-        ConfigError: for a device or a dtype that is not known.
+        ConfigError: for a path that is no name, or a device or a dtype that is not known.
     """
     if not isinstance(path, str | os.PathLike | None):
         raise ConfigError(f"path is of type {type(path).__name__}, expected a name")
@@ -224,7 +224,7 @@ class Model:
                 raise ConfigError("latents and prior exclude each other", hint="leave one of them out")
             if isinstance(latents, Integral):
                 raise ConfigError(
-                    f"latents is {latents}, expected an array of floats", hint=f"prior={latents} draws some"
+                    f"latents is {latents}, expected an array of floats", hint="prior=5 draws five of them"
                 )
             rows = self._latents(latents, "latents")
         else:

@@ -2,8 +2,9 @@
 
 A prompt may end within a word, or behind the space that is in the token of the next word. So its last tokens are taken
 back, and what is written in their place must spell them: they themselves, or some of them and then a token that holds
-the rest of the prompt and more. Every way is as likely as the model has it: a token of the prompt's own counts with all
-ways on from there that spell the prompt, which a look ahead tells, and not with all texts that begin with it.
+the rest of the prompt, and may hold more. Every way is as likely as the model has it: a token of the prompt's own
+counts with all ways on from there that spell the prompt, which a look ahead tells, and not with all texts that begin
+with it.
 
 Shapes: B rows, T tokens, P places in the tokens that were taken back, D model width, V vocabulary.
 
@@ -30,12 +31,18 @@ _MOST = 8
 """Tokens that are taken back at most."""
 
 
-def take_back(tokenizer: Tokenizer, prompt: str, constraint: Constraint) -> tuple[list[int], list[list[int]]]:
+def take_back(
+    tokenizer: Tokenizer, prompt: str, constraint: Constraint, *, longest: int = _MOST
+) -> tuple[list[int], list[list[int]]]:
     """The tokens of a prompt that stay; and for each of the others, it and the tokens that may come in its place, which
-    begin with what the prompt says from there on."""
+    begin with what the prompt says from there on.
+
+    Args:
+        longest: tokens that the decoder sees at once; of no more can it tell how likely they are.
+    """
     ids = tokenizer.encode_batch([prompt])[0]
     endings: list[list[int]] = []
-    for place in reversed(range(max(0, len(ids) - _MOST), len(ids)) if tokenizer.is_exact else ()):
+    for place in reversed(range(max(0, len(ids) - min(_MOST, longest)), len(ids)) if tokenizer.is_exact else ()):
         rest = tokenizer.decode(ids[place:])
         longer = [] if "\ufffd" in rest else tokenizer.beginning_with(rest)
         allowed = [token for token in longer if constraint.allowed_SV[0, token] and token != ids[place]]
@@ -90,15 +97,15 @@ class Healing:
         """Finds for every token but the last the logarithm of the share of texts that spell the rest of the prompt."""
         model, own = self._model, self._own
         contexts = [model.conditioning.window([*row.context, *own[:-1]], model.max_seq_len) for row in rows]
-        logits_BPV = model.logits(last_states(model, contexts, [row.latent for row in rows], len(own) - 1))
-        behind = self._constraint.behind
-        states = [[behind(own[:place], row.state) for place in range(1, len(own))] for row in rows]
-        barred_BPV = torch.from_numpy(~self._constraint.allowed_SV[states]).to(model.device)
-        log_share_BPV = logits_BPV.double().masked_fill_(barred_BPV, float("-inf")).log_softmax(-1)
-        rest_B = logits_BPV.new_zeros(len(rows), dtype=torch.float64)
+        hidden_BPD = last_states(model, contexts, [row.latent for row in rows], len(own) - 1)
+        rest_B = hidden_BPD.new_zeros(len(rows), dtype=torch.float64)
         rests = [rest_B]
         for place in reversed(range(1, len(own))):
-            log_share_BV = log_share_BPV[:, place - 1].masked_fill(self._closed_PV[place], float("-inf"))
+            states = [self._constraint.behind(own[:place], row.state) for row in rows]
+            barred_BV = torch.from_numpy(~self._constraint.allowed_SV[states]).to(model.device)
+            logits_BV = model.logits(hidden_BPD[:, place - 1]).double()
+            log_share_BV = logits_BV.masked_fill_(barred_BV, float("-inf")).log_softmax(-1)
+            log_share_BV = log_share_BV.masked_fill_(self._closed_PV[place], float("-inf"))
             log_share_BV[:, own[place]] += rest_B
             rest_B = log_share_BV.logsumexp(-1)
             rests.insert(0, rest_B)

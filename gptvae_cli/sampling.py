@@ -263,7 +263,8 @@ def write(
     if unit == "line" and ("\n" in prompt or "\r" in prompt):
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
     constraint = tokenizer.constraint(unit)
-    prompt_ids, endings = take_back(tokenizer, prompt, constraint)
+    longest = checkpoint.header.model.max_seq_len
+    prompt_ids, endings = take_back(tokenizer, prompt, constraint, longest=longest)
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
     with autocast(device, checkpoint.dtype):
         for ids in decode(

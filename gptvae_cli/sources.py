@@ -95,8 +95,9 @@ def _expand(source: str) -> list[str]:
         # Not Path.rglob, which passes over folders that it may not read.
         tree = os.walk(source, onerror=_raise)
         paths = [Path(folder, name) for folder, _, names in tree for name in names if not _is_log(name, names)]
-    # A pipe or a device has no end.
-    files = sorted(path for path in paths if path.name.lower().endswith(_FOLDER_ENDINGS) and path.is_file())
+        texts = [path for path in paths if path.name.lower().endswith(_FOLDER_ENDINGS)]
+        # A pipe or a device has no end. What is not there, as behind a link, is told when it is read.
+        files = sorted(path for path in texts if path.is_file() or not path.exists())
     if not files:
         raise DataError(
             f"found no texts in the folder {source}: no file ends in {', '.join(_FOLDER_ENDINGS)}",

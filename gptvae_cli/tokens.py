@@ -107,7 +107,7 @@ class BulkTokenizer:
 
 def tokenizer_pool(tokenizer: Tokenizer, processes: int) -> ProcessPoolExecutor:
     """Processes for `tokenized`, each with a `BulkTokenizer`: remembering words is Python's work, which threads would
-    not share."""
+    not share. Sets `$PYTHONSAFEPATH` of this process."""
     # Not forked: this process may have threads, which a fork would tear apart. And a new Python would look for its
     # modules in the working directory first, which may be a stranger's corpus.
     os.environ["PYTHONSAFEPATH"] = "1"

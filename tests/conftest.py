@@ -43,6 +43,13 @@ def denormals() -> Iterator[None]:
         sys.modules["torch"].set_flush_denormal(False)
 
 
+@pytest.fixture(autouse=True)
+def safe_path() -> Iterator[None]:
+    """A pool of processes keeps the working directory off the path of all processes that are started later."""
+    yield
+    os.environ.pop("PYTHONSAFEPATH", None)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny tensors are computed fastest by one thread, most of all where another process is busy."""

@@ -141,6 +141,18 @@ def test_bytes_leave_nothing_to_heal() -> None:
     assert take_back(tokenizer, "was weath", tokenizer.constraint("line")) == ([*b"was weath"], [])
 
 
+@pytest.mark.parametrize("longest", [1, 2, 3])
+def test_no_more_is_taken_back_than_the_decoder_sees_at_once(checkpoint: Checkpoint, longest: int) -> None:
+    """Of what it does not see it could not tell how likely it is."""
+    rule = checkpoint.tokenizer.constraint("line")
+    prompt = "was there, weathere"
+    whole, endings = take_back(checkpoint.tokenizer, prompt, rule)
+    kept, fewer = take_back(checkpoint.tokenizer, prompt, rule, longest=longest)
+    assert len(fewer) <= longest
+    assert fewer == endings[len(endings) - len(fewer) :]
+    assert [*kept, *(ending[0] for ending in fewer)] == [*whole, *(ending[0] for ending in endings)]
+
+
 def test_a_prompt_longer_than_the_model_reads_is_healed_at_its_end(tmp_path: Path) -> None:
     words = Tokenizer.train_bpe(["the weather was there"] * 20, 300)
     path = make_model(tmp_path / "model.safetensors", tokenizer=words)

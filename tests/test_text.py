@@ -147,6 +147,14 @@ def test_a_folder_gives_its_texts_sorted_and_nothing_else(tmp_path: Path) -> Non
     assert list(read_texts([str(tmp_path)], TextConfig())) == ["1", "2", "3", "4", "5"]
 
 
+def test_what_a_link_in_a_folder_no_longer_leads_to_is_told(tmp_path: Path) -> None:
+    """A disk that is not mounted would otherwise be texts fewer."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to("nowhere/b.txt")
+    with pytest.raises(DataError, match=r"cannot read .*b\.txt: No such file"):
+        list(read_texts([str(tmp_path)], TextConfig()))
+
+
 def test_missing_sources_are_found_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*none\.txt: No such file"):
         read_texts(["-", str(tmp_path / "none.txt")], TextConfig(), stdin=io.BytesIO(b"a"))

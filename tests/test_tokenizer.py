@@ -19,7 +19,7 @@ from tokenizers import models, pre_tokenizers
 from gptvae_cli.config import TextConfig, Unit
 from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.text import read_texts
-from gptvae_cli.tokenizer import Tokenizer, _growth, automatic_tokenizer, kind_of, pieces
+from gptvae_cli.tokenizer import _MOST_GROWTH, Tokenizer, _growth, automatic_tokenizer, kind_of, pieces
 
 HARD_TEXTS = [
     "",
@@ -258,8 +258,9 @@ def test_a_malformed_tokenizer_is_a_checkpoint_error_of_one_line(text: str) -> N
 
 
 def test_a_table_of_normal_forms_may_not_make_a_text_much_longer(bpe: Tokenizer) -> None:
-    """The table of a SentencePiece model has at most 18 characters for one. One with a thousand, thrice, would make
+    """That of a SentencePiece model has at most 18 characters for one. A thousand, three times over, would make
     gigabytes of a letter."""
+    assert _MOST_GROWTH >= 18
     for length, refused in ((18, False), (1000, True)):
         table = struct.pack("<I", 4) + bytes(4) + b"x\0" + b"a" * length + b"\0"
         normalizer = {"type": "Precompiled", "precompiled_charsmap": b64encode(table).decode()}

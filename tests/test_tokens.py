@@ -108,7 +108,6 @@ def test_a_process_of_a_pool_runs_nothing_of_the_working_directory(
     for name in ("multiprocessing", "tokenizers", "json"):
         (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONSAFEPATH", "")  # so that it is as it was afterwards
     with tokenizer_pool(Tokenizer.bytes(), 1) as pool:
         tokens, _ = pool.submit(tokenized, ["a text"]).result()
     assert tokens.tolist() == [*b"a text"]

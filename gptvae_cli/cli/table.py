@@ -66,7 +66,9 @@ def table(about: dict[str, Any], report: Report) -> Iterator[str]:
     yield line("information", "mutual_information_nats", unit=_NATS)
     most = values["mutual_information_most_nats"]
     share = values["information_share"]
-    yield f"    at most {most:.2f} can show on {seen:,} texts" + (f"; {share:.0%} of min(KL, that)" if share else "")
+    yield f"    at most {most:.2f} can show on {seen:,} texts" + (
+        "" if share is None else f"; {share:.0%} of min(KL, that)"
+    )
     yield line("dimensions active", "active_001", "{:d}", f"{values['active_02']} strongly")
     yield "greedy reconstruction from the mean"
     yield line("tokens in place", "token_accuracy", "{:.1%}")
