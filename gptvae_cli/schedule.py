@@ -13,9 +13,7 @@ def learning_rate_factor(progress: float, *, warmup: float, decay: float) -> flo
         warmup: share of the run over which the factor rises from 0 to 1.
         decay: share of the run, at its end, over which it falls to 0.
     """
-    rising = 1.0 if warmup == 0 else min(1.0, progress / warmup)
-    falling = 1.0 if decay == 0 else min(1.0, (1.0 - progress) / decay)
-    return max(0.0, min(rising, falling))
+    return min(ramp(progress, warmup), ramp(1.0 - progress, decay))
 
 
 def ramp(progress: float, until: float) -> float:
