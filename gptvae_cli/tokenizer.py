@@ -71,17 +71,19 @@ class Tokenizer:
     @cached_property
     def is_exact(self) -> bool:
         """Whether every text comes back as it was: a byte-level one with a token for every byte, which changes nothing
-        before."""
+        before, and no added token whose characters the library takes for bytes."""
         from tokenizers import pre_tokenizers
 
         parts = json.loads(self.to_json())
         byte_level = parts["pre_tokenizer"] or {}
+        added = self._tokenizer.get_added_tokens_decoder()
         return (
             parts["normalizer"] is None
             and byte_level.get("type") == "ByteLevel"
             and not byte_level["add_prefix_space"]
             and (parts["decoder"] or {}).get("type") == "ByteLevel"
             and set(pre_tokenizers.ByteLevel.alphabet()) <= self._tokenizer.get_vocab().keys()
+            and all(self.decode([number]) == token.content for number, token in added.items())
         )
 
     def spelled(self) -> list[bytes]:

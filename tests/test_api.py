@@ -416,3 +416,10 @@ def test_a_baseline_writes_texts_and_refuses_latents(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["generate", "--prior", "3", "--seed", "5", "-q", "--model", str(path)])
     assert result.exit_code == 0, result.stderr
     assert baseline.generate(prior=3, seed=5) == result.stdout.removesuffix("\n").split("\n")
+
+
+def test_a_text_alone_has_no_likelihood_where_latents_come_from_others(tmp_path: Path) -> None:
+    aligned = load(make_model(tmp_path / "aligned.safetensors", latents_from="train.txt"), device="cpu")
+    with pytest.raises(ConfigError, match="come from other texts than it writes") as caught:
+        aligned.nll(["a"])
+    assert "--latents-from --per-text" in str(caught.value.hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -106,6 +107,19 @@ def test_a_link_leads_elsewhere_where_the_name_is_another(tmp_path: Path) -> Non
         (tmp_path / name).symlink_to(target)
     (tmp_path / "file").touch()
     assert [name for name in (*links, "file", "nothing") if leads_elsewhere(tmp_path / name)] == ["there", "gone"]
+
+
+def test_a_file_system_that_cannot_sync_folders_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    write_atomically(tmp_path / "file", lambda new: new.write_bytes(b"new"))
+    assert (tmp_path / "file").read_bytes() == b"new"
 
 
 def test_missing_folder_is_told(tmp_path: Path) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from gptvae_cli import sampling
+from gptvae_cli import healing, sampling
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.engines import PlainDecoder, Row
+from gptvae_cli.engines import PlainDecoder, Row, last_states
 from gptvae_cli.healing import Healing, take_back
 from gptvae_cli.sampling import prior, repeated, write
 from gptvae_cli.tokenizer import Tokenizer
@@ -62,19 +64,14 @@ def test_a_prompt_is_its_tokens_and_others_begin_with_what_is_left_of_it(checkpo
         assert not any(text.startswith(rest) for text in texts), "all that is needed"
 
 
-@pytest.mark.parametrize("latent", [True, False], ids=["latent", "none"])
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_every_way_to_spell_a_prompt_is_as_likely_as_the_model_has_it(
-    checkpoint: Checkpoint, prompt: str, latent: bool
-) -> None:
-    """Its share of all ways. Without a look ahead "was we" would most often be the word "we" and then "ath"."""
+def assert_ways_are_weighed(checkpoint: Checkpoint, prompt: str, *, latent: bool) -> None:
     rule = checkpoint.tokenizer.constraint("line")
     kept, endings = take_back(checkpoint.tokenizer, prompt, rule)
     own = [ending[0] for ending in endings]
     ways = [[*own[:place], other] for place, (_, *others) in enumerate(endings) for other in others] + [own]
     assert len(ways) > 1
     both = [latents(1)[0] if latent else None, latents(2)[1] if latent else None]
-    healing = Healing(checkpoint.model, endings, rule)
+    weigh = Healing(checkpoint.model, endings, rule)
     for latent_Z in both:
         expected, found = [], []
         for way in ways:
@@ -87,12 +84,21 @@ def test_every_way_to_spell_a_prompt_is_as_likely_as_the_model_has_it(
                 context = [*kept, *way[:place]]
                 shares_BV = torch.stack([log_shares(checkpoint, context, z_Z, rule) for z_Z in (latent_Z, both[1])])
                 expected[-1] += float(shares_BV[0, token])
-                weighed_BV = healing(shares_BV.clone(), [row, neighbour]).log_softmax(-1)
+                weighed_BV = weigh(shares_BV.clone(), [row, neighbour]).log_softmax(-1)
                 found[-1] += float(weighed_BV[0, token])
                 row.new.append(token)
                 neighbour.new.append(ways[0][0] if place == 0 else token)
         shares = torch.tensor(expected).softmax(0)
         torch.testing.assert_close(torch.tensor(found).exp(), shares, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("latent", [True, False], ids=["latent", "none"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_every_way_to_spell_a_prompt_is_as_likely_as_the_model_has_it(
+    checkpoint: Checkpoint, prompt: str, latent: bool
+) -> None:
+    """Its share of all ways. Without a look ahead "was we" would most often be the word "we" and then "ath"."""
+    assert_ways_are_weighed(checkpoint, prompt, latent=latent)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -141,23 +147,55 @@ def test_bytes_leave_nothing_to_heal() -> None:
     assert take_back(tokenizer, "was weath", tokenizer.constraint("line")) == ([*b"was weath"], [])
 
 
-@pytest.mark.parametrize("longest", [1, 2, 3])
+@pytest.mark.parametrize("longest", [1, 2])
 def test_no_more_is_taken_back_than_the_decoder_sees_at_once(checkpoint: Checkpoint, longest: int) -> None:
     """Of what it does not see it could not tell how likely it is."""
-    rule = checkpoint.tokenizer.constraint("line")
-    prompt = "was there, weathere"
+    rule, prompt = checkpoint.tokenizer.constraint("line"), "was weath"
     whole, endings = take_back(checkpoint.tokenizer, prompt, rule)
     kept, fewer = take_back(checkpoint.tokenizer, prompt, rule, longest=longest)
-    assert len(fewer) <= longest
-    assert fewer == endings[len(endings) - len(fewer) :]
+    assert len(endings) > longest
+    assert fewer == endings[-longest:]
     assert [*kept, *(ending[0] for ending in fewer)] == [*whole, *(ending[0] for ending in endings)]
 
 
-def test_a_prompt_longer_than_the_model_reads_is_healed_at_its_end(tmp_path: Path) -> None:
+def test_a_prompt_is_taken_back_within_what_the_model_reads(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def record(*about: Any, longest: int) -> Any:
+        asked.append(longest)
+        return take_back(*about, longest=longest)
+
+    monkeypatch.setattr(sampling, "take_back", record)
+    assert list(write(checkpoint, [], SampleConfig(), unit="line", prompt="the")) == []
+    assert asked == [LONGEST]
+
+
+def test_parts_of_a_character_are_weighed_by_what_may_follow_them(tmp_path: Path) -> None:
+    """ "早" alone is two tokens, neither of them a character; "早朝" is one."""
+    words = Tokenizer.train_bpe(["早朝 日本 早朝"] * 20, 290)
+    found = load(make_model(tmp_path / "model.safetensors", tokenizer=words), device=torch.device("cpu"))
+    _, endings = take_back(words, "早", words.constraint("line"))
+    assert [len(ending) > 1 for ending in endings] == [True, False]
+    assert_ways_are_weighed(found, "早", latent=True)
+
+
+def test_a_prompt_longer_than_the_model_reads_is_healed_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = Tokenizer.train_bpe(["the weather was there"] * 20, 300)
     path = make_model(tmp_path / "model.safetensors", tokenizer=words)
     found = sampling.open_model(path, device="cpu").checkpoint
     prompt = "the weather was there " * LONGEST + "weath"
     requests = list(repeated([z_Z.numpy() for z_Z in latents(4)], 1))
+    seen: list[int] = []
+
+    def states(model: Any, contexts: Sequence[Sequence[int]], *rest: Any) -> Tensor:
+        seen.extend(map(len, contexts))
+        return last_states(model, contexts, *rest)
+
+    monkeypatch.setattr(healing, "last_states", states)
     for text in write(found, requests, SampleConfig(seed=1, max_tokens=3), unit="line", prompt=prompt):
         assert text.startswith(prompt)
+    assert seen == [LONGEST] * 4, "the look ahead keeps to what the model reads"

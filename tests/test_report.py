@@ -14,15 +14,16 @@ import pytest
 import torch
 from sacrebleu.metrics.bleu import BLEU
 
-from gptvae_cli import bleu, pieces, report
+from gptvae_cli import bleu, bootstrap, pieces, report
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.data import batches_of, padded
-from gptvae_cli.errors import ConfigError
+from gptvae_cli.errors import CheckpointError, ConfigError
 from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
 from gptvae_cli.latent import mutual_information
 from gptvae_cli.objective import Noise, Weights, objective
 from gptvae_cli.pieces import Gathered, Piece, measured
+from gptvae_cli.probe import Probe
 from gptvae_cli.sampling import Encoder
 from tests.cli.conftest import make_model
 
@@ -342,6 +343,42 @@ def test_labels_are_read_off_the_means(checkpoint: Checkpoint, monkeypatch: pyte
     encodings = list(Encoder(checkpoint, "line").encode(texts))
     assert np.allclose(latents_NZ, np.stack([encoding.mean_Z for encoding in encodings]), atol=1e-5)
     assert labels == [text[:1] for text in texts]
+
+
+def test_the_figures_of_probes_are_in_their_places(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent_N, words_N, commonest_N = (np.arange(20) < count for count in (14, 9, 5))
+    made = Probe(100, 3, latent=latent_N, words=words_N, commonest=commonest_N, unit="words")
+    monkeypatch.setattr(report, "probe", lambda *about, **more: made)
+    found = report.report(gather(checkpoint, TEXTS), labels=["a"] * len(TEXTS), samples=SAMPLES, seed=2)
+    values = found.values["probe"]
+    assert [values[f"{name}_accuracy"] for name in ("z", "words", "commonest_label")] == [0.7, 0.45, 0.25]
+    assert (values["labels"], values["texts"], values["held_out_texts"]) == (3, 100, 20)
+    assert found.intervals["probe.z_accuracy"] == bootstrap.of_share(14, 20)
+    assert found.intervals["probe.words_accuracy"] == bootstrap.of_share(9, 20)
+
+
+def test_a_figure_that_is_no_number_is_the_models_fault(checkpoint: Checkpoint) -> None:
+    found = gather(checkpoint, TEXTS)
+    found.columns[0]["nll"][3] = np.nan
+    with pytest.raises(CheckpointError, match="a figure is not a finite number"):
+        report.report(found, samples=SAMPLES, seed=2)
+
+
+def test_no_perplexity_overflows() -> None:
+    """Nor is it divided by words where there is none."""
+    found = report.figures({"texts": 1.0, "nll": 1e6, "tokens": 2.0, "words": 0.0, "bytes": 3.0})
+    assert found["perplexity_per_token"] == found["perplexity_per_word"] == math.exp(700)
+
+
+@pytest.mark.parametrize("count", range(2, 12))
+@pytest.mark.parametrize("limit", ["_PIECE_TEXTS", "_PIECE_TOKENS"])
+def test_pieces_are_small_and_none_is_a_lone_text(monkeypatch: pytest.MonkeyPatch, limit: str, count: int) -> None:
+    """Which would have its own latent in the place of another's."""
+    monkeypatch.setattr(pieces, limit, 2)
+    items: list[pieces.Item] = [((i, [0] * 6), None) for i in range(count)]
+    found = list(pieces._pieces(items))
+    assert [item for piece in found for item in piece] == items
+    assert 2 <= min(map(len, found)) <= max(map(len, found)) <= 3
 
 
 def test_every_interval_is_around_its_figure(checkpoint: Checkpoint) -> None:

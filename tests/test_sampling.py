@@ -229,6 +229,14 @@ def test_the_first_latent_comes_after_the_first_text(checkpoint: Checkpoint) -> 
             break
 
 
+def test_a_pool_is_bounded_in_texts_and_in_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or memory would grow with what is encoded."""
+    monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", lambda: 0.0)
+    sizes = [len(pool) for pool in sampling._growing_pools("x" for _ in range(20_000))]
+    assert (max(sizes), sum(sizes)) == (4096, 20_000)
+    assert max(len(pool) for pool in sampling._growing_pools(["x" * 2**18] * 40)) == 4
+
+
 def test_bfloat16_gives_nearly_the_same_latents_as_float32(checkpoint: Checkpoint) -> None:
     exact = np.stack([each.mean_Z for each in Encoder(checkpoint, "line").encode(TEXTS)])
     rounded = np.stack(

@@ -213,6 +213,18 @@ def test_only_bytes_give_every_text_back(bpe: Tokenizer, part: str, value: objec
     assert lossy.decode(lossy.encode_batch(["abc"])[0]) == "ab"
 
 
+@pytest.mark.parametrize(("added", "exact"), [("<|end|>", True), ("日本", True), ("naïve", False), ("Ġx", False)])
+def test_a_token_that_was_added_comes_back_or_the_tokenizer_is_not_exact(
+    bpe: Tokenizer, added: str, exact: bool
+) -> None:
+    """The library writes it as it is, and decodes it as if its characters stood for bytes."""
+    library = tokenizers.Tokenizer.from_str(bpe.to_json())
+    library.add_tokens([added])
+    tokenizer = Tokenizer.from_json(library.to_str())
+    assert tokenizer.is_exact == exact
+    assert (tokenizer.decode(tokenizer.encode_batch([added])[0]) == added) == exact
+
+
 def test_a_panic_while_encoding_is_bad_input(bpe: Tokenizer) -> None:
     pre_tokenizer = {"type": "FixedLength", "length": 0}
     tokenizer = Tokenizer.from_json(edited(bpe, lambda parts: parts.update(pre_tokenizer=pre_tokenizer)))

@@ -391,8 +391,10 @@ def test_bad_latents_are_named_before_anything_is_written(here: Path, command: s
         ["generate", "--ref", "nowhere"],
         ["interpolate", "a.npy", "nowhere"],
         ["interpolate", "--latent", "nowhere"],
+        ["evaluate", "nowhere"],
         ["info", "nowhere"],
         ["encode", "a.txt", "--model", "nowhere"],
+        ["evaluate", "a.txt", "--model", "nowhere"],
         ["generate", "--model", "nowhere"],
         ["interpolate", "--from", "a", "--to", "b", "--model", "nowhere"],
     ],
@@ -416,7 +418,7 @@ def test_bytes_that_are_not_text_are_named_with_their_line(here: Path, arguments
     assert_fails(run(*arguments, "bad.txt", *out), 3, f"bad.txt, line {line}", "0xef", "UTF-8", "iconv")
 
 
-@pytest.mark.parametrize("command", ["encode", "generate", "interpolate", "info"])
+@pytest.mark.parametrize("command", ["encode", "generate", "interpolate", "evaluate", "info"])
 @pytest.mark.parametrize("case", ["cut", "garbage", "empty", "foreign", "folder", "state"])
 def test_a_bad_model_is_named(here: Path, models: Path, command: str, case: str) -> None:
     path, good = here / "bad.safetensors", (models / "line.safetensors").read_bytes()
@@ -441,15 +443,15 @@ def test_a_bad_model_is_named(here: Path, models: Path, command: str, case: str)
             path.mkdir()
             if case == "state":
                 (path / "state.safetensors").write_bytes(good)
-    options = {"encode": ["a.txt"], "interpolate": ["--from", "a", "--to", "b"]}.get(command, [])
+    options = {"encode": ["a.txt"], "evaluate": ["a.txt"], "interpolate": ["--from", "a", "--to", "b"]}.get(command, [])
     assert_fails(run(command, *options, "--model", path), 3, "bad.safetensors", *words)
 
 
-@pytest.mark.parametrize("command", ["encode", "generate", "interpolate", "info"])
+@pytest.mark.parametrize("command", ["encode", "generate", "interpolate", "evaluate", "info"])
 def test_without_a_model_a_command_says_where_it_looked(
     here: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    options = {"encode": ["a.txt"], "interpolate": ["--from", "a", "--to", "b"]}.get(command, [])
+    options = {"encode": ["a.txt"], "evaluate": ["a.txt"], "interpolate": ["--from", "a", "--to", "b"]}.get(command, [])
     monkeypatch.setenv("GPTVAE_MODEL", "elsewhere")
     assert_fails(run(command, *options), 3, "no model in elsewhere, named by $GPTVAE_MODEL", "gptvae train")
     monkeypatch.delenv("GPTVAE_MODEL")
@@ -710,7 +712,14 @@ def test_a_binary_never_goes_to_a_terminal(here: Path, arguments: list[str]) -> 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train"], ["encode"], ["generate", "--latent", "-"], ["generate", "--ref", "-"], ["interpolate", "-", "a.txt"]],
+    [
+        ["train"],
+        ["encode"],
+        ["evaluate"],
+        ["generate", "--latent", "-"],
+        ["generate", "--ref", "-"],
+        ["interpolate", "-", "a.txt"],
+    ],
     ids=" ".join,
 )
 def test_nobody_has_to_type_a_corpus_or_a_binary(here: Path, arguments: list[str]) -> None:

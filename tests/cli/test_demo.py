@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +91,13 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     failed = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "file" / "d")])
     assert failed.exit_code == 1
     assert "cannot write" in failed.stderr
+
+
+def test_force_replaces_an_earlier_demo(result: Result, folder: Path, tmp_path: Path) -> None:
+    assert result.exit_code == 0
+    out = Path(shutil.copytree(folder / "d", tmp_path / "d"))
+    before = (out / "run/model.safetensors").read_bytes()
+    again = CliRunner().invoke(app, ["demo", "--out", str(out), "--max-time", "1s", "--force", "--quiet"])
+    assert again.exit_code == 0, again.stderr
+    assert again.stdout.count("\n") == 1 + 9 + 7 + 10
+    assert (out / "run/model.safetensors").read_bytes() != before
