@@ -77,7 +77,7 @@ def report(
         intervals["exact_match"] = bootstrap.of_share(round(table["exact"].sum()), model.texts)
     cheap = values.get("kl_nats_per_text", 0.0) < _LEAST_KL
     if cheap or (baseline is not None and baseline.sample is not None):
-        # Which has a latent of its own: that of the model saves it nothing that would be known.
+        # A share of next to nothing would be noise, and what saves a baseline with a latent of its own is not known.
         values.pop("efficiency_nats_per_nat", None)
         intervals.pop("efficiency_nats_per_nat", None)
     sample = model.sample
