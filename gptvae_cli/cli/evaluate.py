@@ -226,7 +226,7 @@ def _train_baseline(
     path: Path, header: ModelHeader, *, device: str, dtype: Any, threads: int | None, quiet: bool
 ) -> Path:
     """The baseline of a model, trained unless it was before."""
-    with console.waiting("loading the corpus of the model", quiet=quiet):
+    with console.waiting("loading the model", quiet=quiet):
         from gptvae_cli.baseline import Baseline
         from gptvae_cli.cli.train import watch
         from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
