@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+import gptvae_cli.device
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 _WAITS = {"item", "tolist", "cpu", "nonzero", "equal", "__bool__", "__int__", "__float__", "__index__"}
 """What needs a number from the device, or how many there are."""
@@ -73,9 +75,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     autocast, is_enabled, dtype = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
     with ExitStack() as stack:
         for owner, name, stand_in in (
-            (torch.backends.cuda, "is_built", lambda: True),
-            (torch.cuda, "is_available", lambda: True),
-            (torch.cuda, "device_count", lambda: 1),
+            (gptvae_cli.device, "_cuda_gpus", lambda: (1, None)),
             (torch.cuda, "get_device_name", lambda device: "Pretended GPU"),
             (torch.cuda, "is_bf16_supported", lambda including_emulation: True),
             (torch.cuda, "device", lambda device: warnings.catch_warnings()),
