@@ -56,6 +56,14 @@ def row_uniforms(seed: int, purpose: Purpose, step: int, rows: range, width: int
     return random.random((len(rows), blocks * _BLOCK), dtype=np.float32)[:, :width]
 
 
+def row_bits(seed: int, purpose: Purpose, step: int, rows: range, width: int) -> npt.NDArray[np.uint16]:
+    """The same of whole numbers below 65,536, which take a third of the time [B W]."""
+    blocks = -(-width // (2 * _BLOCK))
+    random = np.random.Philox(key=[seed, purpose], counter=[blocks * rows.start, 0, 0, step])
+    words = random.random_raw(len(rows) * blocks * 4).astype("<u8", copy=False)
+    return words.view("<u2").reshape(len(rows), blocks * 2 * _BLOCK)[:, :width]
+
+
 def row_normals(seed: int, purpose: Purpose, step: int, rows: range, width: int) -> Floats:
     """The same of standard normal numbers [B W] (Box and Muller 1958: a draw takes as many uniforms for every row)."""
     pairs = -(-width // 2)

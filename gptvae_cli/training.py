@@ -29,7 +29,7 @@ from gptvae_cli.doctor import diagnosis, treatable, treatment
 from gptvae_cli.evaluation import Figures, measure
 from gptvae_cli.learner import Counters, Learner, diverged
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.noise import Purpose, row_normals, row_uniforms
+from gptvae_cli.noise import Purpose, row_bits, row_normals, row_uniforms
 from gptvae_cli.objective import Batch, Noise, mean_kl, objective
 from gptvae_cli.recipe import UNTREATED, Recipe, recipe
 from gptvae_cli.schedule import Dropout, dropout_shares, learning_rate_factor
@@ -335,8 +335,8 @@ def training_noise(recipe: Recipe, step: int, rows: range, length: int, model: M
     if dropout.blocks > 0:
         shares = [dropout.ends, *[dropout.blocks] * 2 * model.depth, dropout.ends]
         shares_L11 = np.array(shares, dtype="float32")[:, None, None]
-        uniform_BW = row_uniforms(seed, Purpose.TRAINING_DROP, step, rows, len(shares) * model.dim)
-        kept_LBD = rearrange(uniform_BW, "b (l d) -> l b d", l=len(shares)) >= shares_L11
+        bits_BW = row_bits(seed, Purpose.TRAINING_DROP, step, rows, len(shares) * model.dim)
+        kept_LBD = rearrange(bits_BW, "b (l d) -> l b d", l=len(shares)) >= np.round(2**16 * shares_L11)
         drop_LBD = torch.from_numpy(kept_LBD / (1 - shares_L11))
     return Noise(torch.from_numpy(latent_BZ), keep_B, hide_BT, drop_LBD)
 

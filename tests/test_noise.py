@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import kstest
 
-from gptvae_cli.noise import Purpose, latent_noise, row_normals, row_uniforms, stream, token_uniforms
+from gptvae_cli.noise import Purpose, latent_noise, row_bits, row_normals, row_uniforms, stream, token_uniforms
 
 
 def uniforms(seed: int, row: int, copy: int, count: int) -> npt.NDArray[np.float64]:
@@ -87,6 +87,13 @@ def test_rows_of_a_step_are_read_off_one_stream_at_their_places(width: int) -> N
     whole = stream(3, Purpose.TRAINING_DROP, 7).random((20, -(-width // 8) * 8), dtype=np.float32)[:, :width]
     assert (row_uniforms(3, Purpose.TRAINING_DROP, 7, range(20), width) == whole).all()
     assert (row_uniforms(3, Purpose.TRAINING_DROP, 7, range(13, 17), width) == whole[13:17]).all()
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 1930])
+def test_whole_numbers_of_a_step_are_read_off_one_stream_at_their_places(width: int) -> None:
+    whole = stream(3, Purpose.TRAINING_DROP, 7).integers(2**16, size=(20, -(-width // 16) * 16), dtype=np.uint16)
+    assert (row_bits(3, Purpose.TRAINING_DROP, 7, range(20), width) == whole[:, :width]).all()
+    assert (row_bits(3, Purpose.TRAINING_DROP, 7, range(13, 17), width) == whole[13:17, :width]).all()
 
 
 def test_normal_numbers_of_a_row_do_not_depend_on_its_neighbours() -> None:
