@@ -49,6 +49,8 @@ class Posteriors(NamedTuple):
 def load(path: str | os.PathLike[str] | None = None, *, device: str = "auto", dtype: DType = "auto") -> Model:
     """Loads a trained model, to encode and to write with.
 
+    Warns (UserWarning) where `auto` finds a GPU that cannot be used, and takes the CPU.
+
     Args:
         path: a run folder or a `.safetensors` file; for None `$GPTVAE_MODEL`, else `./gptvae-run`.
         device: `auto`, `cpu`, `cuda` or `cuda:n`.
@@ -62,7 +64,10 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str = "auto", dt
     if not isinstance(path, str | os.PathLike | None):
         raise ConfigError(f"path is of type {type(path).__name__}, expected a name")
     found = locate_model(None if path is None else os.fspath(path))
-    return Model(sampling.open_model(found, device=device, dtype=dtype).checkpoint)
+    opened = sampling.open_model(found, device=device, dtype=dtype)
+    if opened.warning is not None:
+        warnings.warn(opened.warning, stacklevel=2)
+    return Model(opened.checkpoint)
 
 
 class Model:

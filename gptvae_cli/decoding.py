@@ -22,6 +22,7 @@ from torch import Tensor
 from gptvae_cli import noise
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
+from gptvae_cli.device import moved
 from gptvae_cli.engines import CachedDecoder, Engine, PlainDecoder, Row
 from gptvae_cli.healing import Healing
 
@@ -89,7 +90,7 @@ def decode(
             row.state = constraint.behind(row.new[-1:], row.state)
         states = [row.state for row in rows]
         if any(states):
-            logits_BV = logits_BV.masked_fill(barred_SV[states], float("-inf"))
+            logits_BV = logits_BV.masked_fill(barred_SV[moved(torch.tensor(states), logits_BV.device)], float("-inf"))
         else:  # nearly always, and faster
             logits_BV = logits_BV.index_fill(-1, barred, float("-inf"))
         if healing is not None:
@@ -97,7 +98,7 @@ def decode(
         if sample.greedy:
             return greedy(logits_BV)
         uniforms_B = torch.tensor([next(row.uniforms) for row in rows], dtype=torch.float64)
-        return draw(filter_logits(logits_BV, sample), uniforms_B.to(logits_BV.device))
+        return draw(filter_logits(logits_BV, sample), moved(uniforms_B, logits_BV.device))
 
     def rows() -> Iterator[Row]:
         for index, request in enumerate(requests):

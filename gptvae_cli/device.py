@@ -6,10 +6,13 @@ import ctypes
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from gptvae_cli import machine
 from gptvae_cli.config import DEVICE, DType, MachineConfig
@@ -27,10 +30,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h; the greatest that the
 
 @dataclass(frozen=True)
 class Device:
-    """Where to compute, and why there."""
+    """Where to compute, and why there; `fell_back` is whether there is a GPU, but none that can be used."""
 
     device: torch.device
     reason: str
+    fell_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,18 +62,20 @@ def resolve_device(name: str) -> Device:
     match = DEVICE.fullmatch(name)
     if match is None:
         raise FieldError("device", name, "auto, cpu, cuda or cuda:n")
-    count, problem = _cuda_gpus()
+    count, problem, is_there = _cuda_gpus()
     index = int(match[1] or 0)
-    if problem is None and index >= count:
+    if 0 < count <= index:
         last = f"cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0"
         raise DeviceError(f"device {name} was asked for, but this machine has {last}", hint="use --device cuda")
-    gpu = torch.device("cuda", index)
-    problem = problem or _failure(gpu)
-    if problem is None:
-        how = "found" if name == "auto" else "asked for, it is"
-        return Device(gpu, f"{how} {torch.cuda.get_device_name(gpu)}")
+    how = "found" if name == "auto" else "asked for, it is"
+    for gpu in [torch.device("cuda", i) for i in (range(count) if name == "auto" else [index][:count])]:
+        failure = _failure(gpu)
+        if failure is None:
+            return Device(gpu, f"{how} {torch.cuda.get_device_name(gpu)}")
+        problem = problem or failure
+    assert problem is not None
     if name == "auto":
-        return Device(torch.device("cpu"), problem)
+        return Device(torch.device("cpu"), problem, fell_back=is_there)
     raise DeviceError(f"device {name} was asked for, but {problem}", hint="use --device cpu")
 
 
@@ -98,9 +104,19 @@ def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Preci
     return Precision(torch.bfloat16 if times >= BFLOAT16_PAYS else torch.float32, found)
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Within, a model of float32 weights computes in this type: bfloat16 under autocast, or float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+@contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Within, a model of float32 weights computes in this type: bfloat16 under autocast, or float32. A GPU is the
+    current one then, of which torch asks what it can."""
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        yield
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on another device. It is pinned on its way to a GPU, which can then copy it while the CPU goes on."""
+    is_for_gpu = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if is_for_gpu else tensor).to(device, non_blocking=True)
 
 
 def tune_cpu(threads: int | None) -> int:
@@ -144,22 +160,33 @@ def tokens_together(device: torch.device, dtype: torch.dtype = torch.float32) ->
     return 2048 if dtype == torch.bfloat16 else 1024
 
 
-def rows_together(device: torch.device) -> int:
-    """How many texts to write at once. A GPU takes hardly longer for more of them: its time goes into launching
-    kernels."""
-    return 64 if device.type == "cpu" else 256
+def rows_together(device: torch.device, row_bytes: int) -> int:
+    """How many texts to write at once, in no more than an eighth of the memory. A GPU takes hardly longer for more of
+    them: its time goes into launching kernels.
+
+    Args:
+        row_bytes: that the longest text takes.
+    """
+    if device.type == "cpu":
+        most, memory = 64, machine.memory()
+    else:
+        most, memory = 256, torch.cuda.mem_get_info(device)[1]
+    return max(1, min(most, memory // 8 // row_bytes))
 
 
-def _cuda_gpus() -> tuple[int, str | None]:
-    """How many GPUs there are, and, where none can be used, why."""
+@cache  # torch warns once
+def _cuda_gpus() -> tuple[int, str | None, bool]:
+    """How many GPUs can be tried; where that is none, why; and whether there is one."""
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
-        return 0, f"this torch ({torch.__version__}) is built without CUDA"
+        return 0, f"this torch ({torch.__version__}) is built without CUDA", False
     with warnings.catch_warnings(record=True) as caught:  # torch tells of an outdated driver in a warning
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count > 0:
-        return count, None
-    return 0, str(caught[0].message).partition("\n")[0] if caught else "torch finds no GPU"
+        return count, None, True
+    if caught:
+        return 0, str(caught[0].message).partition("\n")[0].partition(" (Triggered internally")[0], True
+    return 0, "torch finds no GPU", False
 
 
 def _failure(device: torch.device) -> str | None:
@@ -168,7 +195,7 @@ def _failure(device: torch.device) -> str | None:
         with warnings.catch_warnings():  # torch warns of the first of these at length
             warnings.simplefilter("ignore")
             torch.zeros(1, device=device).add_(1).item()
-    except RuntimeError as problem:
+    except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as problem:  # MIG ends in the last one
         return f"{device} fails: " + str(problem).partition("\n")[0]
     return None
 

@@ -139,7 +139,9 @@ class CachedDecoder:
             positions_B = torch.tensor(self.positions, device=device)
             turns_B11C = self.turns_S11C[positions_B]
             unseen_BS = torch.arange(used, device=device) > positions_B[:, None]
-            mask_B11S = torch.zeros_like(unseen_BS, dtype=dtype).masked_fill_(unseen_BS, float("-inf"))[:, None, None]
+            # A GPU's kernels want rows of whole eights, and would fill a mask up in every layer.
+            mask_B11S = torch.zeros(count, 1, 1, -(-used // 8) * 8, dtype=dtype, device=device)[..., :used]
+            mask_B11S.masked_fill_(unseen_BS[:, None, None], float("-inf"))
             places = None
         for i, layer in enumerate(self.stack.layers):
             self.stack.project(layer, x_BD, turns_B11C, self.room)
@@ -181,6 +183,14 @@ class CachedDecoder:
         grown = self.cache_LXBHSK.new_zeros(layers, two, new_rows, heads, new_slots, width)
         grown[:, :, :old_rows, :, :old_slots] = self.cache_LXBHSK
         self.cache_LXBHSK = grown
+
+
+def cache_bytes(model: GPTVAE) -> int:
+    """Memory that a `CachedDecoder` takes at most for a row, in float32."""
+    if (stack := model.fused_decoder) is None:
+        return 1  # nothing is kept
+    bytes_of_a_slot: int = 2 * 4 * stack.depth * stack.heads * stack.head_width
+    return bytes_of_a_slot * (model.max_seq_len + 1)
 
 
 def _right_padded(contexts: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -23,7 +23,8 @@ from torch import Tensor
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.device import autocast, rows_together, tokens_together
+from gptvae_cli.device import autocast, moved, rows_together, tokens_together
+from gptvae_cli.engines import cache_bytes
 from gptvae_cli.latent import active_dimensions, entropy, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
@@ -236,7 +237,7 @@ def importance_weighted(
                 count = min(together, samples - first)
                 shape = (count, model.dim_latent)
                 noise = np.stack([text.standard_normal(shape, dtype="float32") for text in random], axis=1)
-                noise_KBZ = torch.from_numpy(noise).to(model.device) * width_K[first : first + count, None, None]
+                noise_KBZ = moved(torch.from_numpy(noise), model.device) * width_K[first : first + count, None, None]
                 latents_KBZ = posterior.sample(noise_KBZ)
                 nats_N = _nats_B(model, batch.tokens_BT.repeat(count, 1), latents_KBZ.flatten(0, 1))
                 # log p(z) - log q(z | text); the normalising constants cancel but for the variances'.
@@ -332,7 +333,7 @@ def write_greedily(
     """
     requests = (Request(row, 0, latent_Z) for row, latent_Z in enumerate(latents_NZ))
     with _evaluating(model, dtype):
-        greedily, together = SampleConfig(greedy=True), rows_together(model.device)
+        greedily, together = SampleConfig(greedy=True), rows_together(model.device, cache_bytes(model))
         return list(decode(model, requests, greedily, constraint=constraint, batch_size=together))
 
 

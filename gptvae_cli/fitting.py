@@ -36,13 +36,13 @@ def fit_preset(
         sizes: that were asked for.
         device, precision: where and in what to compute. A CPU's speed is measured where it decides; that takes seconds.
     """
-    if device.device.type != "cpu":
-        return sizing.choose_preset_on_gpu(config.max_time)
     model = fit_sizes(corpus, data, sizing.MEASURED, sizes)
     rows = Rows(corpus.train, model, window=data.unit == "window", source=corpus.train_source)
     tokens = math.inf if config.steps is None else config.steps * config.batch_tokens
     if config.epochs is not None:
         tokens = min(tokens, config.epochs * len(rows) * rows.mean_width())
+    if device.device.type != "cpu":
+        return sizing.choose_preset_on_gpu(config.max_time, tokens)
     if config.max_time is not None:
         tokens = min(tokens, config.max_time * _FASTEST)
         if tokens >= sizing.ENOUGH_TOKENS:

@@ -73,6 +73,10 @@ class Stack:
         dtype: torch.dtype = self._final_norm.gamma.dtype
         return dtype
 
+    @property
+    def depth(self) -> int:
+        return len(self._blocks)
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Within, passes without gradients share one copy of the weights, made by the first of them in its dtype."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gptvae_cli.device import moved
 from gptvae_cli.engines import Row, last_states
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Healing:
         places = [self._place(row) for row in rows]
         if min(places) == len(self._own):
             return logits_BV
-        logits_BV = logits_BV.masked_fill(self._closed_PV[places], float("-inf"))
+        logits_BV = logits_BV.masked_fill(self._closed_PV[moved(torch.tensor(places), logits_BV.device)], float("-inf"))
         for row, place, logits_V in zip(rows, places, logits_BV, strict=True):
             if place + 1 < len(self._own):
                 logits_V[self._own[place]] += row.log_rest[place]

@@ -83,6 +83,10 @@ class Learner:
             betas=(0.9, 0.98),
             fused=True,
         )
+        if model.device.type == "cpu":
+            # torch 2.13 otherwise asks a GPU, where there is one, before every step: which takes memory there, and
+            # fails where it cannot be used.
+            self.optimizer._accelerator_graph_capture_health_check = lambda: None  # type: ignore[method-assign]
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: weights, buffers aside, and the optimizer's moments."""

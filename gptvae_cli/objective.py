@@ -23,14 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptvae_cli.config import Objective
+from gptvae_cli.device import moved
 from gptvae_cli.latent import free_bits
 from gptvae_cli.model import GPTVAE
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same on another device. It is pinned on its way to a GPU, which can then copy it while the CPU goes on."""
-    is_for_gpu = device.type == "cuda" and tensor.device.type == "cpu"
-    return (tensor.pin_memory() if is_for_gpu else tensor).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        source_BT = None if self.source_BT is None else _moved(self.source_BT, device)
-        return Batch(_moved(self.tokens_BT, device), source_BT, self.target_tokens)
+        source_BT = None if self.source_BT is None else moved(self.source_BT, device)
+        return Batch(moved(self.tokens_BT, device), source_BT, self.target_tokens)
 
     @property
     def encoder_BT(self) -> Tensor:
@@ -77,8 +72,7 @@ class Noise:
     def to(self, device: torch.device) -> Noise:
         """The same noise on another device."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: _moved(value, device) for name, value in tensors.items() if value is not None}
-        return Noise(**moved)
+        return Noise(**{name: moved(value, device) for name, value in tensors.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -159,9 +153,13 @@ def cross_entropy_BT(
         keep_B, hide_BT: as in `Noise`.
     """
     hidden_BTD, targets_BT = _hidden_and_targets(model, tokens_BT, latents_BZ, keep_B, hide_BT, None)
-    logits_NV = model.logits(hidden_BTD).flatten(0, 1)
-    nats_N = F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=model.pad_id, reduction="none")
-    return nats_N.view_as(targets_BT)
+    rows, _ = _rows_together(hidden_BTD.device, len(model.decoder.to_logits.weight))
+    parts = zip(torch.split(hidden_BTD.flatten(0, 1), rows), torch.split(targets_BT.flatten(), rows), strict=True)
+    nats = [
+        F.cross_entropy(model.logits(hidden_CD), targets_C, ignore_index=model.pad_id, reduction="none")
+        for hidden_CD, targets_C in parts
+    ]
+    return torch.cat(nats).view_as(targets_BT)
 
 
 def summed_cross_entropy(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, noise: Noise) -> Tensor:
@@ -185,6 +183,12 @@ _WORDS_TOGETHER = 8
 `tests/benchmarks/speed/`), and a GPU's matrix units want whole eights."""
 
 
+def _rows_together(device: torch.device, words: int) -> tuple[int, int]:
+    """How many rows one product makes the logits of, and how many of these are normalised at once."""
+    product, few = _LOGITS_TOGETHER.get(device.type, _LOGITS_TOGETHER["cuda"])
+    return max(1, product // words), max(1, few // words)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropy of `hidden @ weight.T`, a few rows at a time.
 
@@ -206,8 +210,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad_ND = torch.empty_like(inputs_ND)
         weight_grad_VD = torch.zeros_like(matrix_VD, dtype=weight_VD.dtype)
         nats = hidden_ND.new_zeros((), dtype=exact)
-        together = _LOGITS_TOGETHER.get(device, _LOGITS_TOGETHER["cuda"])
-        product_rows, few_rows = (max(1, logits // words) for logits in together)
+        product_rows, few_rows = _rows_together(hidden_ND.device, words)
         for start in range(0, len(inputs_ND), product_rows):
             here = slice(start, start + product_rows)
             logits_CV = F.linear(inputs_ND[here], matrix_VD)

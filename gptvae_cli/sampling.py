@@ -25,6 +25,7 @@ from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import padded, plan_batches
 from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
 from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together
+from gptvae_cli.engines import cache_bytes
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.healing import take_back
 from gptvae_cli.noise import latent_noise
@@ -39,10 +40,12 @@ _POOL_TEXTS, _POOL_SIZE = 4096, 2**20
 
 
 class Opened(NamedTuple):
-    """A model that is ready, and what people may want to know about where and in what it computes."""
+    """A model that is ready, and what people may want to know about where and in what it computes; a `warning` where
+    that is worse than it might be."""
 
     checkpoint: Checkpoint
     note: str | None
+    warning: str | None = None
 
 
 def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto") -> Opened:
@@ -58,10 +61,12 @@ def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto") -> Op
     """
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where.device, training=False)
-    note = None
-    if where.device.type != "cpu" or precision.dtype != torch.float32:  # the rest is what everybody expects
+    note = warning = None
+    if where.fell_back:
+        note = warning = f"computing on the CPU: {where.reason}"
+    elif where.device.type != "cpu" or precision.dtype != torch.float32:  # the rest is what everybody expects
         note = f"computing on {where.device}, {where.reason}; in {precision.name}, {precision.reason}"
-    return Opened(load(path, device=where.device, dtype=precision.dtype), note)
+    return Opened(load(path, device=where.device, dtype=precision.dtype), note, warning)
 
 
 # Texts to latents -----------------------------------------------------------------------------------------------------
@@ -273,7 +278,7 @@ def write(
             sample,
             constraint=constraint,
             endings=endings,
-            batch_size=1 if pieces else rows_together(device),
+            batch_size=1 if pieces else rows_together(device, cache_bytes(checkpoint.model)),
             on_token=pieces.add if pieces else None,
         ):
             # Decoded in one piece: a tokenizer may treat the beginning of a text in its own way.

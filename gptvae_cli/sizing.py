@@ -51,12 +51,15 @@ def choose_preset(tokens: float) -> tuple[str, str]:
     return "micro", f"{MEASURED} would learn from less than {ENOUGH_TOKENS / 1e6:g} million tokens"
 
 
-def choose_preset_on_gpu(seconds: float | None) -> tuple[str, str]:
+def choose_preset_on_gpu(seconds: float | None, tokens: float) -> tuple[str, str]:
     """The same for a GPU, which takes steps of a larger model about as fast: rules of thumb.
 
     Args:
         seconds: of training; None is without a limit.
+        tokens: that steps or epochs allow, however fast it is.
     """
+    if tokens < PLENTY_OF_TOKENS:
+        return choose_preset(tokens)
     return "medium" if seconds is not None and seconds < 1800 else "large", "a GPU trains it"
 
 

@@ -75,7 +75,8 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     autocast, is_enabled, dtype = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
     with ExitStack() as stack:
         for owner, name, stand_in in (
-            (gptvae_cli.device, "_cuda_gpus", lambda: (1, None)),
+            (gptvae_cli.device, "_cuda_gpus", lambda: (1, None, True)),
+            (torch.cuda, "mem_get_info", lambda device: (2**33, 2**33)),
             (torch.cuda, "get_device_name", lambda device: "Pretended GPU"),
             (torch.cuda, "is_bf16_supported", lambda including_emulation: True),
             (torch.cuda, "device", lambda device: warnings.catch_warnings()),

@@ -22,7 +22,7 @@ Machine = Callable[..., None]
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     """Pretends to be a machine: how many GPUs it has, what its torch was built for, what its parts can."""
 
     def pretend(
@@ -39,6 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
                 warnings.warn(warning, stacklevel=2)
             return gpus > 0
 
+        device_module._cuda_gpus.cache_clear()
         monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
         monkeypatch.setattr(torch.cuda, "is_available", is_available)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -51,7 +52,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(device_module, "_failure", lambda device: broken)
         monkeypatch.setattr(device_module, "_cpu_bfloat16_speed", lambda: cpu_bf16)
 
-    return pretend
+    yield pretend
+    device_module._cuda_gpus.cache_clear()
 
 
 @pytest.fixture
@@ -87,6 +89,7 @@ def test_gpu_is_taken_by_its_number(machine: Machine) -> None:
         pytest.param({"built": False}, f"this torch ({torch.__version__}) is built without CUDA", id="CPU build"),
         pytest.param({}, "torch finds no GPU", id="no GPU"),
         pytest.param({"warning": "The driver is too old.\nUpdate it."}, "The driver is too old.", id="old driver"),
+        pytest.param({"warning": "Old (Triggered internally at x.cpp:1.)"}, "Old", id="old driver, in C++"),
         pytest.param({"gpus": 1, "broken": "cuda:0 fails: it is full"}, "cuda:0 fails: it is full", id="full GPU"),
     ],
 )
@@ -98,8 +101,29 @@ def test_absent_gpu_says_why(machine: Machine, parts: dict[str, object], said: s
     assert caught.value.message == f"device cuda was asked for, but {said}"
     assert caught.value.hint == "use --device cpu"
     assert caught.value.exit_code == ExitCode.FAILURE
-    assert resolve_device("auto").device == CPU
-    assert resolve_device("auto").reason == said
+    found = resolve_device("auto")
+    assert (found.device, found.reason) == (CPU, said)
+    assert found.fell_back == ("gpus" in parts or "warning" in parts)
+
+
+def test_auto_passes_over_a_gpu_that_is_full(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(gpus=2)
+    monkeypatch.setattr(device_module, "_failure", lambda gpu: "cuda:0 fails: it is full" if gpu == GPU else None)
+    assert resolve_device("auto").device == torch.device("cuda", 1)
+    with pytest.raises(DeviceError, match="it is full"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError])
+def test_a_gpu_that_cannot_be_initialised_is_found_out(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    """With MIG, torch counts more GPUs than there are and raises errors of its own."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error("CUDA call failed lazily at initialization with error: device >= 0\nCUDA call was")
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    said = "cuda:0 fails: CUDA call failed lazily at initialization with error: device >= 0"
+    assert device_module._failure(GPU) == said
 
 
 def test_a_device_that_cannot_compute_is_found_out() -> None:
@@ -281,9 +305,20 @@ def test_what_is_kept_takes_no_more_than_a_quarter_of_the_memory(
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7", "whoever sets it knows why"
 
 
-def test_a_gpu_takes_more_at_once_than_a_cpu() -> None:
+def test_a_gpu_takes_more_at_once_than_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_module.tokens_together(GPU) > device_module.tokens_together(CPU)
-    assert device_module.rows_together(GPU) > device_module.rows_together(CPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**40))
+    assert device_module.rows_together(GPU, 1) > device_module.rows_together(CPU, 1)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_texts_that_are_written_together_take_an_eighth_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**34))
+    monkeypatch.setattr("gptvae_cli.machine.memory", lambda: 2**34)
+    assert device_module.rows_together(device, 2**27) == 16
+    assert device_module.rows_together(device, 2**34) == 1
 
 
 @pytest.mark.parametrize("count", [0, -1, 3_000_000_000])

@@ -266,6 +266,21 @@ def test_the_summed_cross_entropy_and_its_gradients_are_those_of_torch(
         assert_close(found_gradients[name], expected[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
+def test_logits_may_be_made_in_parts(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, latents_BZ = tiny_model(), batch_of(texts()), latent_noise()
+    at_once_BT = cross_entropy_BT(model, batch.tokens_BT, latents_BZ)
+    made: list[int] = []
+
+    def logits(hidden_CD: Tensor) -> Tensor:
+        made.append(len(hidden_CD))
+        return GPTVAE.logits(model, hidden_CD)
+
+    monkeypatch.setattr(model, "logits", logits)
+    monkeypatch.setitem(_LOGITS_TOGETHER, "cpu", (7 * 20, 3 * 20))
+    assert_close(cross_entropy_BT(model, batch.tokens_BT, latents_BZ), at_once_BT)
+    assert max(made) == 7
+
+
 def test_the_summed_cross_entropy_is_that_of_torch_under_autocast(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,10 +13,12 @@ import tokenizers
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
+import gptvae_cli
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import PathKind, SampleConfig, TextConfig, Unit
 from gptvae_cli.decoding import Request, decode
+from gptvae_cli.device import Device
 from gptvae_cli.errors import CheckpointError, ConfigError, DeviceError
 from gptvae_cli.sampling import Encoder, Encoding, Floats
 from gptvae_cli.text import read_texts
@@ -76,11 +78,22 @@ def test_float32_on_a_cpu_is_not_worth_a_note(path: Path) -> None:
 
 
 def test_what_nobody_expects_is_told(path: Path) -> None:
-    found, note = sampling.open_model(path, device="cpu", dtype="bfloat16")
-    assert found.dtype == torch.bfloat16
+    found, note, warning = sampling.open_model(path, device="cpu", dtype="bfloat16")
+    assert (found.dtype, warning) == (torch.bfloat16, None)
     assert note is not None
     assert "on cpu" in note
     assert "in bfloat16" in note
+
+
+def test_a_gpu_that_cannot_be_used_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or people wonder for hours why it is slow."""
+    fallen = Device(torch.device("cpu"), "the driver is too old", fell_back=True)
+    monkeypatch.setattr(sampling, "resolve_device", lambda name: fallen)
+    opened = sampling.open_model(path)
+    assert opened.note == opened.warning == "computing on the CPU: the driver is too old"
+    with pytest.warns(UserWarning, match="the driver is too old") as caught:
+        gptvae_cli.load(path)
+    assert [Path(warning.filename) for warning in caught] == [Path(__file__)]
 
 
 def test_what_cannot_be_opened_is_refused(path: Path, tmp_path: Path) -> None:

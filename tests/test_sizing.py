@@ -29,7 +29,8 @@ def test_more_tokens_or_time_never_mean_a_smaller_model() -> None:
     order = list(PRESETS)
     for chosen in (
         [choose_preset(tokens) for tokens in (0.0, 1e3, 1e6, 4.9e6, 5e6, 1e8, 2e8, 1e12, math.inf)],
-        [choose_preset_on_gpu(seconds) for seconds in (1.0, 600.0, 1800.0, 1e6, None)],
+        [choose_preset_on_gpu(seconds, math.inf) for seconds in (1.0, 600.0, 1800.0, 1e6, None)],
+        [choose_preset_on_gpu(None, tokens) for tokens in (1e3, 1e6, 5e6, 1e8, 2e8, math.inf)],
     ):
         places = [order.index(name) for name, _ in chosen]
         assert places == sorted(places)

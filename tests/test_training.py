@@ -317,6 +317,20 @@ def test_a_gpu_learns_what_the_cpu_learns(make_rows: MakeRows) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
+def test_learning_on_a_cpu_leaves_a_gpu_alone(make_rows: MakeRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's optimizers ask it, where there is one, whether it is capturing a graph."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", fail)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", fail)
+    learner = learner_of(config(steps=2))
+    run(learner, make_rows())
+    assert learner.counters.step == 2
+
+
 def test_tokens_and_texts_per_second_are_of_the_same_seconds(make_rows: MakeRows) -> None:
     learner = learner_of(config(steps=1, batch_tokens=512))
     (report,) = run(learner, make_rows())

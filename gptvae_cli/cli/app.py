@@ -107,7 +107,13 @@ def _show_error(problem: Exception) -> int:
             where = problem.filename or "input or output"
             console.error(f"{where}: {problem.strerror or problem}", None)
         case _ if _is_out_of_memory(problem):
-            console.error("out of memory", "training takes less with a smaller --batch-tokens; --debug shows where")
+            hint = "training takes less with a smaller --batch-tokens; a GPU may be another program's too: --device cpu"
+            console.error("out of memory", hint)
+        case RuntimeError() if "CUDA" in str(problem):
+            what = str(problem).partition("\n")[0]
+            console.error(
+                f"the GPU failed: {what}", "train --resume goes on from the last saved state; or --device cpu"
+            )
         case _:
             what = f"{type(problem).__name__}: {problem}".partition("\n")[0]
             console.error(f"this should not have happened: {what}", "run it again with --debug and report it")
@@ -115,9 +121,11 @@ def _show_error(problem: Exception) -> int:
 
 
 def _is_out_of_memory(problem: Exception) -> bool:
-    """Torch has an error of its own for a GPU's memory, and none for a CPU's."""
-    of_gpu, of_cpu = type(problem).__name__ == "OutOfMemoryError", "can't allocate memory" in str(problem)
-    return isinstance(problem, MemoryError) or (isinstance(problem, RuntimeError) and (of_gpu or of_cpu))
+    """Torch has an error of its own for a GPU's memory, if it is the one to miss it, and none for a CPU's."""
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        return True
+    said = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(problem, RuntimeError) and any(words in str(problem) for words in said)
 
 
 def _show_usage_error(problem: typer.TyperException, arguments: list[str]) -> int:

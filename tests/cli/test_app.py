@@ -278,10 +278,13 @@ def torch_out_of_memory(device: str) -> Exception:
         (MemoryError(), 1, ["out of memory", "--batch-tokens"]),
         (torch_out_of_memory("cpu"), 1, ["out of memory", "--batch-tokens"]),
         (torch_out_of_memory("cuda"), 1, ["out of memory", "--batch-tokens"]),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), 1, ["out of memory", "--device cpu"]),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `c`"), 1, ["out of memory"]),
+        (RuntimeError("CUDA error: an illegal access\nmore"), 1, ["the GPU failed: CUDA error: an illegal access"]),
         (OSError(28, "No space left on device", "z.npy"), 1, ["z.npy: No space left on device"]),
         (KeyboardInterrupt(), 130, []),
     ],
-    ids=["bug", "memory", "memory of torch", "memory of a GPU", "disk", "interrupt"],
+    ids=["bug", "memory", "of torch", "of a GPU", "taken by others", "of cuBLAS", "GPU", "disk", "interrupt"],
 )
 def test_what_nobody_foresaw_is_no_traceback_either(
     here: Path, monkeypatch: pytest.MonkeyPatch, problem: BaseException, code: int, words: list[str]
