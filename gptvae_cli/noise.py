@@ -57,7 +57,8 @@ def row_uniforms(seed: int, purpose: Purpose, step: int, rows: range, width: int
 
 
 def row_bits(seed: int, purpose: Purpose, step: int, rows: range, width: int) -> npt.NDArray[np.uint16]:
-    """The same of whole numbers below 65,536, which take a third of the time [B W]."""
+    """The same of whole numbers below 65,536, which take a third of the time (row `drop` of
+    `tests/benchmarks/speed/`) [B W]."""
     blocks = -(-width // (2 * _BLOCK))
     random = np.random.Philox(key=[seed, purpose], counter=[blocks * rows.start, 0, 0, step])
     words = random.random_raw(len(rows) * blocks * 4).astype("<u8", copy=False)

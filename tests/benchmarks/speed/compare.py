@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from x_transformers import gpt_vae as stock_module
@@ -40,6 +41,7 @@ from gptvae_cli.evaluation import measure
 from gptvae_cli.fused import _Rotation
 from gptvae_cli.learner import Learner
 from gptvae_cli.model import GPTVAE
+from gptvae_cli.noise import Purpose, row_bits, row_uniforms
 from gptvae_cli.objective import Batch, _LinearCrossEntropy
 from gptvae_cli.products import PackedProducts, Products, SplitProducts
 from gptvae_cli.schedule import Dropout
@@ -327,6 +329,22 @@ def rotation(rounds: int) -> str:
         sides = {"ours": there_and_back(ours), "autograd's": there_and_back(autograds)}
         name = "rotation, 186 x 11" + (", f32" if dtype == torch.float32 else "")
         lines.append(compare(name, "passes/s", sides, rounds))
+    return "\n".join(lines)
+
+
+def drop(rounds: int) -> str:
+    """The dropout of a step of 180 rows, made of whole numbers against uniform ones of float32."""
+    lines = []
+    for name in ("small", "large"):
+        width, rows = (2 * PRESETS[name].depth + 2) * PRESETS[name].dim, range(180)
+
+        def ours(width: int = width, rows: range = rows) -> float:
+            return len(row_bits(0, Purpose.TRAINING_DROP, 0, rows, width) >= 6554)
+
+        def floats(width: int = width, rows: range = rows) -> float:
+            return len(row_uniforms(0, Purpose.TRAINING_DROP, 0, rows, width) >= np.float32(0.1))
+
+        lines.append(compare(f"drop, {name}", "rows/s", {"ours": ours, "of float32": floats}, rounds))
     return "\n".join(lines)
 
 
@@ -740,6 +758,7 @@ ROWS: dict[str, Callable[[int], str]] = {
     "attention": attention,
     "attention-one": attention_one,
     "rotation": rotation,
+    "drop": drop,
     "loss": loss,
     "memory": memory,
     "dtype": number_types,
