@@ -176,6 +176,7 @@ class Job:
             "precision": self.precision.name,
             "threads": torch.get_num_threads(),
             "corpus": asdict(self.corpus.facts),
+            "share_done": round(share_done(self.learner.config, counters, len(self.rows)), 3),
             "steps": counters.step,
             "epochs": round(self.epochs, 2),
             "seconds": round(counters.seconds, 1),

@@ -1071,7 +1071,7 @@ def test_the_model_file_holds_the_best_model_and_not_the_last(
     assert found == [9, 8, 7, 0, 1, 3, 3, 3, 3, 3]
     saved = load(folder / "model.safetensors", device=CPU.device)
     assert torch.equal(saved.model.decoder.token_emb.emb.weight, kept[6])
-    assert saved.header.training["steps"] == 6
+    assert (saved.header.training["steps"], saved.header.training["share_done"]) == (6, 0.6)
     assert not torch.equal(kept[6], kept[10])
     assert torch.equal(state_of(folder)["weights.decoder.token_emb.emb.weight"], kept[10]), "the state is the last step"
     job.load_best()

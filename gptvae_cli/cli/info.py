@@ -94,18 +94,10 @@ def _rows(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     own = f"a tokenizer of {tokenizer['num_tokens']:,} tokens from a file"
     yield "texts", f"unit {data['unit']}, up to {model['max_seq_len']:,} tokens; {kind.get(tokenizer['kind'], own)}"
     yield "corpus", _told(training.get("corpus"), texts="{:,} texts", characters="{:,} characters")
-    yield (
-        "training",
-        _told(
-            training,
-            steps="{:,} steps",
-            epochs="{:,.3g} epochs",
-            seconds="{:,.0f} seconds",
-            device="{}",
-            threads="{:,} thread(s)",
-            precision="{}",
-        ),
-    )
+    spent = {"steps": "{:,} steps", "epochs": "{:,.3g} epochs", "seconds": "{:,.0f} seconds"}
+    unfinished = training.get("share_done", 1) != 1  # interrupted, or best before its end
+    share = {"share_done": "{:.0%} of the run"} if unfinished else {}
+    yield "training", _told(training, **spent, **share, device="{}", threads="{:,} thread(s)", precision="{}")
     chosen = {**data, **(training["train"] if isinstance(training.get("train"), dict) else {})}
     defaults = asdict(DataConfig()) | asdict(TrainConfig())
     changed = (name for name, default in defaults.items() if chosen.get(name) not in (None, default))

@@ -125,6 +125,13 @@ def test_people_see_what_a_model_is(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("share", "shown_as"), [(0.431, ", 43% of the run"), (1.0, ""), ("all", "")])
+def test_people_see_how_far_a_run_had_come(tmp_path: Path, share: object, shown_as: str) -> None:
+    """One that was interrupted looks like any other otherwise."""
+    path = make_model(tmp_path / "model.safetensors", **TRAINING, share_done=share)
+    assert shown(info(path))["training"] == f"7 steps, 0.123 epochs, 61 seconds{shown_as}, cpu, 2 thread(s), float32"
+
+
 def test_people_see_that_a_baseline_has_no_latent(tmp_path: Path) -> None:
     training = {**TRAINING, "train": asdict(TrainConfig(latents_dropout_prob=1.0))}
     found = info(make_model(tmp_path / "model.safetensors", **training)).stdout
