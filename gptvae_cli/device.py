@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,6 +146,8 @@ def tune_cpu(threads: int | None) -> int:
         torch.set_num_threads(min(granted, torch.get_num_threads()))
     kept = max(1024, min(_MOST_KEPT, machine.memory() // 4 // _KEPT_BYTES))
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kept))
+    # NumPy keeps what it finds out, and before 2.4 warned where denormals are zero.
+    np.finfo(np.float32), np.finfo(np.float64)
     torch.set_flush_denormal(True)
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # of glibc; other C libraries have other habits
         libc.mallopt(_M_MMAP_THRESHOLD, 2**25)

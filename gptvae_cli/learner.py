@@ -84,9 +84,10 @@ class Learner:
             fused=True,
         )
         if model.device.type == "cpu":
-            # torch 2.13 otherwise asks a GPU, where there is one, before every step: which takes memory there, and
-            # fails where it cannot be used.
-            self.optimizer._accelerator_graph_capture_health_check = lambda: None  # type: ignore[method-assign]
+            # Before every step torch otherwise asks a GPU, where there is one, whether it captures a graph: which takes
+            # memory there, and fails where it cannot be used. The second name is that of torch 2.9.
+            for question in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+                setattr(self.optimizer, question, lambda: None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: weights, buffers aside, and the optimizer's moments."""

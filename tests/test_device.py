@@ -321,6 +321,14 @@ def test_texts_that_are_written_together_take_an_eighth_of_the_memory(
     assert device_module.rows_together(device, 2**34) == 1
 
 
+def test_numpy_does_not_warn_of_denormals_that_are_zero() -> None:
+    """Before 2.4 it did, four times, where scikit-learn asked it."""
+    program = "from gptvae_cli.device import tune_cpu; tune_cpu(None); import numpy as np; np.finfo(np.float32).eps"
+    environment = {**os.environ, "PYTHONWARNINGS": "error::UserWarning"}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+
+
 @pytest.mark.parametrize("count", [0, -1, 3_000_000_000])
 def test_no_threads_and_more_than_any_machine_has_are_wrong_usage(count: int) -> None:
     with pytest.raises(ConfigError, match=f"threads is {count}"):
