@@ -22,6 +22,10 @@ YOUNG_STEPS = 1000
 """Steps that a recipe with remedies gets to make use of its latent. In runs of 60 to 300 steps a treatment cost 1 to 15
 nats of likelihood a text, and no decoder came to listen that did not without (`tests/benchmarks/latent/`)."""
 
+FEW_TEXTS = 20
+"""Held-out texts of which a latent can hardly be told to be used or not: information is at most the logarithm of their
+number, and another text's latent is one of few."""
+
 
 def diagnosis(figures: Figures, config: TrainConfig) -> str | None:
     """What is wrong with the use of the latent on held-out texts, in words; None where nothing is, and where texts are
@@ -118,10 +122,7 @@ def decline(kept: Figures, last: Figures, config: TrainConfig, epochs: float) ->
         return None
     overfits = f"more texts, a shorter run, or another --dropout than {config.dropout:g}"
     better = overfits if epochs > 2 else "a longer run"
-    return (
-        f"the model that is kept is not the last one: held-out texts were at {best:.2f} nats/text then, at {end:.2f} at"
-        f" the end; {better} may do better"
-    )
+    return f"these were at {best:.2f} nats/text then and at {end:.2f} at the end of the run; {better} may do better"
 
 
 def advice(figures: Figures, config: TrainConfig, steps: int) -> str | None:
@@ -134,6 +135,8 @@ def advice(figures: Figures, config: TrainConfig, steps: int) -> str | None:
     """
     if config.without_latent or diagnosis(figures, config) is None:
         return None
+    if figures.texts < FEW_TEXTS:
+        return f"{figures.texts} held-out texts are too few to tell: --valid 0.2 holds out more"
     if config.objective == "stock":
         return "the stock objective seldom uses a latent, train without --objective stock"
     if config.on_collapse == "warn" and not has_remedies(config):

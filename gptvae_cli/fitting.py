@@ -68,7 +68,7 @@ def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, sizes: SizeConfig) 
         **asdict(sizing.PRESETS[preset]),
         "dim_latent": sizing.LATENT_WIDTH,
         "conditioning": sizing.CONDITIONING,
-        "max_seq_len": sizing.choose_max_seq_len(long_length, data.unit),
+        "max_seq_len": sizing.choose_max_seq_len(long_length, data.unit, of_bytes=corpus.tokenizer.kind == "bytes"),
         **sizes.shape,
     }
     if fitted["heads"] == 1 and sizes.attn_dim_head is None:

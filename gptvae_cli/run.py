@@ -279,7 +279,9 @@ def start(
         job.notes.append(note)
     if cut := job.rows.count_cut():
         texts = (
-            "1 text is longer than the model and is" if cut == 1 else f"{cut:,} texts are longer than the model and are"
+            "1 text is longer than the model and is"
+            if cut == 1
+            else f"{cut:,} of {len(job.rows):,} texts are longer than the model and are"
         )
         job.notes.append(f"{texts} cut; --max-seq-len sets its length")
     return job
@@ -288,8 +290,8 @@ def start(
 def _notes_on_corpus(corpus: Corpus, data: DataConfig) -> Iterator[str]:
     facts, tokenizer = corpus.facts, corpus.tokenizer
     running = data.unit == "window"
-    texts = f"{facts.texts:,} running texts" if running else f"{facts.texts:,} texts"
-    empty = f", {facts.empty:,} empty ones dropped" if facts.empty else ""
+    texts = f"{facts.texts:,} {'running ' * running}text{'s' * (facts.texts != 1)}"
+    empty = f", {facts.empty:,} empty one{'s' * (facts.empty != 1)} dropped" if facts.empty else ""
     kept, held_out = (f"{s.count:,} tokens" if running else f"{len(s):,}" for s in (corpus.train, corpus.valid))
     yield f"corpus: {texts} of {facts.characters:,} characters{empty}; {kept} to train on, {held_out} held out"
     yield f"tokenizer: {tokenizer.kind}, {tokenizer.num_tokens:,} tokens ({facts.tokenizer_reason})"

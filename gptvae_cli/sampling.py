@@ -264,8 +264,9 @@ def write(
     Raises:
         ConfigError: for a line that is to begin with a line break in it.
     """
+    prompt = prompt.replace("\r\n", "\n").replace("\r", "\n")  # as texts have it
     tokenizer, device = checkpoint.tokenizer, checkpoint.model.device
-    if unit == "line" and ("\n" in prompt or "\r" in prompt):
+    if unit == "line" and "\n" in prompt:
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
     constraint = tokenizer.constraint(unit)
     longest = checkpoint.header.model.max_seq_len

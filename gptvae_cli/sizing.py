@@ -69,13 +69,14 @@ def preset_of(config: ModelConfig) -> str | None:
     return next((name for name, values in PRESETS.items() if values == sizes), None)
 
 
-def choose_max_seq_len(long_length: int, unit: Unit) -> int:
+def choose_max_seq_len(long_length: int, unit: Unit, *, of_bytes: bool) -> int:
     """Longest sequence of the model, in tokens.
 
     Args:
         long_length: tokens of the longest text that it should read whole, BOS and EOS counted.
         unit: windows are as long as the model, so their length is a choice and not a finding.
+        of_bytes: whether a token is a byte and not, as in a BPE, about four.
     """
     if unit == "window":
         return 128
-    return min(256, max(16, -(-long_length // 8) * 8))
+    return min(1024 if of_bytes else 256, max(16, -(-long_length // 8) * 8))

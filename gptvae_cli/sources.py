@@ -92,9 +92,7 @@ def _expand(source: str) -> list[str]:
             return _matches(source)
         if not is_folder:
             return [source]
-        # Not Path.rglob, which passes over folders that it may not read.
-        tree = os.walk(source, onerror=_raise)
-        paths = [Path(folder, name) for folder, _, names in tree for name in names if not _is_log(name, names)]
+        paths = [path for path in _below(source) if not _is_log(path)]
         texts = [path for path in paths if path.name.lower().endswith(_FOLDER_ENDINGS)]
         # A pipe or a device has no end. What is not there, as behind a link, is told when it is read.
         files = sorted(path for path in texts if path.is_file() or not path.exists())
@@ -106,9 +104,17 @@ def _expand(source: str) -> list[str]:
     return [str(file) for file in files]
 
 
-def _is_log(name: str, beside: Sequence[str]) -> bool:
+def _below(folder: str) -> Iterator[Path]:
+    """All files of a folder and of those in it, but hidden ones: macOS puts a `._poem.txt` beside a `poem.txt`."""
+    # Not Path.rglob, which passes over folders that it may not read.
+    for place, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def _is_log(path: Path) -> bool:
     """Whether a file is the log of a run: a corpus may be `.`, where `./gptvae-run` is as well."""
-    return name == METRICS_NAME and (MODEL_NAME in beside or STATE_NAME in beside)
+    return path.name == METRICS_NAME and any((path.parent / name).exists() for name in (MODEL_NAME, STATE_NAME))
 
 
 def _matches(pattern: str) -> list[str]:

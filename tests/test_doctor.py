@@ -286,14 +286,22 @@ def test_a_run_of_few_steps_is_told_that_they_were_few() -> None:
     assert "more texts" in (advice(UNHEARD, TrainConfig(), 1000) or "")
 
 
+def test_few_held_out_texts_tell_little() -> None:
+    """Nothing of the run, so it is not told to be longer."""
+    few = replace(UNHEARD, texts=19, entropy=math.log(19))
+    assert advice(few, TrainConfig(), 5000) == "19 held-out texts are too few to tell: --valid 0.2 holds out more"
+    assert "held-out" not in (advice(replace(few, texts=20), TrainConfig(), 5000) or "")
+    assert advice(replace(few, cross_entropy_shuffled=40.0), TrainConfig(), 5000) is None, "it is used"
+
+
 def test_a_run_that_got_worse_is_told_so() -> None:
     """By a hundredth of its likelihood at least: held out, 28.00 nats a text, and 28.27 are the same."""
     assert decline(HEALTHY, replace(HEALTHY, kl=8.27), TrainConfig(), 20.0) is None
     assert decline(replace(HEALTHY, kl=9.0), HEALTHY, TrainConfig(), 20.0) is None
     worse = replace(HEALTHY, kl=8.29, cross_entropy_without=1.0)
     assert decline(HEALTHY, worse, TrainConfig(dropout=0.2), 20.0) == (
-        "the model that is kept is not the last one: held-out texts were at 28.00 nats/text then, at 28.29 at the end;"
-        " more texts, a shorter run, or another --dropout than 0.2 may do better"
+        "these were at 28.00 nats/text then and at 28.29 at the end of the run; more texts, a shorter run, or another"
+        " --dropout than 0.2 may do better"
     )
     young = decline(HEALTHY, worse, TrainConfig(dropout=0.2), 2.0)
     assert young is not None and young.endswith("; a longer run may do better"), "two passes do not overfit"
@@ -310,4 +318,4 @@ def test_without_a_latent_a_run_got_worse_where_the_decoder_did() -> None:
     assert decline(HEALTHY, replace(HEALTHY, kl=99.0), baseline, 20.0) is None
     found = decline(HEALTHY, replace(HEALTHY, cross_entropy_without=25.0), baseline, 20.0)
     assert found is not None
-    assert "at 24.00 nats/text then, at 25.00" in found
+    assert "at 24.00 nats/text then and at 25.00" in found

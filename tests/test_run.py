@@ -464,7 +464,7 @@ def test_what_was_decided_is_told_with_its_reason(folder: Path, corpus: str, tmp
     job = begin(folder, [corpus], shape={**TINY, "max_seq_len": 40})
     text = "\n".join(job.notes)
     assert "corpus: 121 texts" in text
-    assert "1 empty ones dropped" in text
+    assert "1 empty one dropped" in text
     assert f"{len(job.corpus.train)} to train on, {len(job.corpus.valid)} held out" in text
     assert "tokenizer: bytes, 259 tokens (asked for)" in text
     assert f"{sum(p.numel() for p in job.learner.model.parameters()):,} parameters" in text

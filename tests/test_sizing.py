@@ -53,9 +53,16 @@ def test_the_preset_fits_what_there_is_time_for_and_says_why(tokens: float, name
 )
 def test_the_longest_sequence_is_what_the_corpus_needs_within_bounds(long_length: int, expected: int) -> None:
     """Rounded up to 8; more than 256 has to be asked for, as its price grows with the square."""
-    assert choose_max_seq_len(long_length, "line") == expected
-    assert choose_max_seq_len(long_length, "file") == expected
+    assert choose_max_seq_len(long_length, "line", of_bytes=False) == expected
+    assert choose_max_seq_len(long_length, "file", of_bytes=False) == expected
 
 
-def test_windows_have_a_length_of_their_own() -> None:
-    assert choose_max_seq_len(3, "window") == choose_max_seq_len(10**6, "window") == 128
+@pytest.mark.parametrize(("long_length", "expected"), [(3, 16), (257, 264), (1024, 1024), (10_000, 1024)])
+def test_bytes_say_less_than_other_tokens(long_length: int, expected: int) -> None:
+    """A sonnet has six hundred of them."""
+    assert choose_max_seq_len(long_length, "file", of_bytes=True) == expected
+
+
+@pytest.mark.parametrize("of_bytes", [True, False])
+def test_windows_have_a_length_of_their_own(of_bytes: bool) -> None:
+    assert {choose_max_seq_len(length, "window", of_bytes=of_bytes) for length in (3, 10**6)} == {128}

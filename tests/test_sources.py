@@ -287,6 +287,16 @@ def test_the_log_of_a_run_in_a_folder_is_no_text(tmp_path: Path, beside: str) ->
     assert read(tmp_path) == ["mine too", "mine"]
 
 
+def test_hidden_files_are_no_texts_unless_they_are_named(tmp_path: Path) -> None:
+    """macOS writes a binary `._a.txt` beside `a.txt` on foreign disks."""
+    (tmp_path / ".trash").mkdir()
+    for name in ("a.txt", "._a.txt", ".trash/b.txt"):
+        (tmp_path / name).write_text("text\n")
+    assert expand([str(tmp_path)]) == [str(tmp_path / "a.txt")]
+    assert expand([str(tmp_path / "._a.txt")]) == [str(tmp_path / "._a.txt")]
+    assert expand([str(tmp_path / ".trash")]) == [str(tmp_path / ".trash/b.txt")]
+
+
 def test_a_folder_gives_every_form_sorted(tmp_path: Path) -> None:
     pack = zstandard.ZstdCompressor().compress
     write_parquet(tmp_path / "3.parquet", pyarrow.array(["c"]))

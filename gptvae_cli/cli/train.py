@@ -298,11 +298,13 @@ def _finish(job: Job, *, quiet: bool) -> None:
         return
     console.heading("Verdict")
     console.note(verdict(job.figures, job.learner.config))
+    worse = None
     if job.last_figures not in (None, job.figures):
         steps = f"step {kept.training['steps']:,} of {job.learner.counters.step:,}"
         worse = decline(job.figures, job.last_figures, job.learner.config, job.epochs)
-        console.note(worse or f"that is the model of {steps}, the best on held-out texts")
-    console.note(advice(job.figures, job.learner.config, job.learner.counters.step))
+        console.note(f"that is the model of {steps}, the best on held-out texts{f'; {worse}' if worse else ''}")
+    if worse is None:
+        console.note(advice(job.figures, job.learner.config, job.learner.counters.step))
     if job.learner.config.without_latent:
         console.heading("Next")
         console.command(f"gptvae evaluate test.txt --baseline {shlex.quote(str(job.folder))}")
