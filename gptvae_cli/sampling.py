@@ -130,7 +130,7 @@ class Encoder:
         if len(encodings) != 1:
             raise DataError(
                 f"a point of the path is one window of {self.config.max_seq_len} tokens, a text has {len(encodings)}",
-                hint="shorten it",
+                hint="shorten it, or --unit file takes its beginning",
             )
         return encodings[0].mean_Z
 

@@ -163,8 +163,8 @@ def _point(name: str, data: TextConfig, width: int, repairs: Repairs) -> str | F
             found = ["".join(texts)] if data.unit == "window" else list(islice(texts, 2))
     if len(found) != 1:
         amount, thing = "more than one" if found else "no", "latent" if is_latent else "text"
-        raise DataError(
-            f"{streams.called(name)} holds {amount} {thing}, a point of a path is exactly one",
-            hint=f"--latent {name} leads through its rows" if is_latent else "--from and --to take texts themselves",
-        )
+        hint = f"--latent {name} leads through its rows" if is_latent else "--from and --to take texts themselves"
+        if found and data.unit == "paragraph":
+            hint = "--unit file takes a file as one text"
+        raise DataError(f"{streams.called(name)} holds {amount} {thing}, a point of a path is exactly one", hint=hint)
     return found[0]

@@ -146,6 +146,8 @@ def test_a_field_is_of_points_in_records(run: Interpolate) -> None:
 def test_a_point_is_read_as_the_unit_that_was_asked_for(run: Interpolate) -> None:
     Path("two.txt").write_text("one\ntwo\n")
     assert_fails(run("two.txt", "b.txt"), 3, "two.txt", "more than one text", "--from")
+    Path("stanzas.txt").write_text("one\n\ntwo\n")
+    assert_fails(run("stanzas.txt", "b.txt", model="paragraph"), 3, "more than one text", "--unit file")
     options = ("two.txt", "b.txt", "--steps", "2", "--format", "jsonl")
     as_file = lines(run(*options, "--unit", "file"))
     assert len(as_file) == 2
