@@ -77,6 +77,8 @@ def attend_one(q_BH1K: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | No
 def attend_by_kernel(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
     """As `attend`, by one of torch's fused kernels, but not cuDNN's, which torch prefers on recent GPUs: it prepares
     itself anew for every shape, which is every batch of another length and every token that is written."""
+    if q_BHTK.device.type == "cpu":  # the setting is the process's, and other threads may compute at the same time
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal, scale=1.0)
     preferred = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

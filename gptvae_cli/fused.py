@@ -93,15 +93,16 @@ class Stack:
     def turns(self, length: int) -> Tensor:
         """The rotary factors `exp(i * angle)` of positions 0 to `length` - 1, by which queries and keys, as complex
         numbers, are multiplied; 1 where a head is not rotated. In float32 [S C]."""
-        if self._turns is None or len(self._turns) < length or self._turns.device != self.device:
+        turns_SC = self._turns  # read once, as another thread may put fewer in their place
+        if turns_SC is None or len(turns_SC) < length or turns_SC.device != self.device:
             # They are kept for training too, which cannot use what was made in inference mode.
             with torch.inference_mode(False):
                 frequencies = self._rotary.inv_freq.detach().to(self.device, torch.float32)
                 frequencies_C = F.pad(frequencies, (0, self.head_width // 2 - len(frequencies)))
                 positions_S = torch.arange(max(length, 64), device=self.device, dtype=torch.float32)
                 angles_SC = positions_S[:, None] * frequencies_C
-                self._turns = torch.complex(angles_SC.cos(), angles_SC.sin())
-        return self._turns[:length]
+                self._turns = turns_SC = torch.complex(angles_SC.cos(), angles_SC.sin())
+        return turns_SC[:length]
 
     def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None, drop_LBD: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm [B T D].

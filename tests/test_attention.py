@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from gptvae_cli import attention
 from gptvae_cli.attention import attend, attend_one
+from tests.pretended_gpu import pretended_gpu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -38,7 +39,6 @@ def test_attention_equals_torchs_kernel(length: int, causal: bool, dtype: torch.
 
 def test_cudnn_does_not_attend_and_is_asked_again_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """It prepares itself for every shape, and torch prefers it on recent GPUs."""
-    q = torch.randn(1, 1, 200, 16)
     allowed: Callable[[], bool] = torch.backends.cuda.cudnn_sdp_enabled
     asked: list[bool] = []
 
@@ -46,14 +46,28 @@ def test_cudnn_does_not_attend_and_is_asked_again_afterwards(monkeypatch: pytest
         asked.append(allowed())
         if options["is_causal"]:
             raise RuntimeError("as a kernel may")
-        return q
+        result: torch.Tensor = args[0]
+        return result
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
     before = allowed()
-    attend(q, q, q, None, causal=False)
-    with pytest.raises(RuntimeError, match="as a kernel may"):
-        attend(q, q, q, None, causal=True)
+    with pretended_gpu():
+        q = torch.randn(1, 1, 200, 16, device="cuda")
+        attend(q, q, q, None, causal=False)
+        with pytest.raises(RuntimeError, match="as a kernel may"):
+            attend(q, q, q, None, causal=True)
     assert (before, asked, allowed()) == (True, [False, False], True)
+
+
+def test_on_a_cpu_no_setting_of_the_process_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that set it and set it back would leave it as it was between."""
+
+    def refuse(enabled: bool) -> None:
+        raise AssertionError("set for all threads")
+
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", refuse)
+    q = torch.randn(1, 1, 200, 16)
+    assert attend(q, q, q, None, causal=True).shape == q.shape
 
 
 def test_the_softmax_of_short_rows_is_torchs() -> None:

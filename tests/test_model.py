@@ -764,3 +764,17 @@ def test_a_fixed_model_keeps_its_figures(ours: Ours) -> None:
     logits_BTV = model.logits(model.hidden(tokens_BT, posterior.mean_BZ, plain=True))
     figures = [posterior.mean_BZ.square().mean(), posterior.log_var_BZ.square().mean(), logits_BTV.square().mean()]
     assert [float(figure) for figure in figures] == pytest.approx([0.377555, 0.385526, 0.433956], rel=1e-4)
+
+
+def test_rotations_are_as_many_as_were_asked_for_whatever_another_thread_does(ours: Ours) -> None:
+    """One that reads a shorter text may put its own in their place at any moment."""
+    stack = ours(**ROTARY).fused_decoder
+    assert stack is not None
+
+    class Raced(type(stack)):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value[:64] if isinstance(value, Tensor) else value)
+
+    stack.__class__ = Raced
+    assert len(stack.turns(100)) == 100
+    assert len(stack.turns(100)) == 100
