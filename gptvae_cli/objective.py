@@ -153,7 +153,7 @@ def cross_entropy_BT(
         keep_B, hide_BT: as in `Noise`.
     """
     hidden_BTD, targets_BT = _hidden_and_targets(model, tokens_BT, latents_BZ, keep_B, hide_BT, None)
-    rows, _ = _rows_together(hidden_BTD.device, len(model.decoder.to_logits.weight))
+    rows, _ = _logit_rows(hidden_BTD.device, len(model.decoder.to_logits.weight))
     parts = zip(torch.split(hidden_BTD.flatten(0, 1), rows), torch.split(targets_BT.flatten(), rows), strict=True)
     nats = [
         F.cross_entropy(model.logits(hidden_CD), targets_C, ignore_index=model.pad_id, reduction="none")
@@ -183,7 +183,7 @@ _WORDS_TOGETHER = 8
 `tests/benchmarks/speed/`), and a GPU's matrix units want whole eights."""
 
 
-def _rows_together(device: torch.device, words: int) -> tuple[int, int]:
+def _logit_rows(device: torch.device, words: int) -> tuple[int, int]:
     """How many rows one product makes the logits of, and how many of these are normalised at once."""
     product, few = _LOGITS_TOGETHER.get(device.type, _LOGITS_TOGETHER["cuda"])
     return max(1, product // words), max(1, few // words)
@@ -210,7 +210,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad_ND = torch.empty_like(inputs_ND)
         weight_grad_VD = torch.zeros_like(matrix_VD, dtype=weight_VD.dtype)
         nats = hidden_ND.new_zeros((), dtype=exact)
-        product_rows, few_rows = _rows_together(hidden_ND.device, words)
+        product_rows, few_rows = _logit_rows(hidden_ND.device, words)
         for start in range(0, len(inputs_ND), product_rows):
             here = slice(start, start + product_rows)
             logits_CV = F.linear(inputs_ND[here], matrix_VD)
