@@ -29,7 +29,7 @@ from gptvae_cli.engines import cache_bytes
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.healing import take_back
 from gptvae_cli.noise import latent_noise
-from gptvae_cli.text import Part
+from gptvae_cli.text import Part, with_line_feeds
 from gptvae_cli.tokenizer import Tokenizer, pieces
 
 Floats = npt.NDArray[np.float32]
@@ -264,7 +264,7 @@ def write(
     Raises:
         ConfigError: for a line that is to begin with a line break in it.
     """
-    prompt = prompt.replace("\r\n", "\n").replace("\r", "\n")  # as texts have it
+    prompt = with_line_feeds(prompt)
     tokenizer, device = checkpoint.tokenizer, checkpoint.model.device
     if unit == "line" and "\n" in prompt:
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")

@@ -270,9 +270,14 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
 # Records --------------------------------------------------------------------------------------------------------------
 
 
+def with_line_feeds(text: str) -> str:
+    """The same text, in which LF alone ends a line."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def of_unit(text: str, unit: Unit) -> str:
     """A text that was no file's, such as a record or an argument, with the line ends that a file's would have."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+    text = with_line_feeds(text).removesuffix("\n")
     return text.replace("\n", " ") if unit == "line" else text
 
 
