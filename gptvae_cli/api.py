@@ -19,11 +19,14 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint
@@ -46,7 +49,9 @@ class Posteriors(NamedTuple):
     std_NZ: Floats
 
 
-def load(path: str | os.PathLike[str] | None = None, *, device: str = "auto", dtype: DType = "auto") -> Model:
+def load(
+    path: str | os.PathLike[str] | None = None, *, device: str | torch.device = "auto", dtype: DType = "auto"
+) -> Model:
     """Loads a trained model, to encode and to write with.
 
     Warns (UserWarning) where `auto` finds a GPU that cannot be used, and takes the CPU.
@@ -64,7 +69,10 @@ def load(path: str | os.PathLike[str] | None = None, *, device: str = "auto", dt
     if not isinstance(path, str | os.PathLike | None):
         raise ConfigError(f"path is of type {type(path).__name__}, expected a name")
     found = locate_model(None if path is None else os.fspath(path))
-    opened = sampling.open_model(found, device=device, dtype=dtype)
+    # In a thread of its own: what the caller has told torch, such as a default device, does not hold there, and OpenMP
+    # gives the caller's no helpers, with which a process that is forked hangs.
+    with ThreadPoolExecutor(1) as alone:
+        opened = alone.submit(sampling.open_model, found, device=str(device), dtype=dtype).result()
     if opened.warning is not None:
         warnings.warn(opened.warning, stacklevel=2)
     return Model(opened.checkpoint)
@@ -167,10 +175,12 @@ class Model:
         told = [place for place, row in enumerate(every) if len(row) > 1]
         if rows := [every[place] for place in told]:
             batches = batches_of(rows, None, self.header.model.pad_id, most)
-            if self.header.has_latent:
-                found_N = importance_weighted(self.network, batches, samples, seed=seed, dtype=self._checkpoint.dtype)
-            else:
-                found_N = measure_without_latent(self.network, batches, dtype=self._checkpoint.dtype)
+            with _default_cpu():
+                if self.header.has_latent:
+                    dtype = self._checkpoint.dtype
+                    found_N = importance_weighted(self.network, batches, samples, seed=seed, dtype=dtype)
+                else:
+                    found_N = measure_without_latent(self.network, batches, dtype=self._checkpoint.dtype)
             nll_N[np.array(told)[places_of(rows, most)]] = found_N.numpy()
         return nll_N
 
@@ -257,13 +267,15 @@ class Model:
         steps, points_NZ = _whole("steps", steps, least=2), []
         for place, point in enumerate(points):  # no comprehension, which is a line of its own to a warning
             points_NZ.append(self._point(point, f"points[{place}]"))
-        path_KZ = sampling.walk(self._stack(points_NZ), steps, path)
+        with _default_cpu():
+            path_KZ = sampling.walk(self._stack(points_NZ), steps, path)
         return self._write(path_KZ, 1, SampleConfig(greedy=True), "")
 
     def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
         self.header.require_latent("the model")
         encoder = Encoder(self._checkpoint, self.unit)
-        encodings = list(encoder.encode(self._checked(texts)))
+        with _default_cpu():
+            encodings = list(encoder.encode(self._checked(texts)))
         _warn(encoder)
         return encodings
 
@@ -278,7 +290,8 @@ class Model:
         if isinstance(texts, str):
             raise ConfigError("texts is one string, expected a list of them", hint="put it in brackets: [text]")
         # What a table or a dictionary gives one by one are the names of its columns.
-        if isinstance(texts, Mapping) or hasattr(texts, "columns") or not isinstance(texts, Iterable):
+        is_one = isinstance(texts, Mapping) or hasattr(texts, "columns") or getattr(texts, "shape", None) == ()
+        if is_one or not isinstance(texts, Iterable):
             kind = type(texts).__name__
             raise ConfigError(f"texts is of type {kind}, expected a list of strings", hint="of a table take a column")
         for row, text in enumerate(texts):
@@ -292,7 +305,8 @@ class Model:
     def _point(self, point: str | npt.ArrayLike, name: str) -> Floats:
         if isinstance(point, str):
             encoder = Encoder(self._checkpoint, self.unit)
-            latent_Z = encoder.point(of_unit(point, self.unit))
+            with _default_cpu():
+                latent_Z = encoder.point(of_unit(point, self.unit))
             _warn(encoder)
             return latent_Z
         latents_NZ = self._latents(point, name)
@@ -319,7 +333,15 @@ class Model:
 
     def _write(self, latents: Iterable[Floats | None], copies: int, config: SampleConfig, prompt: str) -> list[str]:
         requests = sampling.repeated(latents, copies)
-        return list(sampling.write(self._checkpoint, requests, config, unit=self.unit, prompt=prompt))
+        with _default_cpu():
+            return list(sampling.write(self._checkpoint, requests, config, unit=self.unit, prompt=prompt))
+
+
+@contextmanager
+def _default_cpu() -> Iterator[None]:
+    """Within, torch makes tensors on the CPU where nothing else is said, whatever the caller's default device is."""
+    with torch.device("cpu") if torch.get_default_device().type != "cpu" else nullcontext():
+        yield
 
 
 def _whole(name: str, value: object, *, least: int) -> int:

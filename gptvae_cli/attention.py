@@ -5,6 +5,7 @@ Shapes: B batch, H heads, T queries, S keys, K head width.
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ _VECTOR_BYTES = 64
 """Of a vector register of 512 bits."""
 _MANY_ROWS = 8
 """Rows from which on products of float32 attend to keys of bfloat16 faster than torch's fused kernel, on a CPU."""
+_SWITCH = Lock()
 
 
 def as_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,15 +78,17 @@ def attend_one(q_BH1K: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | No
 
 def attend_by_kernel(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias: Tensor | None, *, causal: bool) -> Tensor:
     """As `attend`, by one of torch's fused kernels, but not cuDNN's, which torch prefers on recent GPUs: it prepares
-    itself anew for every shape, which is every batch of another length and every token that is written."""
-    if q_BHTK.device.type == "cpu":  # the setting is the process's, and other threads may compute at the same time
+    itself anew for every shape, which is every batch of another length and every token that is written. Whether it may
+    is a setting of the process: one thread at a time changes it and puts it back."""
+    if q_BHTK.device.type == "cpu":
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal, scale=1.0)
-    preferred = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal, scale=1.0)
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(preferred)
+    with _SWITCH:
+        preferred = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        try:
+            return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias, is_causal=causal, scale=1.0)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(preferred)
 
 
 class _ShortSoftmax(torch.autograd.Function):

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gptvae_cli.config import ModelConfig
 from gptvae_cli.errors import CheckpointError, GPTVAEError
@@ -80,10 +81,19 @@ def load(path: Path, *, device: torch.device, dtype: torch.dtype = torch.float32
         tokenizer = load_tokenizer(header.tokenizer, header.model)
         _check_fit(tensors, model_tensors(claimed_model(header.model, tensors)))
         check_finite(tensors)
-        with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten: draw nothing for them
+        with _NoInit():
             model = GPTVAE.from_config(header.model).float()  # whatever torch's default is
         fill_model(model, tensors)
     return Checkpoint(model.to(device).eval(), tokenizer, header, dtype)
+
+
+class _NoInit(TorchFunctionMode):
+    """Within, this thread draws no weights, which a file's will replace: the caller's generator is left alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
 
 
 def save_model(path: Path, model: GPTVAE, header: ModelHeader) -> None:

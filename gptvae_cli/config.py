@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -381,17 +382,20 @@ class SampleConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Of Python or of NumPy: these come from callers in Python, too.
-        for names, kind, allowed in (
-            (("top_k", "max_tokens", "seed"), Integral, "a whole number"),
-            (("temperature", "top_p", "min_p"), Real, "a number"),
+        # Of Python or of NumPy: these come from callers in Python, too. Python's count without end.
+        for names, kind, plain, allowed in (
+            (("top_k", "max_tokens", "seed"), Integral, int, "a whole number"),
+            (("temperature", "top_p", "min_p"), Real, float, "a number"),
         ):
             for name in names:
                 value = getattr(self, name)
-                unset = value is None and name not in ("temperature", "seed")
-                _require(unset or (isinstance(value, kind) and not isinstance(value, bool)), name, value, allowed)
+                if value is None and name not in ("temperature", "seed"):
+                    continue
+                _require(isinstance(value, kind) and not isinstance(value, bool), name, value, allowed)
+                with suppress(OverflowError):
+                    object.__setattr__(self, name, plain(value))
         # Where denormals count as zero, dividing by one is dividing by zero.
-        usable = self.greedy or sys.float_info.min <= self.temperature < float("inf")
+        usable = self.greedy or sys.float_info.min <= self.temperature <= sys.float_info.max
         _require(usable, "temperature", self.temperature, "above 0 (or use --greedy)")
         if self.top_k is not None:
             _require(self.top_k >= 1, "top_k", self.top_k, "at least 1")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ two, and does much besides products. Processors with AMX reach 5. Of those with 
 the line between the two nothing is gained at 0.8 (row `dtype` of `tests/benchmarks/speed/`, and its `results.txt`)."""
 _MOST_KEPT, _KEPT_BYTES = 8192, 900_000
 """Products of bfloat16 that oneDNN keeps at most, and what each takes (row `kept` of `tests/benchmarks/speed/`)."""
+_TIMING = Lock()
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h; the greatest that the second one takes is 32 MB
 
 
@@ -98,7 +100,8 @@ def resolve_dtype(name: DType, device: torch.device, *, training: bool) -> Preci
         return Precision(torch.float32, "exact and fast enough")
     if device.type == "cuda":
         return _gpu_dtype(name, device)
-    times = _cpu_bfloat16_speed()
+    with _TIMING:  # which changes the number of torch's threads and puts it back
+        times = _cpu_bfloat16_speed()
     found = f"this CPU multiplies bfloat16 {times:.1f} times as fast as float32"
     if name == "bfloat16":
         return Precision(torch.bfloat16, "asked for" if times >= 1 else f"asked for, but slow: {found}")

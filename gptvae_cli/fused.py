@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +61,7 @@ class Stack:
         self._final_norm = layers.final_norm
         self._rotary = layers.rotary_pos_emb
         self._turns: Tensor | None = None
-        self._keeps_frozen = False
-        self._kept: Frozen | None = None
+        self._kept: dict[int, Frozen | None] = {}  # of each thread that is within `frozen`
 
     @property
     def device(self) -> torch.device:
@@ -80,11 +80,12 @@ class Stack:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Within, passes without gradients share one copy of the weights, made by the first of them in its dtype."""
-        self._keeps_frozen = True
+        thread = get_ident()
+        self._kept[thread] = None
         try:
             yield
         finally:
-            self._keeps_frozen, self._kept = False, None
+            self._kept.pop(thread, None)
 
     def read(self) -> list[Layer]:
         """The weights, fused; gradients flow through to the module's parameters."""
@@ -115,8 +116,10 @@ class Stack:
                 along a row (arXiv 1512.05287).
         """
         if drop_LBD is None and not torch.is_grad_enabled():
-            frozen = self._kept or Frozen(self)
-            self._kept = frozen if self._keeps_frozen else None
+            thread = get_ident()
+            frozen = self._kept.get(thread) or Frozen(self)
+            if thread in self._kept:
+                self._kept[thread] = frozen
             return frozen(x_BTD, mask_BT)
         turns_TC = self.turns(x_BTD.shape[1])
         bias = None if mask_BT is None else as_bias(mask_BT, torch.float32)

@@ -11,6 +11,7 @@ FREE Transformer (arXiv 2510.17558) for the floor under the KL.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,14 +21,17 @@ import torch
 import torch.nn.functional as F
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
-from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, AutoregressiveWrapper, top_k
-from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
 
 from gptvae_cli import decoding, engines, fused
 from gptvae_cli.conditioning import CONDITIONINGS
 from gptvae_cli.config import ConditioningName, ModelConfig
 from gptvae_cli.errors import ConfigError
 from gptvae_cli.latent import kl_to_standard_normal, reparameterize
+
+with warnings.catch_warnings():  # it uses torch.jit.script, of which torch 2.13 warns
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, AutoregressiveWrapper, top_k
+    from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
 
 
 @dataclass(frozen=True)

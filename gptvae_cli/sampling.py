@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, N latents, Z latent width, K path steps.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from gptvae_cli import latent
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import padded, plan_batches
-from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
+from gptvae_cli.decoding import Request, decode
 from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together
 from gptvae_cli.engines import cache_bytes
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
@@ -90,10 +91,12 @@ class Encoder:
     Args:
         checkpoint: the model.
         unit: what a text is. A `window` text is cut into consecutive windows, each with a latent of its own.
+        patience: seconds that a text waits at most for others to be computed with. Which ones these are then depends on
+            the clock, and the last digits of a latent with them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, unit: Unit) -> None:
-        self.checkpoint, self.unit = checkpoint, unit
+    def __init__(self, checkpoint: Checkpoint, unit: Unit, *, patience: float = math.inf) -> None:
+        self.checkpoint, self.unit, self.patience = checkpoint, unit, patience
         self.config = checkpoint.header.model
         self.cut = self.changed = 0
 
@@ -114,7 +117,7 @@ class Encoder:
 
         The first comes as soon as the first text is there, so that a slow pipe shows its results; pools then grow.
         """
-        for pool in _growing_pools(self.rows(texts)):
+        for pool in _growing_pools(self.rows(texts), self.patience):
             # Equal rows are computed once: a file may hold millions of empty lines.
             distinct = list(dict.fromkeys(map(tuple, pool)))
             encodings = dict(zip(distinct, self._posteriors(distinct), strict=True))
@@ -144,7 +147,7 @@ class Encoder:
     def _whole(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The tokens of each text with BOS and EOS; a text that is cut has no EOS, as in training."""
         config, tokenizer = self.config, self.checkpoint.tokenizer
-        for pool in _growing_pools(texts):
+        for pool in _growing_pools(texts, self.patience):
             # One token more than fits, which tells that the text is cut.
             tokens = tokenizer.encode_batch(pool, longest=config.max_seq_len - 1)
             for text, ids in zip(pool, tokens, strict=True):
@@ -187,7 +190,7 @@ class Encoder:
         return [encodings[i] for i in range(len(rows))]
 
 
-def _growing_pools(items: Iterable[Item]) -> Iterator[list[Item]]:
+def _growing_pools(items: Iterable[Item], patience: float) -> Iterator[list[Item]]:
     """Cuts texts or rows into lists of 1, 2, 4 and so on; a list ends early where it holds much, or where an item was
     slow to come."""
     pool: list[Item] = []
@@ -196,7 +199,7 @@ def _growing_pools(items: Iterable[Item]) -> Iterator[list[Item]]:
         pool.append(item)
         size += len(item)
         before, last = last, time.monotonic()
-        if len(pool) >= most or size >= _POOL_SIZE or last - before > SLOW_SECONDS:
+        if len(pool) >= most or size >= _POOL_SIZE or last - before > patience:
             yield pool
             pool, size, last = [], 0, time.monotonic()
             most = min(2 * most, _POOL_TEXTS)

@@ -317,13 +317,15 @@ def _library_errors(kind: type[GPTVAEError], message: str, *, hint: str | None =
     """Translates every failure of the library, which panics on some files and texts.
 
     A panic of Rust is a BaseException. It also prints to the process's stderr, which only redirecting that for
-    all threads would prevent.
+    all threads would prevent. What a signal's handler raises meanwhile, such as the end of a time limit, passes.
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, OSError, MemoryError):
         raise
     except BaseException as error:
+        if not isinstance(error, ValueError) and type(error).__module__ not in ("builtins", "pyo3_runtime"):
+            raise
         raise kind(f"{message}: {' '.join(str(error).split())[:200]}", hint=hint) from error
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +217,44 @@ def test_the_default_type_of_torch_does_not_matter(model: Model, folder: Path, d
         torch.set_default_dtype(before)
 
 
+def test_the_default_device_of_torch_does_not_matter(model: Model, folder: Path) -> None:
+    """A notebook may set it to a GPU; "meta" computes nothing at all."""
+
+    def results(model: Model) -> list[Any]:
+        texts = ["one", "another"]
+        written = [*model.generate(prior=3, seed=1, prompt="a"), *model.interpolate("one", *LATENTS[:2], path="lerp")]
+        return [*model.encode(texts, sample=True, seed=1).tolist(), *model.nll(texts, samples=3), written]
+
+    expected = results(model)
+    torch.set_default_device("meta")
+    try:
+        loaded = load(folder, device="cpu")
+        assert [results(model), results(loaded)] == [expected] * 2
+        assert torch.get_default_device() == torch.device("meta")
+    finally:
+        torch.set_default_device(None)
+
+
+def test_latents_do_not_depend_on_the_clock(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are computed together have the same last digits each time, however long a busy machine takes."""
+    texts = [f"text number {i}" for i in range(40)]
+    batches: list[list[int]] = []
+    posterior = model.network.posterior
+
+    def counted(tokens_BT: torch.Tensor) -> Any:
+        batches[-1].append(len(tokens_BT))
+        return posterior(tokens_BT)
+
+    monkeypatch.setattr(model.network, "posterior", counted)
+    for seconds in (0, 1):
+        batches.append([])
+        ticks = itertools.count(step=seconds) if seconds else itertools.repeat(0)
+        monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", lambda ticks=ticks: next(ticks))
+        model.encode(texts)
+    assert batches[0] == batches[1]
+    assert len(batches[0]) < len(texts)
+
+
 def test_nothing_in_gives_nothing_out(model: Model) -> None:
     assert model.encode([]).shape == (0, WIDTH)
     assert model.encode([]).dtype == np.float32
@@ -294,6 +336,7 @@ def test_a_point_of_a_path_is_one_latent(model: Model) -> None:
         (lambda model: model.encode(["a"], seed=-1), "seed is -1"),
         (lambda model: model.generate(LATENTS, prior=2), "latents and prior exclude each other"),
         (lambda model: model.encode(None), "texts is of type NoneType, expected a list of strings"),
+        (lambda model: model.encode(np.array("a")), "texts is of type ndarray, expected a list of strings"),
         (lambda model: model.encode({"a text": 1}), "texts is of type dict, expected a list of strings"),
         (lambda model: model.nll(Table(["a text"])), "texts is of type Table, expected a list of strings"),
         (lambda model: model.generate(5), "latents is 5, expected an array"),
@@ -340,6 +383,12 @@ def test_what_is_no_text_is_a_data_error(model: Model, texts: Any, words: str) -
     assert words in caught.value.message
 
 
+def test_a_device_may_be_one_of_torch(folder: Path) -> None:
+    assert load(folder, device=torch.device("cpu")).network.device == torch.device("cpu")
+    with pytest.raises(ConfigError, match="device is 'None', it must be auto, cpu, cuda"):
+        load(folder, device=None)  # type: ignore[arg-type]
+
+
 def test_what_cannot_be_loaded_is_told(folder: Path) -> None:
     with pytest.raises(gptvae_cli.CheckpointError, match="no model in"):
         load(folder / "nowhere")
@@ -375,6 +424,31 @@ def test_without_a_seed_every_call_is_another_draw(model: Model) -> None:
     assert_array_equal(model.encode(["a"]), model.encode(["a"]))
 
 
+# Threads and processes ------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_is_forked_after_loading_computes(tmp_path: Path) -> None:
+    """As servers do, to share the weights. With helpers of OpenMP in the thread that forks it would wait for ever."""
+    make_model(tmp_path / "model.safetensors", dim=256)  # which is copied by several threads
+    program = (
+        "import os, sys, torch\n"
+        "from gptvae_cli import load\n"
+        "torch.set_num_threads(2)\n"
+        "model = load(sys.argv[1], device='cpu')\n"
+        "if child := os.fork():\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "torch.ones(300, 300) @ torch.ones(300, 300)\n"
+        "print(model.encode(['a']).shape)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+            assert process.communicate(timeout=120)[0] == f"(1, {WIDTH})\n"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 # The package ----------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +462,12 @@ def test_importing_the_package_loads_nothing_heavy_until_a_name_is_asked_for() -
         "assert not hasattr(gptvae_cli, 'save')\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_importing_warns_of_nothing() -> None:
+    """A project whose tests take warnings for errors has to get past the first line."""
+    program = "import gptvae_cli; [getattr(gptvae_cli, name) for name in gptvae_cli.__all__]"
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
 def test_every_name_of_the_package_is_there() -> None:

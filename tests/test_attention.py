@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch.testing import assert_close
 
 from gptvae_cli import attention
 from gptvae_cli.attention import attend, attend_one
-from tests.pretended_gpu import pretended_gpu
+from tests.pretended_gpu import PretendedGPU, pretended_gpu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -57,6 +59,25 @@ def test_cudnn_does_not_attend_and_is_asked_again_afterwards(monkeypatch: pytest
         with pytest.raises(RuntimeError, match="as a kernel may"):
             attend(q, q, q, None, causal=True)
     assert (before, asked, allowed()) == (True, [False, False], True)
+
+
+def test_threads_leave_the_setting_for_cudnn_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the process's: one that found it changed by another would leave it so."""
+
+    def kernel(*args: Any, **options: Any) -> torch.Tensor:
+        time.sleep(0.02)
+        result: torch.Tensor = args[0]
+        return result
+
+    def attended(_: int) -> None:
+        with PretendedGPU():
+            q = torch.randn(1, 1, 200, 16, device="cuda")
+            attend(q, q, q, None, causal=False)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    with pretended_gpu(), ThreadPoolExecutor(4) as threads:
+        list(threads.map(attended, range(4)))
+    assert torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
 
 
 def test_on_a_cpu_no_setting_of_the_process_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import random
 import resource
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,20 @@ class TestModel:
         before = torch.get_rng_state()
         load(path, device=CPU)
         assert torch.equal(torch.get_rng_state(), before)
+
+    def test_what_another_thread_draws_meanwhile_stays_drawn(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        build = GPTVAE.from_config
+
+        def while_another_draws(config: ModelConfig) -> GPTVAE:
+            model = build(config)
+            with ThreadPoolExecutor(1) as other:
+                drawn.append(other.submit(torch.rand, 1).result())
+            return model
+
+        drawn: list[torch.Tensor] = []
+        monkeypatch.setattr(GPTVAE, "from_config", while_another_draws)
+        load(path, device=CPU)
+        assert not torch.equal(torch.rand(1), drawn[-1])
 
     def test_model_that_is_replaced_while_it_is_loaded_is_not_mixed(
         self, path: Path, model: GPTVAE, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import FrozenInstanceError, asdict, fields
+from fractions import Fraction
 from typing import Any, get_args
 
 import numpy as np
@@ -151,6 +152,15 @@ def test_a_value_that_is_not_allowed_is_named_with_what_is(
         with pytest.raises(ConfigError) as caught:
             make(**base | values)
         assert one_line(caught.value) == message
+
+
+def test_numbers_may_be_numpys_and_become_pythons() -> None:
+    """127 and a few tokens are more than an int8 holds."""
+    given: dict[str, Any] = {"max_tokens": np.int8(127), "temperature": Fraction(1, 2), "top_p": np.float32(0.5)}
+    sample = SampleConfig(**given)
+    assert [repr(getattr(sample, name)) for name in given] == ["127", "0.5", "0.5"]
+    with pytest.raises(FieldError, match="temperature is 1000"):
+        SampleConfig(temperature=10**309)
 
 
 def test_an_error_of_a_field_comes_whole_from_another_process() -> None:

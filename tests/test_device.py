@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,24 @@ def test_asking_for_bfloat16_is_granted_with_a_warning_where_it_is_slow(
     assert precision.reason == f"asked for, but slow: {why}"
     machine(gpus=1)
     assert resolve_dtype("bfloat16", device, training=True).reason == "asked for"
+
+
+def test_one_thread_at_a_time_times_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of torch's threads is set meanwhile, and another one would put back what it found."""
+    at_once, most = 0, 0
+
+    def timed() -> float:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.02)
+        at_once -= 1
+        return 2.0
+
+    monkeypatch.setattr("gptvae_cli.device._cpu_bfloat16_speed", timed)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: resolve_dtype("bfloat16", CPU, training=False), range(4)))
+    assert most == 1
 
 
 def test_unknown_dtype_is_wrong_usage() -> None:

@@ -6,6 +6,7 @@ The reference is `x_transformers.gpt_vae.GPTVAE` itself, with the same weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -722,6 +723,26 @@ def test_frozen_passes_without_gradients_read_the_weights_once(ours: Ours, monke
             parameter.mul_(-0.5)
         assert_passes_equal_x_transformers()
         reads.clear()
+
+
+@torch.no_grad()
+def test_frozen_weights_are_the_threads_that_froze_them(ours: Ours) -> None:
+    """Another may compute in another type at the same time."""
+    model, tokens_BT = ours(**ROTARY), padded()
+    expected = model.posterior(tokens_BT).mean_BZ
+    with ThreadPoolExecutor(1) as other:
+        with model.frozen(), torch.autocast("cpu", torch.bfloat16):
+            rough = model.posterior(tokens_BT).mean_BZ
+
+            @torch.no_grad()
+            def beside() -> Tensor:
+                with model.frozen():
+                    return model.posterior(tokens_BT).mean_BZ
+
+            assert torch.equal(other.submit(beside).result(), expected)
+            assert torch.equal(model.posterior(tokens_BT).mean_BZ, rough)
+        assert not torch.equal(rough, expected)
+        assert torch.equal(model.posterior(tokens_BT).mean_BZ, expected)
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +247,9 @@ def test_the_first_latent_comes_after_the_first_text(checkpoint: Checkpoint) -> 
 def test_a_pool_is_bounded_in_texts_and_in_characters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or memory would grow with what is encoded."""
     monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", lambda: 0.0)
-    sizes = [len(pool) for pool in sampling._growing_pools("x" for _ in range(20_000))]
+    sizes = [len(pool) for pool in sampling._growing_pools(repeat("x", 20_000), math.inf)]
     assert (max(sizes), sum(sizes)) == (4096, 20_000)
-    assert max(len(pool) for pool in sampling._growing_pools(["x" * 2**18] * 40)) == 4
+    assert max(len(pool) for pool in sampling._growing_pools(["x" * 2**18] * 40, math.inf)) == 4
 
 
 def test_bfloat16_gives_nearly_the_same_latents_as_float32(checkpoint: Checkpoint) -> None:
@@ -525,6 +527,6 @@ def test_a_text_that_was_slow_to_come_is_not_kept_waiting(monkeypatch: pytest.Mo
             yield "x"
 
     monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", clock)
-    assert [len(pool) for pool in sampling._growing_pools(arriving(*[0.001] * 20))] == [1, 2, 4, 8, 5]
-    assert [len(pool) for pool in sampling._growing_pools(arriving(*[1.0] * 4))] == [1, 1, 1, 1]
-    assert [len(pool) for pool in sampling._growing_pools(arriving(0, 0, 0, 0, 0, 5, 0))] == [1, 2, 3, 1]
+    assert [len(pool) for pool in sampling._growing_pools(arriving(*[0.001] * 20), 0.3)] == [1, 2, 4, 8, 5]
+    assert [len(pool) for pool in sampling._growing_pools(arriving(*[1.0] * 4), 0.3)] == [1, 1, 1, 1]
+    assert [len(pool) for pool in sampling._growing_pools(arriving(0, 0, 0, 0, 0, 5, 0), 0.3)] == [1, 2, 3, 1]

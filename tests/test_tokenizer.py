@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import struct
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -190,6 +191,26 @@ def test_a_panic_of_the_library_is_an_ordinary_error(bpe: Tokenizer, tmp_path: P
     path.write_text(panicking(bpe))
     with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer file"):
         Tokenizer.from_file(path)
+
+
+class TimeIsUpError(Exception):
+    """As a worker's time limit is raised, in a signal's handler."""
+
+
+@pytest.mark.parametrize("raised", [TimeIsUpError, TimeoutError, KeyboardInterrupt, MemoryError])
+def test_what_is_raised_meanwhile_is_no_error_of_the_library(bpe: Tokenizer, raised: type[BaseException]) -> None:
+    def interrupt(*_: object) -> None:
+        raise raised("now")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(raised, match="now"):
+            while True:
+                bpe.encode_batch(["some words of a long text " * 100] * 20)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def make_model(
     latents_from: str | None = None,
     seed: int = 0,
     tokenizer: Tokenizer | None = None,
+    dim: int = 32,
     **training: Any,
 ) -> Path:
     """Writes a random model, of bytes unless told otherwise, with 8 latent dimensions, which reads 24 tokens."""
@@ -35,7 +36,7 @@ def make_model(
     tokenizer = tokenizer or Tokenizer.bytes()
     config = ModelConfig(
         num_tokens=tokenizer.num_tokens,
-        dim=32,
+        dim=dim,
         depth=2,
         enc_depth=1,
         max_seq_len=LONGEST,
