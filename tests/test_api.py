@@ -441,12 +441,12 @@ def test_a_process_that_is_forked_after_loading_computes(tmp_path: Path) -> None
         "print(model.encode(['a']).shape)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    try:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-            assert process.communicate(timeout=120)[0] == f"(1, {WIDTH})\n"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert process.communicate(timeout=60)[0] == f"(1, {WIDTH})\n"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 # The package ----------------------------------------------------------------------------------------------------------
