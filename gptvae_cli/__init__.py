@@ -27,13 +27,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # or any name would be one to a type checker
 
-    home = "model" if name == "GPTVAE" else "errors" if name.endswith("Error") else "api"
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        home = "model" if name == "GPTVAE" else "errors" if name.endswith("Error") else "api"
+        return getattr(import_module(f"{__name__}.{home}"), name)
 
 
 def __dir__() -> list[str]:

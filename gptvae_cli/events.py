@@ -33,7 +33,8 @@ def require_log(folder: Path, log: Log | None) -> None:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as error:
         raise GPTVAEError(
-            f"--log tensorboard was asked for, but it cannot be imported: {error}", hint="pip install tensorboard"
+            f"--log tensorboard was asked for, but it cannot be imported: {error}",
+            hint="pip install 'gptvae[tensorboard]'",
         ) from error
     if not is_utf8(folder):
         raise ConfigError(

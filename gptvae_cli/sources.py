@@ -25,7 +25,8 @@ from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME
 STDIN = "-"
 _FOLDER_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
 _PACKINGS = {".gz": "gzip", ".zst": "Zstandard"}
-_EXTRAS = {".zst": "zstandard", ".parquet": "pyarrow"}
+_EXTRAS = {".zst": ("zstandard", "zstd"), ".parquet": ("pyarrow", "parquet")}
+"""The packages that read these, and the extras that bring them."""
 _EXCERPTS = 64
 """Places that an excerpt is from."""
 _ZSTD_PIECE = 2**10
@@ -45,10 +46,11 @@ def expand(sources: Sequence[str]) -> list[str]:
     """
     files = [file for source in sources for file in _expand(source)]
     for file in files:
-        package = _EXTRAS.get(ending(file))
+        package, extra = _EXTRAS.get(ending(file), (None, None))
         if package is not None and find_spec(package) is None:
             raise GPTVAEError(
-                f"reading {file} needs the package {package}, which is not installed", hint=f"pip install {package}"
+                f"reading {file} needs the package {package}, which is not installed",
+                hint=f"pip install 'gptvae[{extra}]'",
             )
     return files
 

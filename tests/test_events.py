@@ -105,7 +105,7 @@ def test_a_log_that_cannot_be_written_is_found_out_before_training(
     result = train(corpus, folder, "--log", "tensorboard", "--force")
     assert result.exit_code == 1
     assert result.stderr.startswith("gptvae: error: --log tensorboard was asked for, but it cannot be imported: ")
-    assert result.stderr.endswith("\nhint: pip install tensorboard\n")
+    assert result.stderr.endswith("\nhint: pip install 'gptvae[tensorboard]'\n")
     assert len(result.stderr.splitlines()) == 2
     assert (folder / "model.safetensors").read_bytes() == before
     assert "tensorboard" not in names(folder)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -51,6 +52,35 @@ def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     where, version = ran.stdout.splitlines()
     assert Path(where).is_relative_to(tmp_path)
     assert version == f"gptvae {gptvae_cli.__version__}"
+
+
+def test_the_source_distribution_can_be_tested(tmp_path: Path) -> None:
+    """By packagers, who have nothing else: it holds what git does, `.ci` included."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".git")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        held = {name.partition("/")[2] for name in files.getnames()}
+    kept = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    assert {"CHANGELOG.md", "LICENSE", "tests/conftest.py", "tests/cli/conftest.py"} <= held
+    assert {name for name in kept if name.startswith(("gptvae_cli/", "tests/"))} <= held
+
+
+def test_a_misspelt_name_is_found_by_a_type_checker(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("from gptvae_cli import load\nfrom gptvae_cli import lode\n")
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(ROOT / ".mypy_cache"), str(program)],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert 'program.py:2: error: Module "gptvae_cli" has no attribute "lode"' in checked.stdout
+    assert "program.py:1" not in checked.stdout
 
 
 def test_version_is_said_once() -> None:

@@ -261,9 +261,11 @@ def test_text_as_it_is_is_plain(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "package"), [("a.txt.zst", "zstandard"), ("b.parquet", "pyarrow")])
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("a.txt.zst", "zstandard", "zstd"), ("b.parquet", "pyarrow", "parquet")]
+)
 def test_a_missing_package_is_told_before_anything_is_read(
-    name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / name).write_bytes(b"")
@@ -271,7 +273,7 @@ def test_a_missing_package_is_told_before_anything_is_read(
         with pytest.raises(GPTVAEError) as caught:
             read_texts(["-", str(source)], TextConfig(), stdin=io.BytesIO(b"a"))
         assert caught.value.message == f"reading {tmp_path / name} needs the package {package}, which is not installed"
-        assert caught.value.hint == f"pip install {package}"
+        assert caught.value.hint == f"pip install 'gptvae[{extra}]'"
         assert caught.value.exit_code == ExitCode.FAILURE
 
 

@@ -32,10 +32,10 @@ def show(ctx: Any, commands: Sequence[Any] = ()) -> None:
     command, console = ctx.command, Console(highlight=False)
     usage = " ".join((ctx.command_path, *command.collect_usage_pieces(ctx)))
     console.print(Text.assemble(("Usage: ", "bold"), usage), soft_wrap=True)
-    for paragraph in inspect.cleandoc(command.help).split("\n\n"):
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         console.print(Text("\n" + _wrapped(paragraph, console.width, "  ")), soft_wrap=True)
     if commands:
-        _section(console, "Commands", ((item.name, item.help.partition("\n\n")[0]) for item in commands))
+        _section(console, "Commands", ((item.name, (item.help or "").partition("\n\n")[0]) for item in commands))
     panels: dict[str, list[Any]] = {}
     for parameter in command.get_params(ctx):
         panel = "Arguments" if parameter.param_type_name == "argument" else parameter.rich_help_panel or "Options"

@@ -256,6 +256,20 @@ def test_debug_shows_where_an_error_came_from(here: Path) -> None:
     assert debugged.stderr.endswith(plain.stderr), "the line for people is the last all the same"
 
 
+def test_without_docstrings_there_is_still_a_help() -> None:
+    """As `PYTHONOPTIMIZE=2` leaves them out."""
+    for arguments in (["--help"], ["train", "--help"]):
+        command = [sys.executable, "-OO", "-m", "gptvae_cli", *arguments]
+        assert "Usage: " in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_windows_is_told_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(SystemExit) as caught:
+        console_script()
+    assert caught.value.code == "gptvae runs on Linux and macOS; on Windows use it in WSL"
+
+
 def test_a_traceback_does_not_control_the_terminal(here: Path) -> None:
     result = run("info", f"nowhere{HOSTILE}", "--debug")
     assert "Traceback" in result.stderr

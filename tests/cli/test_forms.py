@@ -140,4 +140,4 @@ def test_a_missing_package_comes_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "a.txt.zst").write_bytes(b"")
-    assert_fails(run("encode", "a.txt.zst"), 1, "needs the package zstandard", "pip install zstandard")
+    assert_fails(run("encode", "a.txt.zst"), 1, "needs the package zstandard", "pip install 'gptvae[zstd]'")
