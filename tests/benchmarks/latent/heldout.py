@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--seconds", type=int, default=60)
     asked = parser.parse_args()
-    print(f"{'corpus':<14}{'texts':>6}{'share':>7}  IW of 500 test texts, nats, by seed; mean; bound of the held-out ones")
+    columns = "IW of 500 test texts, nats, by seed; mean; bound of the held-out ones"
+    print(f"{'corpus':<14}{'texts':>6}{'share':>7}  {columns}")
     for corpus in asked.corpora.split(","):
         for texts in map(int, asked.texts.split(",")):
             runs_of: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
