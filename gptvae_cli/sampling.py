@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, N latents, Z latent width, K path steps.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from gptvae_cli import latent
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import padded, plan_batches
-from gptvae_cli.decoding import Request, decode
+from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
 from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together
 from gptvae_cli.engines import cache_bytes
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
@@ -91,12 +90,12 @@ class Encoder:
     Args:
         checkpoint: the model.
         unit: what a text is. A `window` text is cut into consecutive windows, each with a latent of its own.
-        patience: seconds that a text waits at most for others to be computed with. Which ones these are then depends on
-            the clock, and the last digits of a latent with them.
+        as_they_come: a text does not wait long for others to be computed with it. Which ones these are then depends on
+            the clock, and the last digits of its latent with them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, unit: Unit, *, patience: float = math.inf) -> None:
-        self.checkpoint, self.unit, self.patience = checkpoint, unit, patience
+    def __init__(self, checkpoint: Checkpoint, unit: Unit, *, as_they_come: bool = False) -> None:
+        self.checkpoint, self.unit, self.as_they_come = checkpoint, unit, as_they_come
         self.config = checkpoint.header.model
         self.cut = self.changed = 0
 
@@ -115,9 +114,9 @@ class Encoder:
     def encode(self, texts: Iterable[str]) -> Iterator[Encoding]:
         """The posteriors of texts, in their order.
 
-        The first comes as soon as the first text is there, so that a slow pipe shows its results; pools then grow.
+        As texts come, the first is given as soon as there is one, so that a slow pipe shows its results.
         """
-        for pool in _growing_pools(self.rows(texts), self.patience):
+        for pool in _pools(self.rows(texts), growing=self.as_they_come):
             # Equal rows are computed once: a file may hold millions of empty lines.
             distinct = list(dict.fromkeys(map(tuple, pool)))
             encodings = dict(zip(distinct, self._posteriors(distinct), strict=True))
@@ -147,7 +146,7 @@ class Encoder:
     def _whole(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """The tokens of each text with BOS and EOS; a text that is cut has no EOS, as in training."""
         config, tokenizer = self.config, self.checkpoint.tokenizer
-        for pool in _growing_pools(texts, self.patience):
+        for pool in _pools(texts, growing=self.as_they_come):
             # One token more than fits, which tells that the text is cut.
             tokens = tokenizer.encode_batch(pool, longest=config.max_seq_len - 1)
             for text, ids in zip(pool, tokens, strict=True):
@@ -190,16 +189,16 @@ class Encoder:
         return [encodings[i] for i in range(len(rows))]
 
 
-def _growing_pools(items: Iterable[Item], patience: float) -> Iterator[list[Item]]:
-    """Cuts texts or rows into lists of 1, 2, 4 and so on; a list ends early where it holds much, or where an item was
-    slow to come."""
+def _pools(items: Iterable[Item], *, growing: bool) -> Iterator[list[Item]]:
+    """Cuts texts or rows into long lists; or into lists of 1, 2, 4 and so on, which end early where an item was slow to
+    come."""
     pool: list[Item] = []
-    most, size, last = 1, 0, time.monotonic()
+    most, size, last = 1 if growing else _POOL_TEXTS, 0, time.monotonic()
     for item in items:
         pool.append(item)
         size += len(item)
         before, last = last, time.monotonic()
-        if len(pool) >= most or size >= _POOL_SIZE or last - before > patience:
+        if len(pool) >= most or size >= _POOL_SIZE or (growing and last - before > SLOW_SECONDS):
             yield pool
             pool, size, last = [], 0, time.monotonic()
             most = min(2 * most, _POOL_TEXTS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -138,8 +137,8 @@ def test_other_texts_have_other_latents(checkpoint: Checkpoint) -> None:
 
 
 def test_equal_texts_are_computed_once_a_pool(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten million empty lines, say; pools double from one text on, so 1000 texts are in ten of them."""
-    encoder = Encoder(checkpoint, "line")
+    """Ten million empty lines, say; as they come, pools double from one text on, so 1000 texts are in ten of them."""
+    encoder = Encoder(checkpoint, "line", as_they_come=True)
     computed: list[int] = []
     posteriors = encoder._posteriors
 
@@ -236,7 +235,7 @@ def test_the_first_latent_comes_after_the_first_text(checkpoint: Checkpoint) -> 
             read.append(i)
             yield "x"
 
-    for encoded, _ in enumerate(Encoder(checkpoint, "line").encode(texts()), 1):
+    for encoded, _ in enumerate(Encoder(checkpoint, "line", as_they_come=True).encode(texts()), 1):
         if encoded == 1:
             assert len(read) <= 2
         elif encoded > 100:
@@ -244,12 +243,13 @@ def test_the_first_latent_comes_after_the_first_text(checkpoint: Checkpoint) -> 
             break
 
 
-def test_a_pool_is_bounded_in_texts_and_in_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("growing", [True, False])
+def test_a_pool_is_bounded_in_texts_and_in_characters(monkeypatch: pytest.MonkeyPatch, growing: bool) -> None:
     """Or memory would grow with what is encoded."""
     monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", lambda: 0.0)
-    sizes = [len(pool) for pool in sampling._growing_pools(repeat("x", 20_000), math.inf)]
+    sizes = [len(pool) for pool in sampling._pools(repeat("x", 20_000), growing=growing)]
     assert (max(sizes), sum(sizes)) == (4096, 20_000)
-    assert max(len(pool) for pool in sampling._growing_pools(["x" * 2**18] * 40, math.inf)) == 4
+    assert max(len(pool) for pool in sampling._pools(["x" * 2**18] * 40, growing=growing)) == 4
 
 
 def test_bfloat16_gives_nearly_the_same_latents_as_float32(checkpoint: Checkpoint) -> None:
@@ -527,6 +527,11 @@ def test_a_text_that_was_slow_to_come_is_not_kept_waiting(monkeypatch: pytest.Mo
             yield "x"
 
     monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", clock)
-    assert [len(pool) for pool in sampling._growing_pools(arriving(*[0.001] * 20), 0.3)] == [1, 2, 4, 8, 5]
-    assert [len(pool) for pool in sampling._growing_pools(arriving(*[1.0] * 4), 0.3)] == [1, 1, 1, 1]
-    assert [len(pool) for pool in sampling._growing_pools(arriving(0, 0, 0, 0, 0, 5, 0), 0.3)] == [1, 2, 3, 1]
+
+    def lengths(*gaps: float, growing: bool = True) -> list[int]:
+        return [len(pool) for pool in sampling._pools(arriving(*gaps), growing=growing)]
+
+    assert lengths(*[0.001] * 20) == [1, 2, 4, 8, 5]
+    assert lengths(*[1.0] * 4) == [1, 1, 1, 1]
+    assert lengths(0, 0, 0, 0, 0, 5, 0) == [1, 2, 3, 1]
+    assert lengths(*[5.0] * 6000, growing=False) == [4096, 1904]

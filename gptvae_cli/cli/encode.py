@@ -88,10 +88,9 @@ def encode(
     texts = read_texts(sources, config, repairs=repairs)
     seed = console.pick_seed(seed, quiet=quiet) if sample else None
     checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
-    from gptvae_cli.decoding import SLOW_SECONDS
     from gptvae_cli.sampling import Encoder
 
-    encoder = Encoder(checkpoint, config.unit, patience=SLOW_SECONDS)
+    encoder = Encoder(checkpoint, config.unit, as_they_come=not streams.are_files(sources))
     with ExitStack() as stack:
         write = stack.enter_context(latents_to(out, format, header.model.dim_latent))
         write_std: Write | None = None

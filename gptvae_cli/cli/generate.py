@@ -145,7 +145,8 @@ def generate(
         checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
         from gptvae_cli import sampling
 
-        encoder = sampling.Encoder(checkpoint, data.unit)
+        as_they_come = ref is not None and not streams.are_files([ref])
+        encoder = sampling.Encoder(checkpoint, data.unit, as_they_come=as_they_come)
         total = None
         if latents is not None:
             requests = sampling.repeated(latents, copies)

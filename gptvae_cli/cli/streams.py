@@ -46,6 +46,14 @@ def is_fed() -> bool:
     return stat.S_ISFIFO(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_size > 0)
 
 
+def are_files(names: Sequence[str]) -> bool:
+    """Whether all of what is read is there already, none of it in a pipe."""
+    try:
+        return all(stat.S_ISREG((os.fstat(0) if name == "-" else Path(name).stat()).st_mode) for name in names)
+    except OSError:
+        return False
+
+
 def refuse_terminal_stdout(example: str) -> None:
     """Keeps a binary off the terminal.
 

@@ -23,6 +23,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from typer.testing import CliRunner, Result
 
 from gptvae_cli.checkpoint import load, save_model
+from gptvae_cli.cli import streams
 from gptvae_cli.cli.app import app
 from tests.cli.conftest import LONGEST, WIDTH, make_model
 from tests.cli.test_train import assert_fails
@@ -136,7 +137,8 @@ def test_files_and_folders_are_encoded_in_the_order_that_was_given(encode: Encod
 
 @pytest.mark.parametrize("argument", [[], ["-"]], ids=["nothing", "dash"])
 def test_standard_input_is_read(encode: Encode, texts: Path, argument: list[str]) -> None:
-    assert_array_equal(latents(encode(*argument, stdin=texts.read_bytes())), latents(encode(texts)))
+    found = latents(encode(*argument, stdin=texts.read_bytes()))
+    assert_allclose(found, latents(encode(texts)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("unit", ["line", "paragraph", "window"])
@@ -317,6 +319,18 @@ def test_json_lines_start_before_the_input_ends(models: Path) -> None:
     assert process.stdout.read().count(b"\n") == 2
     process.stdout.close()
     assert process.wait(timeout=60) == 0
+
+
+def test_only_what_is_in_files_is_there_already(tmp_path: Path, texts: Path) -> None:
+    """Texts of pipes are encoded as they come, those of files always with the same others."""
+    os.mkfifo(tmp_path / "pipe")
+    assert streams.are_files([str(texts), str(texts)])
+    assert not streams.are_files([str(texts), str(tmp_path / "pipe")])
+    assert not streams.are_files([str(texts), str(tmp_path / "missing")])
+    program = "from gptvae_cli.cli.streams import are_files; print(are_files(['-']))"
+    for command, expected in (('"$0" -c "$1" < "$2"', b"True"), ('true | "$0" -c "$1"', b"False")):
+        shell = ["sh", "-c", command, sys.executable, program, str(texts)]
+        assert subprocess.run(shell, capture_output=True, check=True).stdout.strip() == expected
 
 
 def test_a_pipe_is_a_whole_file(models: Path, texts: Path, encode: Encode) -> None:
