@@ -97,11 +97,14 @@ def verdict(figures: Figures, config: TrainConfig) -> str:
     )
     if config.latents_dropout_prob == 0:  # the decoder never learnt to write without one, however badly it does
         return f"{carries}; for a KL of {figures.kl:.1f} the cross-entropy is {figures.cross_entropy:.1f}"
-    if figures.cross_entropy >= figures.cross_entropy_without:
+    helps = figures.cross_entropy_without - figures.cross_entropy
+    if helps <= 0:
         return f"{carries}; it does not help the decoder yet"
+    little = helps < figures.mutual_information / 2
     return (
-        f"{carries}; for a KL of {figures.kl:.1f} it lowers the cross-entropy from {figures.cross_entropy_without:.1f}"
-        f" to {figures.cross_entropy:.1f}"
+        f"{carries}; for a KL of {figures.kl:.1f} it lowers the cross-entropy{' only' if little else ''} from"
+        f" {figures.cross_entropy_without:.1f} to {figures.cross_entropy:.1f}"
+        f"{', so the decoder makes little of it yet' if little else ''}"
     )
 
 

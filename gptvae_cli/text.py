@@ -29,6 +29,8 @@ _PACKED = {
     "zstd": re.compile(r"\(\udcb5/\udcfd"),
 }
 """The first bytes of what these programs pack."""
+_BINARY = re.compile("[\0-\x08\x0e-\x1a\x1c-\x1f]|^%[\udc80-\udcff]{4}", re.MULTILINE)
+"""What no text in another encoding has, but .docx, .epub and other archives; and the second line of a .pdf."""
 _STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
 """Arrow's types that may hold text; files of some programs do not say that their bytes are strings."""
 _PARQUET_ROWS, _PARQUET_BUFFER = 64, 2**20
@@ -245,9 +247,11 @@ def _valid(text: str, name: str, number: int | None, form: _Form, column: int = 
     line = before.rpartition("\n")[2]
     column = _bytes(line) + 1 + (0 if "\n" in before else column)
     encoding = "utf-16" if first and text[0] in "\udcfe\udcff" else "latin1"
+    convert = f"iconv -f {encoding} -t utf-8 < OLD > NEW"
+    if encoding == "latin1" and _BINARY.search(text):
+        convert = "pandoc -t plain or pdftotext, if it is a document"
     raise DataError(
-        f"{name}, line {number}: {what} (byte {column} of the line)",
-        hint=f"convert it, e.g. iconv -f {encoding} -t utf-8 < OLD > NEW; {hint}",
+        f"{name}, line {number}: {what} (byte {column} of the line)", hint=f"convert it, e.g. {convert}; {hint}"
     )
 
 

@@ -234,6 +234,13 @@ def test_the_verdict_says_what_the_latent_carries() -> None:
     )
 
 
+def test_the_verdict_does_not_praise_information_of_which_the_decoder_makes_little() -> None:
+    text = verdict(replace(HEALTHY, cross_entropy_without=22.9), TrainConfig())
+    assert text.endswith(
+        "for a KL of 8.0 it lowers the cross-entropy only from 22.9 to 20.0, so the decoder makes little of it yet"
+    )
+
+
 def test_the_verdict_does_not_speak_of_help_where_there_is_none() -> None:
     """A decoder that hardly knows the language may do better without the latent, if worse with another text's."""
     text = verdict(replace(HEALTHY, cross_entropy_without=19.9), TrainConfig())

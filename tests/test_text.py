@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 from pyarrow import csv as arrow_csv
@@ -195,6 +196,20 @@ def test_bytes_that_are_not_utf8_are_named(unit: Unit, data: bytes, line: int, b
     with pytest.raises(DataError, match=rf"corpus\.txt, line {line}: byte 0x{byte:02x} is not UTF-8") as caught:
         list(read_texts([str(path)], TextConfig(unit=unit)))
     assert (caught.value.hint and "iconv -f latin1" in caught.value.hint) or line == 1
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_document_is_not_taken_for_text_in_another_encoding(unit: Unit, tmp_path: Path) -> None:
+    """As of a word processor, which is an archive, or a PDF."""
+    archive, pdf = tmp_path / "poems.docx", tmp_path / "poems.pdf"
+    with ZipFile(archive, "w", ZIP_DEFLATED) as document:
+        document.writestr("word/document.xml", "<w:t>shall I compare thee</w:t>" * 100)
+    pdf.write_bytes(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n")
+    for path in (archive, pdf):
+        with pytest.raises(DataError, match="is not UTF-8") as caught:
+            list(read_texts([str(path)], TextConfig(unit=unit)))
+        assert caught.value.hint is not None
+        assert caught.value.hint.startswith("convert it, e.g. pandoc -t plain or pdftotext")
 
 
 def split(text: str) -> list[str]:

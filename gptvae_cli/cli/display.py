@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from gptvae_cli.training import StepReport
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
+_ECHO = len("^C")
+"""Cells that are left free at the right: a terminal writes this there, on the line below if there is no room."""
 
 
 class TrainingDisplay:
@@ -83,7 +85,7 @@ class TrainingDisplay:
     def _panel(self) -> RenderableType:
         report = self.report
         if report is None:
-            return Panel(Text("the first step is on its way", style="dim"), title=self.title, title_align="left")
+            return self._framed(Text("the first step is on its way", style="dim"))
         assert self.began is not None
         seconds, progress = report.seconds - self.began[0], report.progress - self.began[1]
         left = seconds / progress * (1 - report.progress) if progress > 0.01 else None
@@ -114,9 +116,12 @@ class TrainingDisplay:
         if self.example is not None:
             body.add_row("text", _one_line(self.example[0]))
             body.add_row("from its z", _one_line(self.example[1]))
-        wider = min(max(map(_wider, self.example or ("",))), self.console.width // 4)
-        width = self.console.width - wider if wider else None
-        return Panel(Group(head, Text(), body), title=self.title, title_align="left", border_style="blue", width=width)
+        return self._framed(Group(head, Text(), body), border_style="blue")
+
+    def _framed(self, content: RenderableType, border_style: str = "none") -> Panel:
+        free = min(max(_ECHO, *map(_wider, self.example or ("",))), self.console.width // 4)
+        width = self.console.width - free
+        return Panel(content, title=self.title, title_align="left", border_style=border_style, width=width)
 
 
 def _wider(text: str) -> int:

@@ -84,6 +84,16 @@ def test_no_line_is_wider_than_the_terminal_takes_it_for(text: str, width: int) 
         assert cell_len(line) + marks + 2 * skins <= width, line
 
 
+def test_a_terminal_has_room_for_the_echo_of_ctrl_c() -> None:
+    """Without it goes to the next line, and the panel that is then drawn leaves the last one's top behind."""
+    for reports in ([], [REPORT]):
+        console = terminal(80)
+        with TrainingDisplay(console, "gptvae train", 32, quiet=False) as display:
+            for report in reports:
+                display.update(report)
+        assert max(map(cell_len, last_screen(written(console)).splitlines()[1:])) == 80 - len("^C")
+
+
 def test_a_terminal_sees_everything_in_named_units() -> None:
     console = terminal()
     with TrainingDisplay(console, "gptvae train, names-run", 32, quiet=False) as display:
