@@ -50,6 +50,12 @@ class Checkpoint:
     header: ModelHeader
     dtype: torch.dtype = torch.float32
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew of its header and its weights where it goes to another process, as modules of x-transformers cannot
+        be pickled."""
+        weights = model_tensors(self.model)
+        return _built, (self.header, weights, self.model.device, self.dtype)
+
 
 @dataclass(frozen=True)
 class State:
@@ -78,12 +84,16 @@ def load(path: Path, *, device: torch.device, dtype: torch.dtype = torch.float32
         metadata, tensors = _open(path)
         header = ModelHeader.from_metadata(metadata)
         _check_digest(metadata, tensors)
-        tokenizer = load_tokenizer(header.tokenizer, header.model)
-        _check_fit(tensors, model_tensors(claimed_model(header.model, tensors)))
-        check_finite(tensors)
-        with _NoInit():
-            model = GPTVAE.from_config(header.model).float()  # whatever torch's default is
-        fill_model(model, tensors)
+        return _built(header, tensors, device, dtype)
+
+
+def _built(header: ModelHeader, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Checkpoint:
+    tokenizer = load_tokenizer(header.tokenizer, header.model)
+    _check_fit(tensors, model_tensors(claimed_model(header.model, tensors)))
+    check_finite(tensors)
+    with _NoInit():
+        model = GPTVAE.from_config(header.model).float()  # whatever torch's default is
+    fill_model(model, tensors)
     return Checkpoint(model.to(device).eval(), tokenizer, header, dtype)
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +450,19 @@ def test_a_process_that_is_forked_after_loading_computes(tmp_path: Path) -> None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_model_that_is_pickled_is_the_same_elsewhere(model: Model, folder: Path) -> None:
+    """As joblib and scikit-learn do it; the weights as they are now, and in the type that was asked for."""
+    rough = load(folder, device="cpu", dtype="bfloat16")
+    with torch.no_grad():
+        rough.network.decoder.to_logits.weight.mul_(1.5)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+        for each in (model, rough):
+            assert_array_equal(other.submit(each.encode, TEXTS).result(timeout=120), each.encode(TEXTS))
+            again = pickle.loads(pickle.dumps(each))
+            assert again.generate(LATENTS, greedy=True) == each.generate(LATENTS, greedy=True)
+            assert again.header == each.header
 
 
 # The package ----------------------------------------------------------------------------------------------------------
