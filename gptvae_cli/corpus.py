@@ -28,7 +28,7 @@ from gptvae_cli.ingest import (
     read_pairs,
     take,
 )
-from gptvae_cli.sources import STDIN, expand
+from gptvae_cli.sources import STDIN, expand, is_stdin
 from gptvae_cli.text import Repairs
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.tokens import TokenStore
@@ -253,7 +253,7 @@ def fingerprint(sources: Sequence[str], config: DataConfig) -> str | None:
         DataError: for a source that is missing.
     """
     files = expand(sources or [STDIN])
-    if STDIN in files:
+    if any(map(is_stdin, files)):
         return None
     named = [config.valid if config.valid_share is None else None, config.latents_from]
     if config.tokenizer not in ("auto", "bytes", "bpe"):

@@ -23,6 +23,8 @@ from gptvae_cli.errors import DataError, GPTVAEError
 from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME
 
 STDIN = "-"
+STDIN_RECORDS = "-.jsonl"
+"""Standard input again, where its lines are JSON."""
 _FOLDER_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
 _PACKINGS = {".gz": "gzip", ".zst": "Zstandard"}
 _EXTRAS = {".zst": ("zstandard", "zstd"), ".parquet": ("pyarrow", "parquet")}
@@ -55,6 +57,11 @@ def expand(sources: Sequence[str]) -> list[str]:
     return files
 
 
+def is_stdin(file: str) -> bool:
+    """Whether a name means standard input, of whatever form."""
+    return file in (STDIN, STDIN_RECORDS)
+
+
 def ending(file: str, *, unpacked: bool = False) -> str:
     """The last ending of a file's name, in lower case: `.gz` of `A.TXT.GZ`, or `.txt` of what is `unpacked`."""
     name = Path(file.lower())
@@ -83,7 +90,7 @@ def excerpt(files: Sequence[str], most: int) -> bytes:
 
 
 def _expand(source: str) -> list[str]:
-    if source == STDIN:
+    if is_stdin(source):
         return [source]
     with reading_errors(source):
         try:
@@ -126,7 +133,7 @@ def _matches(pattern: str) -> list[str]:
             f"no file matches {pattern}", hint="a pattern stands for files: * and ? within a name, ** below"
         )
     # A file of this name is not standard input.
-    return [f"./{file}" if str(file) == STDIN else str(file) for file in files]
+    return [f"./{file}" if is_stdin(str(file)) else str(file) for file in files]
 
 
 def _raise(error: OSError) -> None:
@@ -158,7 +165,7 @@ def reading_errors(name: str) -> Iterator[None]:
 @contextmanager
 def opened(file: str, stdin: BinaryIO | None) -> Iterator[io.BufferedIOBase | BinaryIO]:
     """The bytes of a file, unpacked, or of standard input, which is left open."""
-    if file == STDIN:
+    if is_stdin(file):
         assert stdin is not None
         yield stdin
         return

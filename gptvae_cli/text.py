@@ -11,14 +11,14 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import BinaryIO, TextIO
 
 from gptvae_cli.config import TextConfig, Unit
 from gptvae_cli.errors import ConfigError, DataError
-from gptvae_cli.sources import STDIN, ending, expand, is_packed, opened, reading_errors
+from gptvae_cli.sources import STDIN, STDIN_RECORDS, ending, expand, is_packed, is_stdin, opened, reading_errors
 from gptvae_cli.tokenizer import PIECE_CHARS, SURROGATE, pieces
 
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
@@ -48,17 +48,22 @@ class Part(str):
 
 @dataclass
 class Repairs:
-    """Counts the U+FFFD that were put in the place of what is not valid Unicode."""
+    """Counts the U+FFFD that were put in the place of what is not valid Unicode; and what was read as it stands, though
+    it looks like JSON lines."""
 
     count: int = 0
+    records: str | None = None
 
     @property
     def note(self) -> str | None:
         """What people should know about the texts so far."""
-        if self.count == 0:
-            return None
-        places = "1 place is" if self.count == 1 else f"{self.count:,} places are"
-        return f"{places} not UTF-8 and became U+FFFD"
+        notes = []
+        if self.records is not None:
+            notes.append(f"{self.records} looks like JSON lines and was read as plain text, see --field")
+        if self.count > 0:
+            places = "1 place is" if self.count == 1 else f"{self.count:,} places are"
+            notes.append(f"{places} not UTF-8 and became U+FFFD")
+        return "; ".join(notes) or None
 
 
 def read_texts(
@@ -88,7 +93,7 @@ def read_texts(
     Memory holds one line, paragraph, record or part at a time, or one file.
 
     Args:
-        sources: names, or `-` for stdin; none is stdin.
+        sources: names, or `-` for stdin, `-.jsonl` where its lines are JSON; none is stdin.
         config: what a text is. With errors of `replace` there is U+FFFD where bytes are not UTF-8, as `bytes.decode`
             puts it, and where a JSON string holds half of a surrogate pair.
         repairs: counts these.
@@ -100,7 +105,7 @@ def read_texts(
         GPTVAEError: at once for a file that needs a package which is not installed.
     """
     files = expand(sources or [STDIN])
-    if STDIN in files and stdin is None:
+    if stdin is None and any(map(is_stdin, files)):
         stdin = getattr(sys.stdin, "buffer", None)
         if stdin is None:
             raise DataError("cannot read stdin: it is closed", hint="name a file")
@@ -117,20 +122,24 @@ def _has_fields(file: str) -> bool:
     return ending(file, unpacked=True) in (*_RECORDS, ".parquet")
 
 
-def require_fields(sources: Sequence[str], field: str) -> None:
-    """Keeps texts that are named by a field from being read as they stand, where nothing that is read has fields.
+def with_field(sources: Sequence[str], field: str) -> list[str]:
+    """The sources of texts that are named by a field; standard input is then JSON lines.
+
+    Keeps texts from being read as they stand, where nothing that is read has fields.
 
     Raises:
         ConfigError: where none of the sources has.
         DataError: for a source that is missing.
     """
-    files = expand(sources or [STDIN])
+    read = [STDIN_RECORDS if source == STDIN else source for source in sources or [STDIN]]
+    files = expand(read)
     if not any(map(_has_fields, files)):
-        names = ", ".join("standard input" if file == STDIN else file for file in files[:3])
         raise ConfigError(
-            f"--field {field} is for files that end in {', '.join(_RECORDS)} or .parquet, and {names} is plain text",
-            hint=f"name it so, or pipe the texts themselves: jq -r .{field} FILE | gptvae ...",
+            f"--field {field} is for files that end in {', '.join(_RECORDS)} or .parquet, and {', '.join(files[:3])} is"
+            " plain text",
+            hint="name it so, or pipe JSON lines: gptvae ... - < FILE",
         )
+    return read
 
 
 @dataclass(frozen=True)
@@ -148,7 +157,7 @@ class _Form:
 
 
 def _read_file(file: str, form: _Form, stdin: BinaryIO | None) -> Iterator[str]:
-    name = "stdin" if file == STDIN else file
+    name = "stdin" if is_stdin(file) else file
     with reading_errors(name):
         if ending(file, unpacked=True) == ".parquet":
             if is_packed(file):
@@ -160,7 +169,7 @@ def _read_file(file: str, form: _Form, stdin: BinaryIO | None) -> Iterator[str]:
             if records is not None:
                 yield from _of_records(records(_lines(stream, name, form), name, form), form)
             elif form.config.unit == "line":
-                yield from _lines(stream, name, form)
+                yield from _noting_records(_lines(stream, name, form), name, form)
             elif form.config.unit == "paragraph":
                 yield from _paragraphs(_lines(stream, name, form))
             else:
@@ -222,6 +231,17 @@ def _lines(stream: TextIO, name: str, form: _Form) -> Iterator[str]:
         if number == 1:
             line = line.removeprefix("\ufeff")
         yield line.removesuffix("\n")
+
+
+def _noting_records(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
+    """The same lines; takes note where the first one is an object of JSON that has the field of a text."""
+    for first in lines:
+        with suppress(ValueError, RecursionError):
+            if first.startswith("{") and isinstance(json.loads(first).get(form.config.field), str):
+                form.repairs.records = name
+        yield first
+        break
+    yield from lines
 
 
 def _valid(text: str, name: str, number: int | None, form: _Form, column: int = 0) -> str:

@@ -22,7 +22,7 @@ from pyarrow import csv as arrow_csv
 
 from gptvae_cli.config import UNITS, Errors, TextConfig, Unit
 from gptvae_cli.errors import ConfigError, DataError
-from gptvae_cli.text import Part, Repairs, read_texts, require_fields
+from gptvae_cli.text import Part, Repairs, read_texts, with_field
 from gptvae_cli.tokenizer import pieces
 
 
@@ -329,10 +329,43 @@ def test_a_field_is_of_records(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     names = [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.csv.gz")]
     for sources in (names, names[1:], names[2:]):
-        require_fields(sources, "review")
-    for sources, said in (([], "standard input"), (["-"], "standard input"), (names[:1], r"a\.txt")):
-        with pytest.raises(ConfigError, match=f"--field review .* and .*{said} is plain text"):
-            require_fields(sources, "review")
+        assert with_field(sources, "review") == sources
+    with pytest.raises(ConfigError, match=r"--field review .* and .*a\.txt is plain text"):
+        with_field(names[:1], "review")
+
+
+@pytest.mark.parametrize("sources", [[], ["-"]])
+def test_standard_input_is_json_lines_where_a_field_is_named(sources: list[str], tmp_path: Path) -> None:
+    lines = b'{"review": "one\\ntwo", "text": 3}\n\n{"review": ""}\n'
+    read = with_field(sources, "review")
+    config = TextConfig(field="review", unit="paragraph")
+    assert list(read_texts(read, config, stdin=io.BytesIO(lines))) == ["one\ntwo", ""]
+    with pytest.raises(DataError, match="stdin, line 1 is not JSON"):
+        list(read_texts(read, config, stdin=io.BytesIO(b"plain\n")))
+    (tmp_path / "-.jsonl").write_text('{"review": "a file"}\n')
+    assert list(read_texts([str(tmp_path)], config)) == ["a file"]
+
+
+@pytest.mark.parametrize(
+    ("line", "noted"),
+    [
+        ('{"text": "one"}', True),
+        ('{"text": 1}', False),
+        ('{"other": "one"}', False),
+        ("{text}", False),
+        ('["text"]', False),
+        ("{" * 5000, False),
+        ("", False),
+    ],
+)
+def test_json_lines_that_are_read_as_they_stand_are_told_of(line: str, noted: bool, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text(f"{line}\nsecond\n")
+    for source, name in (("-", "stdin"), (str(tmp_path / "a"), str(tmp_path / "a"))):
+        repairs = Repairs()
+        stdin = io.BytesIO(f"{line}\nsecond\n".encode())
+        assert list(read_texts([source], TextConfig(), repairs=repairs, stdin=stdin)) == [line, "second"]
+        note = f"{name} looks like JSON lines and was read as plain text, see --field"
+        assert repairs.note == (note if noted else None)
 
 
 @pytest.mark.parametrize("unit", UNITS)

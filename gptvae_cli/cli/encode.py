@@ -64,7 +64,7 @@ def encode(
     """
     from gptvae_cli.header import locate_model, read_header
     from gptvae_cli.sources import expand
-    from gptvae_cli.text import Repairs, read_texts, require_fields
+    from gptvae_cli.text import Repairs, read_texts, with_field
 
     if not files or "-" in files:
         streams.refuse_terminal_stdin("gptvae encode texts.txt > z.npy")
@@ -75,9 +75,7 @@ def encode(
     streams.refuse_stdout("--std-out", std_out)
     if out is not None and std_out is not None and os.path.realpath(out) == os.path.realpath(std_out):
         raise ConfigError(f"--out and --std-out are both {std_out}", hint="name two files")
-    sources = expand(files or ["-"])
-    if field is not None:
-        require_fields(sources, field)
+    sources = expand(with_field(files or [], field) if field is not None else files or ["-"])
     path = locate_model(model)
     streams.refuse_input("--out", out, [*sources, str(path)])
     streams.refuse_input("--std-out", std_out, [*sources, str(path)])

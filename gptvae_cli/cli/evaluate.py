@@ -89,10 +89,11 @@ def evaluate(
     """
     from gptvae_cli.header import locate_model, read_header
     from gptvae_cli.sources import expand
-    from gptvae_cli.text import Repairs, read_texts, require_fields
+    from gptvae_cli.text import Repairs, read_texts, with_field
 
+    read = corpus or ["-"]
     if field is not None:
-        require_fields([*(corpus or ["-"]), *filter(None, [labels, latents_from])], field)
+        read = with_field([*read, *filter(None, [labels, latents_from])], field)[: len(read)]
     if not corpus or "-" in corpus:
         streams.refuse_terminal_stdin("gptvae evaluate test.txt")
     streams.refuse_stdout("--per-text", per_text)
@@ -110,7 +111,7 @@ def evaluate(
             units = f"{paths[1]} was trained on texts of unit {other}, {path} on {own}"
             console.note(f"{units}: one of them knows no end of a text", quiet=quiet)
     _check(headers, data.unit, texts, labels=labels, latents_from=latents_from)
-    files = expand(corpus or ["-"])
+    files = expand(read)
     streams.refuse_input("--per-text", per_text, [*files, *filter(None, [labels, latents_from]), *map(str, paths)])
     repairs = Repairs()
     stream = read_texts(files, data, repairs=repairs)
@@ -119,8 +120,8 @@ def evaluate(
     if labels is not None or latents_from is not None:
         lines, count = _first(stream, texts)
         if latents_from is not None:
-            read = read_texts([latents_from], data, repairs=repairs)
-            sources = _aligned(latents_from, read, "texts", texts, count)
+            others = read_texts([latents_from], data, repairs=repairs)
+            sources = _aligned(latents_from, others, "texts", texts, count)
         if labels is not None:
             from gptvae_cli.probe import require_classes, require_scikit_learn
 

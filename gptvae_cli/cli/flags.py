@@ -83,7 +83,9 @@ UnitOption = Annotated[Unit | None, typer.Option(help="What one text is. [defaul
 FieldOption = Annotated[
     str | None,
     typer.Option(
-        metavar="KEY", help="Of texts in .jsonl, .csv and .parquet files. [default: as the model was trained]"
+        metavar="KEY",
+        help="Of texts in .jsonl, .csv and .parquet files; standard input is then JSON lines."
+        " [default: as the model was trained]",
     ),
 ]
 ErrorsOption = Annotated[

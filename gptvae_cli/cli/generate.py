@@ -100,20 +100,20 @@ def generate(
     as lines; texts of other units have an empty line between them, see also -0 and --format jsonl.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import Repairs, of_unit, read_texts, require_fields
+    from gptvae_cli.text import Repairs, of_unit, read_texts, with_field
 
     config = SampleConfig(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy, max_tokens=max_tokens
     )
     _check_sources({"--latent": latent, "--ref": ref, "--text": text, "--prior": prior}, sample=sample)
-    if field is not None:
-        if ref is None:
-            raise ConfigError("--field is of the texts of --ref, and there are none", hint="leave it out")
-        require_fields([ref], field)
+    if field is not None and ref is None:
+        raise ConfigError("--field is of the texts of --ref, and there are none", hint="leave it out")
     if (latent, ref, text, prior) == (None, None, None, None) and streams.is_fed():
         console.note("standard input is not read: --ref - takes texts from it, --latent - latents", quiet=quiet)
     if "-" in (latent, ref):
         streams.refuse_terminal_stdin("gptvae generate --latent z.npy")
+    if field is not None and ref is not None:
+        (ref,) = with_field([ref], field)
     path = locate_model(model)
     header = read_header(path)
     if (latent, ref, text, latents_out) != (None, None, None, None):

@@ -71,13 +71,13 @@ def interpolate(
     points, each point is printed once: N points give (N - 1) x (steps - 1) + 1 texts.
     """
     from gptvae_cli.header import locate_model, read_header
-    from gptvae_cli.text import Repairs, of_unit, require_fields
+    from gptvae_cli.text import Repairs, of_unit, with_field
 
     _check_points(points or [], start, end, latent)
     if field is not None:
         if not points:
             raise ConfigError("--field is of texts in files, and there are none", hint="leave it out")
-        require_fields(points, field)
+        points = with_field(points, field)
     streams.refuse_stdout("--latents-out", latents_out)
     path = locate_model(model)
     streams.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else []), str(path)])
@@ -146,6 +146,7 @@ def _latents(name: str, width: int) -> Sequence[Floats]:
 def _point(name: str, data: TextConfig, width: int, repairs: Repairs) -> str | Floats:
     """The one text, or the one latent, of a file."""
     from gptvae_cli.latent_file import is_npy, read_latents
+    from gptvae_cli.sources import STDIN, is_stdin
     from gptvae_cli.text import read_texts
 
     with streams.source(name, hint="check the path; texts themselves go to --from TEXT --to TEXT") as stream:
@@ -158,8 +159,8 @@ def _point(name: str, data: TextConfig, width: int, repairs: Repairs) -> str | F
         if is_latent:
             found = list(read_latents(stream, streams.called(name), width=width))
         else:
-            by_name = Path(name).is_file()  # whose ending may tell how to read it
-            texts = read_texts([name if by_name else "-"], data, repairs=repairs, stdin=stream)
+            by_name = is_stdin(name) or Path(name).is_file()  # whose ending may tell how to read it
+            texts = read_texts([name if by_name else STDIN], data, repairs=repairs, stdin=stream)
             found = ["".join(texts)] if data.unit == "window" else list(islice(texts, 2))
     if len(found) != 1:
         amount, thing = "more than one" if found else "no", "latent" if is_latent else "text"

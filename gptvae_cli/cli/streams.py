@@ -21,6 +21,7 @@ from gptvae_cli.cli.flags import TextFormat
 from gptvae_cli.config import Unit
 from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
 from gptvae_cli.files import is_no_file, replacing
+from gptvae_cli.sources import is_stdin
 
 
 class NothingToReadError(ConfigError):
@@ -49,7 +50,7 @@ def is_fed() -> bool:
 def are_files(names: Sequence[str]) -> bool:
     """Whether all of what is read is there already, none of it in a pipe."""
     try:
-        return all(stat.S_ISREG((os.fstat(0) if name == "-" else Path(name).stat()).st_mode) for name in names)
+        return all(stat.S_ISREG((os.fstat(0) if is_stdin(name) else Path(name).stat()).st_mode) for name in names)
     except OSError:
         return False
 
@@ -100,7 +101,7 @@ def refuse_input(option: str, name: str | None, inputs: Sequence[str]) -> None:
 
 def called(name: str) -> str:
     """What people call a file, or standard input for `-`."""
-    return "stdin" if name == "-" else name
+    return "stdin" if is_stdin(name) else name
 
 
 @contextmanager
@@ -110,7 +111,7 @@ def source(name: str, *, hint: str = "check the path") -> Iterator[BinaryIO]:
     Raises:
         DataError: for one that cannot be opened.
     """
-    if name == "-":
+    if is_stdin(name):
         if sys.stdin is None:
             raise DataError("cannot read stdin: it is closed", hint="name a file")
         yield sys.stdin.buffer

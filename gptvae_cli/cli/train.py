@@ -93,7 +93,10 @@ def train(
     print_config: Annotated[bool, _flag("--print-config", "Print such a file, and stop.")] = False,
     unit: Annotated[Unit | None, _option("unit", "What one text is.", _TEXTS)] = None,
     field: Annotated[
-        str | None, _option("field", "Key of the text in .jsonl, .csv and .parquet files.", _TEXTS, "KEY")
+        str | None,
+        _option(
+            "field", "Key of the text in .jsonl, .csv and .parquet files; stdin is then JSON lines.", _TEXTS, "KEY"
+        ),
     ] = None,
     errors: Annotated[
         Errors | None, _option("errors", "Bytes that are not UTF-8 are an error, or U+FFFD.", _TEXTS)
@@ -208,7 +211,7 @@ def train(
     from gptvae_cli.doctor import advice, diagnosis
     from gptvae_cli.folder import claimed
     from gptvae_cli.sources import expand
-    from gptvae_cli.text import require_fields
+    from gptvae_cli.text import with_field
 
     with plan.naming():
         where = resolve_device(plan.machine.device)
@@ -216,9 +219,10 @@ def train(
         precision = resolve_dtype(plan.machine.dtype, where.device, training=True)
     if not resume:
         expand(plan.run.corpus)  # before a run that is there is spoken of: a name may be mistyped
-        if plan.data.field != DataConfig().field:
+        if "field" in plan.flags.values or plan.data.field != DataConfig().field:
             valid = plan.data.valid if plan.data.valid_share is None else None
-            require_fields([*corpus, *filter(None, [valid, plan.data.latents_from])], plan.data.field)
+            beside = [*filter(None, [valid, plan.data.latents_from])]
+            corpus = with_field([*corpus, *beside], plan.data.field)[: len(corpus)]
     folder = Path(plan.run.out)
     with claimed(folder, resume=resume, force=force):
         if resume:
@@ -229,7 +233,7 @@ def train(
             with plan.naming(), reading as on_progress:
                 job = run.start(
                     folder,
-                    plan.run.corpus,
+                    corpus,
                     plan.data,
                     plan.train,
                     sizes=plan.sizes,

@@ -152,6 +152,8 @@ def test_a_record_field_is_the_text(encode: Encode, tmp_path: Path) -> None:
     assert_allclose(
         latents(encode("a.jsonl", "--field", "review")), latents(encode(stdin=b"one\ntwo\n")), atol=1e-5, rtol=1e-5
     )
+    piped = encode("--field", "review", stdin=(tmp_path / "a.jsonl").read_bytes())
+    assert_allclose(latents(piped), latents(encode("a.jsonl", "--field", "review")), atol=1e-5, rtol=1e-5)
     assert_fails(encode("a.jsonl", "--field", "title", "--format", "jsonl"), 3, "a.jsonl, line 1", "title", "'review'")
 
 

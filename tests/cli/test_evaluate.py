@@ -41,10 +41,10 @@ def evaluate(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> E
     monkeypatch.chdir(tmp_path)
     Path("texts.txt").write_text("".join(f"{text}\n" for text in TEXTS), encoding="utf-8")
 
-    def invoke(*options: object, model: str = "line", corpus: str = "texts.txt") -> Result:
+    def invoke(*options: object, model: str = "line", corpus: str = "texts.txt", stdin: bytes | None = None) -> Result:
         path = str(models / f"{model}.safetensors")
         arguments = ["evaluate", corpus, "--model", path, "--samples", "3", "--device", "cpu", *map(str, options)]
-        return CliRunner().invoke(app, arguments)
+        return CliRunner().invoke(app, arguments, input=stdin)
 
     return invoke
 
@@ -421,6 +421,8 @@ def test_a_record_field_is_the_text(evaluate: Evaluate) -> None:
         figures(evaluate("--json")),
     )
     assert found | {"corpus": ["texts.txt"]} == expected
+    piped = figures(evaluate("--json", "--field", "review", corpus="-", stdin=records.encode("utf-8")))
+    assert piped | {"corpus": ["texts.txt"]} == expected
 
 
 def test_a_collapse_is_told_and_nothing_else_is_called_so(evaluate: Evaluate, models: Path, tmp_path: Path) -> None:

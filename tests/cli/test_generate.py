@@ -132,21 +132,6 @@ def test_a_reference_is_written_from_its_mean(generate: Generate, models: Path) 
     assert [lines(generate("--text", text, "--greedy"))[0] for text in TEXTS] == expected
 
 
-def test_a_reference_that_comes_slowly_is_answered_before_the_next(models: Path) -> None:
-    arguments = ["generate", "--ref", "-", "--greedy", "--model", str(models / "line.safetensors")]
-    with subprocess.Popen(
-        [sys.executable, "-m", "gptvae_cli", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(b"one\n")
-        process.stdin.flush()
-        assert process.stdout.readline().endswith(b"\n")
-        process.stdin.write(b"two\nthree\n")
-        process.stdin.close()
-        assert process.stdout.read().count(b"\n") == 2
-
-
 def test_a_reference_may_be_a_record_or_of_another_unit(generate: Generate) -> None:
     Path("a.jsonl").write_text('{"text": "no", "review": "one"}\n{"text": "no", "review": "two"}\n')
     assert lines(generate("--ref", "a.jsonl", "--field", "review", "--greedy")) == lines(
@@ -518,4 +503,7 @@ def test_texts_that_are_not_read_are_told_of(models: Path, tmp_path: Path) -> No
 
 def test_a_field_is_of_texts_in_records(generate: Generate) -> None:
     assert_fails(generate("--prior", "1", "--field", "review"), 2, "--field is of the texts of --ref")
-    assert_fails(generate("--ref", "texts.txt", "--field", "review"), 2, "texts.txt is plain text", "jq -r .review")
+    assert_fails(generate("--ref", "texts.txt", "--field", "review"), 2, "texts.txt is plain text", "JSON lines")
+    records = b'{"review": "one\\ntwo"}\n{"review": "b"}\n'
+    expected = lines(generate("--ref", "-", "--greedy", stdin=b"one two\nb\n"))
+    assert lines(generate("--ref", "-", "--field", "review", "--greedy", stdin=records)) == expected

@@ -137,9 +137,9 @@ def test_a_point_of_a_running_text_is_one_window(run: Interpolate) -> None:
 def test_a_field_is_of_points_in_records(run: Interpolate) -> None:
     Path("a.jsonl").write_text('{"review": "one"}\n')
     assert run("a.jsonl", "b.txt", "--field", "review", "--steps", "2").exit_code == 0
-    assert_fails(
-        run("b.txt", "b.txt", "--field", "review"), 2, "--field review", "b.txt is plain text", "jq -r .review"
-    )
+    assert_fails(run("b.txt", "b.txt", "--field", "review"), 2, "--field review", "b.txt is plain text", "JSON lines")
+    piped = run("-", "b.txt", "--field", "review", "--steps", "2", stdin=b'{"review": "one"}\n')
+    assert piped.stdout == run("a.jsonl", "b.txt", "--field", "review", "--steps", "2").stdout
     assert_fails(run("--from", "a", "--to", "b", "--field", "review"), 2, "--field is of texts in files")
 
 

@@ -226,6 +226,9 @@ def test_a_json_field_is_the_text(train: Train, out: Path, tmp_path: Path) -> No
     path.write_text("\n".join(json.dumps({"name": name, "text": 1}) for name in NAMES))
     assert train(path, "--field", "name").exit_code == 0
     assert read_header(out / "model.safetensors").data.field == "name"
+    digest = read_header(out / "model.safetensors").training["corpus"]["digest"]
+    assert train("--field", "name", "--force", stdin=path.read_bytes()).exit_code == 0
+    assert read_header(out / "model.safetensors").training["corpus"]["digest"] == digest
 
 
 def test_descriptions_teach_the_encoder_and_commands_the_decoder(train: Train, out: Path, tmp_path: Path) -> None:
