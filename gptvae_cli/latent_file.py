@@ -16,7 +16,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from types import TracebackType
@@ -67,17 +67,18 @@ def read_latents(source: BinaryIO, name: str, *, width: int) -> Floats:
         DataError: for a file that is unreadable, not `.npy`, cut, too long, not of floats, not of this width, or
             that holds a number that is not finite, or beyond 1e15.
     """
-    pieces = list(_pieces(source, name, width))
+    pieces = [piece_nZ for _, piece_nZ in _pieces(source, name, width)]
     return np.concatenate(pieces) if pieces else np.empty((0, width), np.float32)
 
 
-def iter_latents(source: BinaryIO, name: str, *, width: int) -> Iterator[Floats]:
-    """Like `read_latents`, one latent [Z] at a time as they arrive; memory does not grow with N.
+def iter_latents(source: BinaryIO, name: str, *, width: int) -> Iterator[tuple[int, Floats]]:
+    """Like `read_latents`, one latent [Z] at a time as they arrive, and the row it is: of an array its place, of a line
+    of JSON what it says, so that some of many lines keep theirs. Memory does not grow with N.
 
     An array in Fortran order comes column by column and is read whole first.
     """
-    for piece_nZ in _pieces(source, name, width):
-        yield from piece_nZ
+    for rows_n, piece_nZ in _pieces(source, name, width):
+        yield from zip(rows_n, piece_nZ, strict=True)
 
 
 def checked_latents(values: npt.NDArray[np.generic], name: str, *, width: int) -> Floats:
@@ -92,8 +93,8 @@ def checked_latents(values: npt.NDArray[np.generic], name: str, *, width: int) -
     return _to_float32(floats, name, 0)
 
 
-def _pieces(source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
-    """Checked rows [n Z], a few at a time."""
+def _pieces(source: BinaryIO, name: str, width: int) -> Iterator[tuple[Sequence[int], Floats]]:
+    """Which rows, and their checked latents [n Z], a few at a time."""
     with reading_errors(name):
         first = _read(source, 1)
         if first in (b"[", b"{"):
@@ -112,19 +113,20 @@ def _pieces(source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
                 raise DataError(f"{name} is cut: it claims {count} latents and holds {found}")
             values = np.frombuffer(data, header.dtype)
             values_nZ = values.reshape(width, rows).T if by_column else values.reshape(rows, width)
-            yield _to_float32(values_nZ, name, start)
+            yield range(start, start + rows), _to_float32(values_nZ, name, start)
         if source.read(1):
             raise DataError(
                 f"{name} goes on after its {count} latents", hint="concatenate arrays with numpy, not with cat"
             )
 
 
-def _lines(first: bytes, source: BinaryIO, name: str, width: int) -> Iterator[Floats]:
+def _lines(first: bytes, source: BinaryIO, name: str, width: int) -> Iterator[tuple[Sequence[int], Floats]]:
     """The latents of lines of JSON, of which the first byte has been read."""
-    for row, line in enumerate(chain([first + source.readline()], source)):
+    count = 0
+    for number, line in enumerate(chain([first + source.readline()], source), 1):
         if not line.strip():
             continue
-        place = f"{name}, line {row + 1}"
+        place = f"{name}, line {number}"
         try:
             found = json.loads(line)
             numbers = found["latent"] if isinstance(found, dict) else found
@@ -137,7 +139,11 @@ def _lines(first: bytes, source: BinaryIO, name: str, width: int) -> Iterator[Fl
                 hint="gptvae encode --format jsonl writes such lines",
             ) from error
         _check_shape((len(numbers),), place, width)
-        yield _to_float32(values_1Z, name, row)
+        row = found.get("row") if isinstance(found, dict) else None
+        if type(row) is not int or not 0 <= row < 2**63:
+            row = count
+        yield [row], _to_float32(values_1Z, name, number - 1)
+        count += 1
 
 
 class _Header(NamedTuple):

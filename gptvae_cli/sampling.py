@@ -223,7 +223,12 @@ def unconditioned(checkpoint: Checkpoint, seed: int, count: int) -> Iterator[Flo
 
 def repeated(latents: Iterable[Floats | None], copies: int) -> Iterator[Request]:
     """Every latent several times, to be written with other token noise each time."""
-    for row, latent_Z in enumerate(latents):
+    return numbered(enumerate(latents), copies)
+
+
+def numbered(latents: Iterable[tuple[int, Floats | None]], copies: int) -> Iterator[Request]:
+    """The same of latents that are some rows of many: the noise of each is that of its row."""
+    for row, latent_Z in latents:
         tensor_Z = None if latent_Z is None else torch.tensor(latent_Z)
         yield from (Request(row, copy, tensor_Z) for copy in range(copies))
 

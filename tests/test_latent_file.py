@@ -78,9 +78,14 @@ def test_one_dimension_is_one_latent() -> None:
 
 def test_one_row_at_a_time_is_the_same() -> None:
     array = rows(10_000)
-    found = list(iter_latents(io.BytesIO(saved(array)), "z.npy", width=Z))
+    named = list(iter_latents(io.BytesIO(saved(array)), "z.npy", width=Z))
+    assert [row for row, _ in named] == list(range(len(array)))
+    found = [latent_Z for _, latent_Z in named]
     assert len(found) == 10_000 and found[0].shape == (Z,)
     np.testing.assert_array_equal(np.stack(found), array)
+
+
+FOREIGN_ROWS = [b"-1", b'"a"', b"null", b"true", b"1.0", b"9223372036854775808"]
 
 
 @pytest.mark.parametrize("form", ["objects", "lists"])
@@ -89,8 +94,20 @@ def test_lines_of_json_are_the_same_numbers(form: str) -> None:
     lines = [list(map(float, row)) for row in array]
     data = "\n".join(json.dumps({"latent": line, "row": 1} if form == "objects" else line) for line in lines).encode()
     np.testing.assert_array_equal(read(data), array)
-    np.testing.assert_array_equal(np.stack(list(iter_latents(io.BytesIO(data), "z.npy", width=Z))), array)
+    found = [latent_Z for _, latent_Z in iter_latents(io.BytesIO(data), "z.npy", width=Z)]
+    np.testing.assert_array_equal(np.stack(found), array)
     np.testing.assert_array_equal(read(b"[0]\n[1e0]\n", width=1), [[0], [1]])
+
+
+def test_lines_of_json_say_which_row_they_are() -> None:
+    """So that those that are left of many go by their names; what is no row is none of ours."""
+    lines = [b'{"row": 7, "latent": [1]}', b"", b"[2]", *(b'{"row": %s, "latent": [3]}' % row for row in FOREIGN_ROWS)]
+    found = list(iter_latents(io.BytesIO(b"\n".join(lines)), "z.jsonl", width=1))
+    assert [row for row, _ in found] == [7, *range(1, 2 + len(FOREIGN_ROWS))]
+    assert [float(latent_Z[0]) for _, latent_Z in found] == [1, 2, *[3] * len(FOREIGN_ROWS)]
+
+
+def test_blank_lines_are_no_latents() -> None:
     np.testing.assert_array_equal(read(b"[0]\n\n[1]\n \r\n\n", width=1), [[0], [1]])
 
 
@@ -156,7 +173,7 @@ def test_a_pipe_is_read_and_its_first_latents_come_before_its_end() -> None:
 
         feeding = threading.Thread(target=feed_head)
         feeding.start()
-        latents = iter_latents(source, "stdin", width=Z)
+        latents = (latent_Z for _, latent_Z in iter_latents(source, "stdin", width=Z))
         np.testing.assert_array_equal(next(latents), array[0])
         feeding.join()  # the rest is not written yet
         feeding = threading.Thread(target=feed_rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -126,7 +127,7 @@ def generate(
         raise ConfigError("--stream and --format jsonl exclude each other", hint="leave one of them out")
     repairs = Repairs()
     with ExitStack() as stack:
-        latents: Iterator[Floats] | None = None
+        latents: Iterator[tuple[int, Floats]] | None = None
         texts: Iterator[str] | None = None
         if latent is not None:
             from gptvae_cli.latent_file import iter_latents
@@ -149,7 +150,7 @@ def generate(
         encoder = sampling.Encoder(checkpoint, data.unit, as_they_come=as_they_come)
         total = None
         if latents is not None:
-            requests = sampling.repeated(latents, copies)
+            requests = sampling.numbered(latents, copies)
         elif texts is None:
             total = (prior or 1) * copies
             requests = sampling.repeated(sampling.unconditioned(checkpoint, config.seed, prior or 1), copies)
@@ -160,9 +161,10 @@ def generate(
         if latents_out is not None:
             write = stack.enter_context(latents_to(latents_out, "npy", header.model.dim_latent))
             requests = _noted(requests, write)
+        names: deque[tuple[int, int]] = deque()
         written = sampling.write(
             checkpoint,
-            requests,
+            _named(requests, names),
             config,
             unit=data.unit,
             prompt=prompt,
@@ -170,14 +172,21 @@ def generate(
         )
         advance = stack.enter_context(console.progress("writing", "texts", quiet=quiet, total=total, beside_data=True))
         for done, new in enumerate(written):
+            row, copy = names.popleft()
             if stream:
                 printer.end()
             else:
-                row, copy = divmod(done, copies)
                 printer.write(new, row=row, copy=copy, seed=config.seed if drawn else None)
             advance(done + 1)
     console.note(encoder.note, quiet=quiet)
     console.note(repairs.note, quiet=quiet)
+
+
+def _named(requests: Iterator[Request], names: deque[tuple[int, int]]) -> Iterator[Request]:
+    """The same requests; the rows and copies of those that were taken are in `names`."""
+    for request in requests:
+        names.append((request.row, request.copy))
+        yield request
 
 
 def _noted(requests: Iterator[Request], write: Callable[[Floats], object]) -> Iterator[Request]:
@@ -198,7 +207,7 @@ def _check_sources(sources: dict[str, str | int | None], *, sample: bool) -> Non
         )
 
 
-def _begun(latents: Iterator[Floats]) -> Iterator[Floats]:
+def _begun(latents: Iterator[tuple[int, Floats]]) -> Iterator[tuple[int, Floats]]:
     """The same latents, the first of which are read now: a bad file is told before torch is loaded, which takes
     seconds. Of a pipe this would wait for the command that writes to it."""
     first = list(islice(latents, 1))

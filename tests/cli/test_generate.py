@@ -122,6 +122,17 @@ def test_a_pipe_with_a_name_is_not_waited_for_before_the_model_is_there(models: 
         process.communicate()
 
 
+def test_some_lines_of_many_are_written_as_among_all(generate: Generate) -> None:
+    """By the noise of their rows, which are printed: so they can be put beside what they came from."""
+    encoded = [{"row": row, "latent": latent.tolist()} for row, latent in enumerate(LATENTS)]
+    Path("all.jsonl").write_text("".join(json.dumps(each) + "\n" for each in encoded))
+    Path("some.jsonl").write_text("".join(json.dumps(each) + "\n" for each in encoded[4:1:-2]))
+    options = ["-n", "2", "--seed", "3", "--format", "jsonl"]
+    among_all, alone = (records(generate("--latent", name, *options)) for name in ("all.jsonl", "some.jsonl"))
+    assert alone == [each for row in (4, 2) for each in among_all if each["row"] == row]
+    assert [(each["row"], each["copy"]) for each in alone] == [(4, 0), (4, 1), (2, 0), (2, 1)]
+
+
 def test_a_reference_is_written_from_its_mean(generate: Generate, models: Path) -> None:
     """An empty text is a reference, too."""
     encoded = CliRunner().invoke(app, ["encode", "texts.txt", "--model", str(models / "line.safetensors")])
