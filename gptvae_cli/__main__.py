@@ -1,8 +1,13 @@
 """The command `gptvae`, and `python -m gptvae_cli` where that is not on the path."""
 
+import os
+import signal
 import sys
+from contextlib import suppress
 
 from gptvae_cli.errors import ExitCode
+
+_SIGNALLED = (ExitCode.HUNG_UP, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 
 
 def main() -> None:
@@ -14,7 +19,21 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
-        sys.exit(ExitCode.INTERRUPTED)
+        _end_by(signal.SIGINT)
+    except SystemExit as ended:
+        if ended.code not in _SIGNALLED:
+            raise
+        _end_by(int(ended.code) - 128)
+
+
+def _end_by(number: int) -> None:
+    """Ends as if nobody had caught the signal, once all is tidy: or a shell would go on with its loop, and `make` keep
+    what is unfinished. They call it 128 + number."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError, ValueError):  # closed, or gone
+            stream.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 if __name__ == "__main__":

@@ -267,9 +267,10 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
     examples, well = itertools.count(), True
     with (
         _graceful() as caught,
+        _clock(began) as seconds,
         TrainingDisplay(console.stderr, f"gptvae train, {job.folder}", width, quiet=quiet) as display,
     ):
-        for report in job.run(should_stop=lambda: bool(caught), seconds=lambda: time.monotonic() - began):
+        for report in job.run(should_stop=lambda: bool(caught), seconds=seconds):
             try:
                 display.update(report)
                 if report.figures is None or report.done:
@@ -320,6 +321,27 @@ def _finish(job: Job, *, quiet: bool) -> None:
     model = "" if found_without else f" --model {shlex.quote(str(job.folder))}"
     console.heading("Next")
     console.command(f"gptvae generate --prior 5{model}")
+
+
+@contextmanager
+def _clock(began: float) -> Iterator[Callable[[], float]]:
+    """Seconds since a run began, but for those in which the process was stopped, by Ctrl-Z or a scheduler."""
+    looked = time.monotonic()
+
+    def seconds() -> float:
+        nonlocal looked
+        looked = time.monotonic()
+        return looked - began
+
+    def go_on(number: int, frame: FrameType | None) -> None:
+        nonlocal began
+        began += time.monotonic() - looked
+
+    previous = signal.signal(signal.SIGCONT, go_on)
+    try:
+        yield seconds
+    finally:
+        signal.signal(signal.SIGCONT, previous)
 
 
 @contextmanager

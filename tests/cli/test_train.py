@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -27,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
+from gptvae_cli.cli import train as train_module
 from gptvae_cli.cli.app import app
 from gptvae_cli.config import STOCK_RECIPE, TrainConfig
 from gptvae_cli.header import read_header
@@ -580,7 +582,7 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(train: Train, tmp_path: Pa
         spawned.process.send_signal(signal.SIGINT)
         stdout, rest = spawned.process.communicate(timeout=60)
     told += rest
-    assert spawned.process.returncode == 130, told
+    assert spawned.process.returncode == -signal.SIGINT, told
     assert stdout == b"", "there is no model to go on with in a pipeline"
     assert b"the state is saved" in told
     assert b"gptvae train --resume --out run" in told
@@ -607,7 +609,7 @@ def test_termination_saves_too_and_gives_the_terminal_back(tmp_path: Path, names
             shown += chunk
         stdout, _ = spawned.process.communicate(timeout=60)
     os.close(leader)
-    assert spawned.process.returncode == 143, shown
+    assert spawned.process.returncode == -signal.SIGTERM, shown
     assert stdout == b""
     assert (out / "state.safetensors").exists()
     for part in (b"nats/token", b"dimensions active", b"from its z", b"\x1b[?25h", b"the state is saved"):
@@ -685,6 +687,23 @@ def test_a_run_that_is_stopped_ends_as_one_that_is_not(
         found, expected = load_file(out / name), load_file(undisturbed / name)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
+
+
+def test_time_in_which_the_process_is_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a run that is put to sleep for a while would end when it wakes up, with its learning rate at the peak."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    before = signal.getsignal(signal.SIGCONT)
+    with train_module._clock(90.0) as seconds:
+        assert seconds() == 10
+        now = 105.0
+        assert seconds() == 15
+        now = 1000.0
+        signal.raise_signal(signal.SIGCONT)
+        assert seconds() == 15
+        now = 1001.0
+        assert seconds() == 16
+    assert signal.getsignal(signal.SIGCONT) == before
 
 
 @pytest.mark.parametrize("place", ["gptvae_cli.tokens.BulkTokenizer.__call__", "gptvae_cli.run.remove_run"])
@@ -816,7 +835,7 @@ def test_a_run_whose_terminal_is_closed_saves_its_state(names: Path, out: Path) 
     while not re.search(rb"step [1-9][0-9]", shown):
         shown += os.read(leader, 65536)
     os.close(leader)
-    assert process.wait(timeout=60) == 129
+    assert process.wait(timeout=60) == -signal.SIGHUP
     again = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--device", "cpu", "--steps", "1"])
     assert again.exit_code == 0, again.stderr
     found = re.search(r"resumed at step ([\d,]+)", again.stderr)
