@@ -161,7 +161,7 @@ def train(
             counters.seconds = earlier + session()
             figures, improved, wrong, cure = None, False, None, None
             if due:
-                start = time.monotonic()
+                start = session()
                 figures = _validate(learner, held_out, dtype)
                 # Before beta has reached its final value a model is not comparable with later ones; without a latent it
                 # weighs nothing.
@@ -170,7 +170,7 @@ def train(
                 improved = settled and score(figures, config) < counters.best
                 if improved:
                     counters.best = score(figures, config)
-                counters.validation = time.monotonic() - start
+                counters.validation = session() - start
                 counters.seconds = earlier + session()
                 if config.max_time is not None:  # or what a run comes to would depend on its speed
                     rested = counters.seconds + REST * counters.validation

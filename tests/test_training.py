@@ -388,7 +388,7 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(make_rows: Make
 def test_seconds_of_earlier_sessions_count(make_rows: MakeRows) -> None:
     learner = learner_of(config(max_time=100.0))
     learner.counters.seconds = 95.0
-    reports = run(learner, make_rows(), seconds=Clock(per_call=1.0))
+    reports = run(learner, make_rows(), seconds=Clock(per_call=0.25))
     assert reports[-1].done
     assert 100 <= learner.counters.seconds < 103
 
