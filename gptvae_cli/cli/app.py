@@ -60,7 +60,7 @@ class _Commands(TyperGroup):
             # Typer and Rich end the process with 1 when they meet a closed pipe.
             if isinstance(problem, SystemExit) and not isinstance(problem.__context__, BrokenPipeError):
                 raise
-            streams.discard(sys.stdout)
+            console.discard(sys.stdout)
             code = ExitCode.CLOSED_PIPE
         except OSError as problem:
             code = _show_error(problem)
@@ -103,7 +103,7 @@ def _show_error(problem: Exception) -> int:
             console.error(problem.message, problem.hint)
             return problem.exit_code
         case OSError():
-            streams.discard(sys.stdout)  # or flushing it at shutdown would fail once more
+            console.discard(sys.stdout)  # or flushing it at shutdown would fail once more
             where = problem.filename or "input or output"
             console.error(f"{where}: {problem.strerror or problem}", None)
         case _ if _is_out_of_memory(problem):

@@ -12,8 +12,8 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -52,10 +52,27 @@ def one_line(text: str) -> str:
     return sanitize(text).replace("\n", "\\n")
 
 
+def discard(*streams: TextIO) -> None:
+    """Sends nowhere what is still to be written to a closed pipe, a full disk or a terminal that is gone."""
+    with suppress(OSError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+        for stream in streams:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _print(*lines: Text, **options: Any) -> None:
+    """Prints for people. Where that fails, as on a full disk, the command goes on without: its data matter more."""
+    try:
+        stderr.print(*lines, **options)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        discard(sys.stderr)
+
+
 def note(text: str | None, *, quiet: bool = False) -> None:
     """A line for people, where there is something to say; on a terminal it breaks between words, in a file nowhere."""
     if text is not None and not quiet:
-        stderr.print(Text(one_line(text)), soft_wrap=not stderr.is_terminal)
+        _print(Text(one_line(text)), soft_wrap=not stderr.is_terminal)
 
 
 def pick_seed(seed: int | None, *, quiet: bool) -> int:
@@ -69,28 +86,28 @@ def pick_seed(seed: int | None, *, quiet: bool) -> int:
 def command(text: str, *, quiet: bool = False) -> None:
     """A command for people, in one piece, so that it can be pasted."""
     if not quiet:
-        stderr.print(Text(one_line(text)), soft_wrap=True)
+        _print(Text(one_line(text)), soft_wrap=True)
 
 
 def heading(text: str, *, quiet: bool = False) -> None:
     """A heading over the notes that follow."""
     if not quiet:
-        stderr.print()
-        stderr.print(Text(one_line(text), style="bold"), soft_wrap=True)
+        _print()
+        _print(Text(one_line(text), style="bold"), soft_wrap=True)
 
 
 def pair(text: str, written: str) -> None:
     """A text, and below it what a model made of it; on a terminal as much as fits on a line each."""
     for label, line in (("text      ", text), ("from its z", written)):
         shown = Text.assemble((f"  {label}  ", "cyan"), one_line(line))
-        stderr.print(shown, no_wrap=True, overflow="ellipsis" if stderr.is_terminal else "ignore", crop=False)
+        _print(shown, no_wrap=True, overflow="ellipsis" if stderr.is_terminal else "ignore", crop=False)
 
 
 def error(message: str, hint: str | None) -> None:
     """Says what went wrong in one line, and in another what to do."""
-    stderr.print(Text.assemble(("gptvae: error: ", "bold red"), (one_line(message), "red")), soft_wrap=True)
+    _print(Text.assemble(("gptvae: error: ", "bold red"), (one_line(message), "red")), soft_wrap=True)
     if hint:
-        stderr.print(Text(f"hint: {one_line(hint)}", style="dim"), soft_wrap=True)
+        _print(Text(f"hint: {one_line(hint)}", style="dim"), soft_wrap=True)
 
 
 @contextmanager

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
-from gptvae_cli.cli.console import sanitize
+from gptvae_cli.cli.console import discard, sanitize
 from gptvae_cli.cli.flags import TextFormat
 from gptvae_cli.config import Unit
 from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
@@ -183,13 +183,6 @@ def _naming(name: str) -> Iterator[None]:
         raise GPTVAEError(
             f"cannot write {name}: {problem.strerror}", hint="choose another place, or make room there"
         ) from problem
-
-
-def discard(*streams: TextIO) -> None:
-    """Sends nowhere what is still to be written to a closed pipe, a full disk or a terminal that is gone."""
-    with suppress(OSError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-        for stream in streams:
-            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def forget_terminal() -> None:

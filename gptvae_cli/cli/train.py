@@ -7,6 +7,7 @@ import itertools
 import os
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -285,10 +286,15 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
                 well = report.diagnosis is None
                 if width is not None and not quiet:
                     display.show_example(*job.reconstructions(1, start=next(examples))[0])
-            except OSError as error:
-                if error.errno != errno.EIO:
+            except SystemExit as ended:  # Rich's, where nobody reads its messages any more
+                if not isinstance(ended.__context__, BrokenPipeError):
                     raise
-                streams.forget_terminal()  # as SIGHUP is about to say
+                caught.append(signal.SIGPIPE)
+            except OSError as error:
+                if error.errno == errno.EIO:
+                    streams.forget_terminal()  # as SIGHUP is about to say
+                else:  # such as a full disk, on which only the messages are
+                    console.discard(sys.stderr)
     if caught:
         console.note(f"stopped at step {job.learner.counters.step:,}; the state is saved")
         console.command(f"go on with: gptvae train --resume --out {shlex.quote(str(job.folder))}")

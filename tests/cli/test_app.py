@@ -617,6 +617,14 @@ def test_a_full_disk_is_one_line(shell: Shell, arguments: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_messages_that_cannot_be_written_cost_no_data(shell: Shell) -> None:
+    written = shell("gptvae generate --prior 2 2>/dev/full")
+    assert (written.returncode, written.stdout.count(b"\n")) == (0, 2)
+    trained = shell("gptvae train a.txt --out full --preset nano --steps 2 2>/dev/full")
+    assert (trained.returncode, trained.stdout) == (0, b"full/model.safetensors\n")
+    assert shell("gptvae encode nowhere 2>/dev/full").returncode == 3
+
+
 def test_a_full_disk_is_named_where_it_has_a_name(here: Path) -> None:
     """And the device is still a device."""
     assert_fails(run("encode", "a.txt", "--out", "/dev/full"), 1, "cannot write /dev/full", "No space left")

@@ -597,6 +597,20 @@ def test_ctrl_c_saves_the_state_and_says_how_to_go_on(train: Train, tmp_path: Pa
     assert steps_of(out) == step + 3
 
 
+def test_a_run_whose_messages_nobody_reads_is_saved(tmp_path: Path, names: Path, out: Path) -> None:
+    """As where its log went through a program that has ended."""
+    with Spawned(tmp_path) as spawned:
+        assert spawned.process.stderr is not None
+        for line in spawned.process.stderr:
+            if b" held out: " in line:
+                break
+        spawned.process.stderr.close()
+        assert spawned.process.wait(timeout=60) == 141
+    again = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--device", "cpu", "--steps", "1"])
+    assert again.exit_code == 0, again.stderr
+    assert int(re.findall(r"resumed at step ([\d,]+)", again.stderr)[0].replace(",", "")) >= 100
+
+
 def test_termination_saves_too_and_gives_the_terminal_back(tmp_path: Path, names: Path, out: Path) -> None:
     """With people watching: the display is drawn on their terminal, and the cursor is back when it ends."""
     leader, follower = pty.openpty()
