@@ -197,8 +197,8 @@ class Corpus:
         part.write_text(json.dumps(content, indent=1), "utf-8")
         part.replace(folder / _FACTS_NAME)
         corpus = replace(cls.open(folder), tokenizer=tokenizer)  # which knows whether a user brought it
+        place = ", ".join("standard input" if is_stdin(source) else source for source in sources or [STDIN])
         if len(corpus.train) < 2 and config.unit != "window":
-            place = ", ".join(sources) or "standard input"
             if facts.texts > 2:
                 raise DataError(
                     f"{facts.texts - len(corpus.train):,} of the {facts.texts:,} texts of {place} are held out, need at"
@@ -210,7 +210,7 @@ class Corpus:
                 hint=f"a text is a {config.unit} here; --unit line|paragraph|file|window says otherwise",
             )
         if corpus.train.count < 2:
-            raise DataError(f"found no text to train on in {', '.join(sources) or 'standard input'}")
+            raise DataError(f"found no text to train on in {place}")
         return corpus
 
     def holds(self, digest: object, tokenizer: Tokenizer) -> bool:

@@ -273,7 +273,8 @@ def test_a_corpus_that_cannot_be_used_is_bad_input(
 
 
 def test_an_empty_standard_input_is_bad_input(train: Train) -> None:
-    assert_fails(train("-", stdin=b""), 3, "0 non-empty")
+    for named in ([], ["-"], ["--field", "text"]):
+        assert_fails(train(*named, stdin=b""), 3, "0 non-empty text(s) in standard input")
 
 
 # Wrong usage ----------------------------------------------------------------------------------------------------------
