@@ -23,6 +23,7 @@ from gptvae_cli.config import ModelConfig
 from gptvae_cli.errors import CheckpointError, GPTVAEError
 from gptvae_cli.files import behind_links, is_utf8, remove_file, write_atomically
 from gptvae_cli.header import (
+    DIGEST_KEY,
     FORMAT_VERSION,
     STATE_KEY,
     VERSION_KEY,
@@ -36,7 +37,6 @@ from gptvae_cli.header import (
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.tokenizer import Tokenizer
 
-_DIGEST_KEY = "sha256"
 _UNFIT = "the file is damaged or was edited, use one as gptvae wrote it"
 
 
@@ -181,7 +181,7 @@ def _save(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, previous_name: str | None = None
 ) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    signed = {**metadata, _DIGEST_KEY: _digest(plain, metadata)}
+    signed = {**metadata, DIGEST_KEY: _digest(plain, metadata)}
     try:
         write_atomically(path, lambda new: save_file(plain, new, metadata=signed), previous_name=previous_name)
     except SafetensorError as error:  # the system's error as text: "I/O error: No space left on device"
@@ -225,8 +225,8 @@ def _open(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _check_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    signed = {key: value for key, value in metadata.items() if key != _DIGEST_KEY}
-    if metadata.get(_DIGEST_KEY) != _digest(tensors, signed):
+    signed = {key: value for key, value in metadata.items() if key != DIGEST_KEY}
+    if metadata.get(DIGEST_KEY) != _digest(tensors, signed):
         raise CheckpointError("its content is not what was written, the checksum differs", hint=_UNFIT)
 
 

@@ -26,6 +26,8 @@ from gptvae_cli.errors import CheckpointError, ConfigError
 FORMAT_VERSION = 1
 VERSION_KEY = "gptvae_format_version"
 """The metadata key that makes a `.safetensors` file one of ours."""
+DIGEST_KEY = "sha256"
+"""The metadata key of a checksum over everything else in a file, which also tells models apart."""
 STATE_KEY = "state"
 """The metadata key that only a training state has."""
 

@@ -53,7 +53,7 @@ def info(
 
 
 def _summary(path: str, layout: Layout) -> dict[str, Any]:
-    from gptvae_cli.header import ModelHeader, json_object
+    from gptvae_cli.header import DIGEST_KEY, ModelHeader, json_object
     from gptvae_cli.sizing import preset_of
     from gptvae_cli.tokenizer import kind_of
 
@@ -62,6 +62,7 @@ def _summary(path: str, layout: Layout) -> dict[str, Any]:
     summary = {
         "file": path,
         "file_bytes": layout.size_bytes,
+        "sha256": layout.metadata.get(DIGEST_KEY),
         "format_version": header.format_version,
         "parameters": sum(tensor.numel for name, tensor in layout.tensors.items() if not name.endswith(_BUFFERS)),
         "preset": preset_of(header.model),

@@ -141,11 +141,15 @@ def test_people_see_that_a_baseline_has_no_latent(tmp_path: Path) -> None:
     assert "KL" not in found
 
 
-def test_programs_see_the_same_as_json(models: Path) -> None:
+def test_programs_see_the_same_as_json(models: Path, tmp_path: Path) -> None:
     path = models / "line.safetensors"
     found = strict_json(info(path, "--json").stdout)
     assert found["file"] == str(path)
     assert found["file_bytes"] == path.stat().st_size
+    with safe_open(path, "pt") as file:
+        assert found["sha256"] == file.metadata()["sha256"]
+    other = make_model(tmp_path / "other.safetensors", seed=1)
+    assert strict_json(info(other, "--json").stdout)["sha256"] != found["sha256"]
     assert found["parameters"] == learnt(path)
     assert (found["model"]["dim_latent"], found["model"]["max_seq_len"]) == (WIDTH, LONGEST)
     assert found["tokenizer"] == {"kind": "bytes", "num_tokens": 259}
