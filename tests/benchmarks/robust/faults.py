@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from gptvae_cli import checkpoint, run, sampling, training
+from gptvae_cli import checkpoint, latent_file, run, training
 from gptvae_cli.cli import app
 from gptvae_cli.header import STATE_NAME
 from gptvae_cli.learner import Learner
@@ -381,7 +381,7 @@ class Matrix:
         }.items():
             code = self.gptvae(*arguments)
             yield self.output_row("full disk", label, code, 1, Path("/dev/full"), said="cannot write /dev/full")
-        in_the_middle = before(sampling.Encoder, "_posteriors", 3)
+        in_the_middle = before(latent_file.LatentWriter, "write", 3)
         for fault, action, expected in (
             ("SIGINT", send(signal.SIGINT), 130),
             ("SIGTERM", send(signal.SIGTERM), 143),
