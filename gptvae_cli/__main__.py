@@ -1,9 +1,9 @@
 """The command `gptvae`, and `python -m gptvae_cli` where that is not on the path."""
 
-import os
 import signal
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 from gptvae_cli.errors import ExitCode
 
@@ -26,14 +26,15 @@ def main() -> None:
         _end_by(int(ended.code) - 128)
 
 
-def _end_by(number: int) -> None:
+def _end_by(number: int) -> NoReturn:
     """Ends as if nobody had caught the signal, once all is tidy: or a shell would go on with its loop, and `make` keep
-    what is unfinished. They call it 128 + number."""
+    what is unfinished. They call it 128 + number; so does the first process of a container, which none ends."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, AttributeError, ValueError):  # closed, or gone
             stream.flush()
     signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
+    signal.raise_signal(number)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

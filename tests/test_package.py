@@ -57,7 +57,7 @@ def test_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
 def test_the_source_distribution_can_be_tested(tmp_path: Path) -> None:
     """By packagers, who have nothing else: it holds what git does, `.ci` included."""
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".git")
+    ignored = shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", ".git", "gptvae-*")
     shutil.copytree(ROOT, source, ignore=ignored)
     build = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
     subprocess.run(build, cwd=source, check=True, capture_output=True)

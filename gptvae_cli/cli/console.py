@@ -63,9 +63,7 @@ def _print(*lines: Text, **options: Any) -> None:
     """Prints for people. Where that fails, as on a full disk, the command goes on without: its data matter more."""
     try:
         stderr.print(*lines, **options)
-    except BrokenPipeError:
-        raise
-    except OSError:
+    except OSError:  # but for a closed pipe, of which Rich makes a SystemExit
         discard(sys.stderr)
 
 

@@ -31,9 +31,9 @@ from gptvae_cli import Model, load
 
 FEW, COPIES = 10, 4
 WAYS: dict[str, dict[str, Any]] = {
-    "the mean, greedy": {"copies": 1, "greedy": True},
+    "the mean, greedy": {"greedy": True},
     "the mean, temperature 0.7": {"copies": COPIES, "temperature": 0.7},
-    "samples, greedy": {"copies": 1, "greedy": True},
+    "samples, greedy": {"greedy": True},
 }
 
 
@@ -48,13 +48,13 @@ def main() -> None:
     words = vectorizer().fit(texts)
     svd = TruncatedSVD(model.dim_latent, random_state=0).fit(words.transform(texts))
     latents, latents_test = model.encode(texts), model.encode(test)
-    features = {
+    features: dict[str, tuple[Any, ...]] = {
         "latents": (latents, latents_test),
         "TF-IDF + SVD": (svd.transform(words.transform(texts)), svd.transform(words.transform(test))),
         "TF-IDF": (words.transform(texts), words.transform(test)),
     }
-    both = [sparse.hstack([words.transform(each), model.encode(each) / 10]).tocsr() for each in (texts, test)]
-    features["both"] = (both[0], both[1])
+    beside = zip(features["TF-IDF"], (latents, latents_test), strict=True)
+    features["both"] = tuple(sparse.hstack([sparse_NW, latent_NZ / 10]).tocsr() for sparse_NW, latent_NZ in beside)
     for name, (train, other) in features.items():
         nearest = KNeighborsClassifier(5, metric="cosine").fit(train, labels_N).score(other, truth_N)
         of_few = [
