@@ -10,10 +10,9 @@ Shapes: B rows of the batch, S states of a constraint, Z latent width, V vocabul
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,10 +27,6 @@ from gptvae_cli.healing import Healing
 
 if TYPE_CHECKING:
     from gptvae_cli.model import GPTVAE
-
-
-SLOW_SECONDS = 0.3
-"""An input that took longer than this to arrive is processed at once, and does not wait for others to share a batch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +45,7 @@ Choose = Callable[[Tensor, Sequence[Row]], Tensor]
 
 def decode(
     model: GPTVAE,
-    requests: Iterable[Request],
+    requests: Iterable[Request | None],
     sample: SampleConfig,
     *,
     constraint: Constraint | None = None,
@@ -66,7 +61,8 @@ def decode(
 
     Args:
         model: a model with a config (it names the special tokens).
-        requests: taken as places in the batch become free.
+        requests: taken as places in the batch become free. None says that the next one has to be waited for: the texts
+            that were begun are written before it is asked for.
         sample: how tokens are chosen.
         constraint: what a text may go on with, see `Tokenizer.constraint`, though one that is cut may end within a
             character; None is any token but padding and BOS.
@@ -100,11 +96,15 @@ def decode(
         uniforms_B = torch.tensor([next(row.uniforms) for row in rows], dtype=torch.float64)
         return draw(filter_logits(logits_BV, sample), moved(uniforms_B, logits_BV.device))
 
-    def rows() -> Iterator[Row]:
-        for index, request in enumerate(requests):
+    def rows() -> Iterator[Row | None]:
+        places = count()
+        for request in requests:
+            if request is None:
+                yield None
+                continue
             uniforms = noise.token_uniforms(sample.seed, request.row, request.copy)
             state = constraint.behind(request.prompt)
-            yield Row(index, [config.bos_id, *request.prompt], request.latent, max_new, uniforms, state=state)
+            yield Row(next(places), [config.bos_id, *request.prompt], request.latent, max_new, uniforms, state=state)
 
     waiting: dict[int, list[int]] = {}
     next_index = 0
@@ -120,7 +120,7 @@ def decode(
 @torch.inference_mode()
 def run(
     model: GPTVAE,
-    rows: Iterable[Row],
+    rows: Iterable[Row | None],
     choose: Choose,
     *,
     eos_id: int | None,
@@ -128,19 +128,22 @@ def run(
     on_token: Callable[[int, int], None] | None = None,
     cached: bool = True,
 ) -> Iterator[Row]:
-    """Continues rows until each has written EOS or its `max_new` tokens; yields them as they end."""
+    """Continues rows until each has written EOS or its `max_new` tokens; yields them as they end. None among the rows
+    says that the next one has to be waited for."""
     waiting = iter(rows)
     usable = cached and model.fused_decoder is not None
     engine: Engine = CachedDecoder(model, batch_size) if usable else PlainDecoder(model)
     active: list[Row] = []
-    slow = False
+    dry = False  # the next row has to be waited for, which is done when there is nothing else to do
     while True:
-        # Joining costs a pass of its own over the rows that join, so new ones do several at a time; and those that are
-        # there do not wait for others that are slow to come. A row that outgrew its window leaves, and joins again.
+        # Joining costs a pass of its own over the rows that join, so new ones do several at a time. A row that outgrew
+        # its window leaves, and joins again.
         joining: list[Row] = []
         window = model.max_seq_len
-        if len(active) <= (0 if slow else batch_size - max(1, batch_size // 4)):
-            joining, slow = _arrived(waiting, batch_size - len(active))
+        if len(active) <= (0 if dry else batch_size - max(1, batch_size // 4)):
+            joining, dry = _next_rows(waiting, batch_size - len(active))
+            if dry and not joining and not active:
+                continue
         if not joining and (joining := [row for row in active if len(row.context) > model.max_seq_len]):
             window = (model.max_seq_len + 1) // 2
             engine.leave([active.index(row) for row in joining])
@@ -168,16 +171,14 @@ def run(
             yield from done
 
 
-def _arrived(waiting: Iterator[Row], most: int) -> tuple[list[Row], bool]:
-    """The next rows, up to the first that was slow to come, and whether there was one."""
-    arrived: list[Row] = []
-    began = time.monotonic()
+def _next_rows(waiting: Iterator[Row | None], most: int) -> tuple[list[Row], bool]:
+    """The next rows, up to one that has to be waited for, and whether there is one."""
+    rows: list[Row] = []
     for row in islice(waiting, most):
-        arrived.append(row)
-        before, began = began, time.monotonic()
-        if began - before > SLOW_SECONDS:
-            return arrived, True
-    return arrived, False
+        if row is None:
+            return rows, True
+        rows.append(row)
+    return rows, False
 
 
 # Choosing a token ----------------------------------------------------------------------------------------------------

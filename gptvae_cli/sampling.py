@@ -8,22 +8,22 @@ Shapes: B batch, T tokens, N latents, Z latent width, K path steps.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import chain, count, repeat
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from gptvae_cli import latent
+from gptvae_cli.arrivals import in_pools
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import padded, plan_batches
-from gptvae_cli.decoding import SLOW_SECONDS, Request, decode
+from gptvae_cli.decoding import Request, decode
 from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together
 from gptvae_cli.engines import cache_bytes
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
@@ -33,10 +33,6 @@ from gptvae_cli.text import Part, with_line_feeds
 from gptvae_cli.tokenizer import Tokenizer, pieces
 
 Floats = npt.NDArray[np.float32]
-Item = TypeVar("Item", bound=Sized)
-
-_POOL_TEXTS, _POOL_SIZE = 4096, 2**20
-"""How many texts, and how many characters or tokens of them, are sorted by length together."""
 
 
 class Opened(NamedTuple):
@@ -90,12 +86,10 @@ class Encoder:
     Args:
         checkpoint: the model.
         unit: what a text is. A `window` text is cut into consecutive windows, each with a latent of its own.
-        as_they_come: a text does not wait long for others to be computed with it. Which ones these are then depends on
-            the clock, and the last digits of its latent with them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, unit: Unit, *, as_they_come: bool = False) -> None:
-        self.checkpoint, self.unit, self.as_they_come = checkpoint, unit, as_they_come
+    def __init__(self, checkpoint: Checkpoint, unit: Unit) -> None:
+        self.checkpoint, self.unit = checkpoint, unit
         self.config = checkpoint.header.model
         self.cut = self.changed = 0
 
@@ -112,15 +106,16 @@ class Encoder:
         return "; ".join(notes) or None
 
     def encode(self, texts: Iterable[str]) -> Iterator[Encoding]:
-        """The posteriors of texts, in their order.
+        """The posteriors of texts, in their order."""
+        return chain.from_iterable(self.encode_pools(in_pools(texts)))
 
-        As texts come, the first is given as soon as there is one, so that a slow pipe shows its results.
-        """
-        for pool in _pools(self.rows(texts), growing=self.as_they_come):
+    def encode_pools(self, pools: Iterable[Sequence[str]]) -> Iterator[list[Encoding]]:
+        """Those of the texts of every list, which are computed together. The last digits depend on which these are."""
+        for rows in self._rows(pools):
             # Equal rows are computed once: a file may hold millions of empty lines.
-            distinct = list(dict.fromkeys(map(tuple, pool)))
+            distinct = list(dict.fromkeys(map(tuple, rows)))
             encodings = dict(zip(distinct, self._posteriors(distinct), strict=True))
-            yield from (encodings[tuple(row)] for row in pool)
+            yield [encodings[tuple(row)] for row in rows]
 
     def point(self, text: str) -> Floats:
         """The mean of the one posterior of a text, as a point of a path [Z].
@@ -141,36 +136,43 @@ class Encoder:
 
         Running texts may come in parts, as `read_texts` gives them.
         """
-        return self._windows(texts) if self.unit == "window" else self._whole(texts)
+        return chain.from_iterable(self._rows(in_pools(texts)))
 
-    def _whole(self, texts: Iterable[str]) -> Iterator[list[int]]:
+    def _rows(self, pools: Iterable[Sequence[str]]) -> Iterator[list[list[int]]]:
+        return self._windows(pools) if self.unit == "window" else map(self._whole, pools)
+
+    def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text with BOS and EOS; a text that is cut has no EOS, as in training."""
         config, tokenizer = self.config, self.checkpoint.tokenizer
-        for pool in _pools(texts, growing=self.as_they_come):
-            # One token more than fits, which tells that the text is cut.
-            tokens = tokenizer.encode_batch(pool, longest=config.max_seq_len - 1)
-            for text, ids in zip(pool, tokens, strict=True):
-                row = [config.bos_id, *ids, config.eos_id]
-                if len(row) > config.max_seq_len:
-                    self.cut += 1
-                elif not tokenizer.is_exact:
-                    self.changed += tokenizer.decode(ids) != text
-                yield row[: config.max_seq_len]
+        rows = []
+        # One token more than fits, which tells that the text is cut.
+        tokens = tokenizer.encode_batch(texts, longest=config.max_seq_len - 1)
+        for text, ids in zip(texts, tokens, strict=True):
+            row = [config.bos_id, *ids, config.eos_id]
+            if len(row) > config.max_seq_len:
+                self.cut += 1
+            elif not tokenizer.is_exact:
+                self.changed += tokenizer.decode(ids) != text
+            rows.append(row[: config.max_seq_len])
+        return rows
 
-    def _windows(self, texts: Iterable[str]) -> Iterator[list[int]]:
+    def _windows(self, pools: Iterable[Sequence[str]]) -> Iterator[list[list[int]]]:
         """Consecutive windows of each text, with BOS and without EOS, as in training."""
         size = self.config.max_seq_len - 1
         ids: list[int] = []
-        for text in texts:
-            for piece in pieces(text):
-                ids += self.checkpoint.tokenizer.encode_batch([piece])[0]
-                whole = len(ids) - len(ids) % size
-                yield from ([self.config.bos_id, *ids[i : i + size]] for i in range(0, whole, size))
-                del ids[:whole]
-            if not isinstance(text, Part):
-                if ids or not text:
-                    yield [self.config.bos_id, *ids]
-                ids.clear()
+        for texts in pools:
+            rows = []
+            for text in texts:
+                for piece in pieces(text):
+                    ids += self.checkpoint.tokenizer.encode_batch([piece])[0]
+                    whole = len(ids) - len(ids) % size
+                    rows += [[self.config.bos_id, *ids[i : i + size]] for i in range(0, whole, size)]
+                    del ids[:whole]
+                if not isinstance(text, Part):
+                    if ids or not text:
+                        rows.append([self.config.bos_id, *ids])
+                    ids.clear()
+            yield rows
 
     @torch.inference_mode()
     def _posteriors(self, rows: Sequence[Sequence[int]]) -> list[Encoding]:
@@ -189,54 +191,55 @@ class Encoder:
         return [encodings[i] for i in range(len(rows))]
 
 
-def _pools(items: Iterable[Item], *, growing: bool) -> Iterator[list[Item]]:
-    """Cuts texts or rows into long lists; or into lists of 1, 2, 4 and so on, which end early where an item was slow to
-    come."""
-    pool: list[Item] = []
-    most, size, last = 1 if growing else _POOL_TEXTS, 0, time.monotonic()
-    for item in items:
-        pool.append(item)
-        size += len(item)
-        before, last = last, time.monotonic()
-        if len(pool) >= most or size >= _POOL_SIZE or (growing and last - before > SLOW_SECONDS):
-            yield pool
-            pool, size, last = [], 0, time.monotonic()
-            most = min(2 * most, _POOL_TEXTS)
-    if pool:
-        yield pool
-
-
 # Latents to texts -----------------------------------------------------------------------------------------------------
 
 
-def prior(seed: int, count: int, width: int) -> Iterator[Floats]:
+def prior(seed: int, number: int, width: int) -> Iterator[Floats]:
     """Draws of the standard normal; row i is the same whatever the count [Z]."""
-    return (latent_noise(seed, row, 0, width) for row in range(count))
+    return (latent_noise(seed, row, 0, width) for row in range(number))
 
 
-def unconditioned(checkpoint: Checkpoint, seed: int, count: int) -> Iterator[Floats | None]:
+def unconditioned(checkpoint: Checkpoint, seed: int, number: int) -> Iterator[Floats | None]:
     """What a model writes texts of its own from: draws of the prior [Z], or None for each where it has no latent, so
     that texts differ by the noise of their tokens alone."""
     header = checkpoint.header
-    return prior(seed, count, header.model.dim_latent) if header.has_latent else repeat(None, count)
+    return prior(seed, number, header.model.dim_latent) if header.has_latent else repeat(None, number)
 
 
 def repeated(latents: Iterable[Floats | None], copies: int) -> Iterator[Request]:
     """Every latent several times, to be written with other token noise each time."""
-    return numbered(enumerate(latents), copies)
+    for row, latent_Z in enumerate(latents):
+        yield from _copied(row, latent_Z, copies)
 
 
-def numbered(latents: Iterable[tuple[int, Floats | None]], copies: int) -> Iterator[Request]:
-    """The same of latents that are some rows of many: the noise of each is that of its row."""
-    for row, latent_Z in latents:
-        tensor_Z = None if latent_Z is None else torch.tensor(latent_Z)
-        yield from (Request(row, copy, tensor_Z) for copy in range(copies))
+def numbered(pools: Iterable[Sequence[tuple[int, Floats]]], copies: int) -> Iterator[Request | None]:
+    """The same of latents that are some rows of many: the noise of each is that of its row. None for every empty list
+    of `as_they_come`."""
+    for pool in pools:
+        if not pool:
+            yield None
+        for row, latent_Z in pool:
+            yield from _copied(row, latent_Z, copies)
 
 
-def sampled(encodings: Iterable[Encoding], copies: int, seed: int) -> Iterator[Request]:
-    """Several fresh draws of every posterior."""
-    for row, encoding in enumerate(encodings):
-        yield from (Request(row, copy, torch.tensor(encoding.sample(seed, row, copy))) for copy in range(copies))
+def encoded(pools: Iterable[Sequence[Encoding]], copies: int, seed: int | None) -> Iterator[Request | None]:
+    """The same of the means of posteriors; with a seed, of fresh draws of every posterior."""
+    rows = count()
+    for pool in pools:
+        if not pool:
+            yield None
+        for encoding in pool:
+            row = next(rows)
+            if seed is None:
+                yield from _copied(row, encoding.mean_Z, copies)
+            else:
+                draws = (torch.tensor(encoding.sample(seed, row, copy)) for copy in range(copies))
+                yield from (Request(row, copy, draw_Z) for copy, draw_Z in enumerate(draws))
+
+
+def _copied(row: int, latent_Z: Floats | None, copies: int) -> Iterator[Request]:
+    tensor_Z = None if latent_Z is None else torch.tensor(latent_Z)
+    return (Request(row, copy, tensor_Z) for copy in range(copies))
 
 
 def walk(points_NZ: Floats, steps: int, kind: PathKind) -> Floats:
@@ -251,7 +254,7 @@ def walk(points_NZ: Floats, steps: int, kind: PathKind) -> Floats:
 
 def write(
     checkpoint: Checkpoint,
-    requests: Iterable[Request],
+    requests: Iterable[Request | None],
     sample: SampleConfig,
     *,
     unit: Unit,
@@ -262,7 +265,7 @@ def write(
 
     Args:
         checkpoint: the model.
-        requests: taken as there is room for them.
+        requests: taken as there is room for them; None before one that has to be waited for.
         sample: how tokens are chosen.
         unit: a `line` never holds a line break.
         prompt: what every text begins with, in place of a prompt of its own.
@@ -282,7 +285,7 @@ def write(
     with autocast(device, checkpoint.dtype):
         for ids in decode(
             checkpoint.model,
-            (replace(request, prompt=prompt_ids) for request in requests),
+            (request and replace(request, prompt=prompt_ids) for request in requests),
             sample,
             constraint=constraint,
             endings=endings,

@@ -493,27 +493,22 @@ def test_the_edges_of_the_unit_interval_draw_the_first_and_the_last_token() -> N
     assert draw(logits_BV, torch.full((1,), 1 - 2**-53, dtype=torch.float64)).tolist() == [3]
 
 
-def test_texts_that_come_slowly_are_written_as_they_come(
-    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And those that come together, together; they are the same texts."""
+def test_what_has_come_is_written_before_more_is_waited_for(tiny_model: TinyModel) -> None:
+    """And what comes together is written together; all are the same texts."""
     model, requests = tiny_model(), some_requests(7)
     expected = list(decode(model, requests, GREEDY))
-    now, taken = 0.0, 0
+    arriving = [None, None, requests[0], None, *requests[1:4], None, *requests[4:], None]
+    taken = -1
 
-    def arriving() -> Iterator[Request]:
-        nonlocal now, taken
-        for gap, request in zip((5, 5, 0, 0, 5, 0, 0), requests, strict=True):
-            now += gap
-            taken += 1
+    def counted() -> Iterator[Request | None]:
+        nonlocal taken
+        for taken, request in enumerate(arriving, 1):  # noqa: B007
             yield request
 
-    monkeypatch.setattr("gptvae_cli.decoding.time.monotonic", lambda: now)
     texts, seen = [], []
-    for text in decode(model, arriving(), GREEDY, batch_size=4):
+    for text in decode(model, counted(), GREEDY, batch_size=4):
         texts.append(text)
         seen.append(taken)
     assert texts == expected
-    assert seen[:2] == [1, 2], "each before the next is asked for"
-    assert seen[2] == 5
-    assert taken == 7
+    assert seen[:4] == [4, 8, 8, 8], "up to the next that has to be waited for"
+    assert taken == len(arriving)

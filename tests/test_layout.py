@@ -17,7 +17,7 @@ PACKAGE = Path(gptvae_cli.__file__).parent
 ROWS: list[set[str]] = [
     {
         *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"),
-        *("files", "shuffle", "bleu", "bootstrap", "probe", "machine", "constraint"),
+        *("arrivals", "files", "shuffle", "bleu", "bootstrap", "probe", "machine", "constraint"),
     },
     {"latent", "attention", "products", "tokens", "device"},
     {"fused"},
@@ -48,7 +48,7 @@ ROWS: list[set[str]] = [
 
 LIGHT = (
     *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "files"),
-    "machine",
+    *("machine", "arrivals"),
 )
 HEAVY = {"torch", "numpy", "x_transformers", "einops", "safetensors", "tokenizers", "pyarrow", "zstandard"}
 

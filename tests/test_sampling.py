@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +136,8 @@ def test_other_texts_have_other_latents(checkpoint: Checkpoint) -> None:
 
 
 def test_equal_texts_are_computed_once_a_pool(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten million empty lines, say; as they come, pools double from one text on, so 1000 texts are in ten of them."""
-    encoder = Encoder(checkpoint, "line", as_they_come=True)
+    """Ten million empty lines, say."""
+    encoder = Encoder(checkpoint, "line")
     computed: list[int] = []
     posteriors = encoder._posteriors
 
@@ -147,10 +146,10 @@ def test_equal_texts_are_computed_once_a_pool(checkpoint: Checkpoint, monkeypatc
         return posteriors(rows)
 
     monkeypatch.setattr(encoder, "_posteriors", counted)
-    found = list(encoder.encode(["", "b"] * 500))
-    assert computed == [1] + [2] * 9
+    found = list(encoder.encode(["", "b"] * 5000))
+    assert computed == [2, 2, 2], "of 4,096 texts, 4,096 and 1,808"
     for i, expected in enumerate(Encoder(checkpoint, "line").encode(["", "b"])):
-        assert_allclose([encoding.mean_Z for encoding in found[i::2]], [expected.mean_Z] * 500, atol=1e-5)
+        assert_allclose([encoding.mean_Z for encoding in found[i::2]], [expected.mean_Z] * 5000, atol=1e-5)
 
 
 def test_texts_that_a_users_tokenizer_changes_are_counted(tmp_path: Path) -> None:
@@ -226,30 +225,22 @@ def test_no_texts_give_no_latents(checkpoint: Checkpoint, unit: Unit) -> None:
     assert list(Encoder(checkpoint, unit).encode([])) == []
 
 
-def test_the_first_latent_comes_after_the_first_text(checkpoint: Checkpoint) -> None:
-    """A slow pipe shows its results, and memory does not grow with the texts."""
+def test_texts_of_a_list_are_encoded_together(checkpoint: Checkpoint) -> None:
+    """And none is asked for before all of these are there. An empty list stays one: more has to be waited for."""
     read: list[int] = []
 
-    def texts() -> Iterator[str]:
-        for i in range(100_000):
-            read.append(i)
-            yield "x"
+    def pools() -> Iterator[list[str]]:
+        for count in (0, 1, 3, 0, 2):
+            read.append(count)
+            yield TEXTS[:count]
 
-    for encoded, _ in enumerate(Encoder(checkpoint, "line", as_they_come=True).encode(texts()), 1):
-        if encoded == 1:
-            assert len(read) <= 2
-        elif encoded > 100:
-            assert len(read) < 1000
-            break
-
-
-@pytest.mark.parametrize("growing", [True, False])
-def test_a_pool_is_bounded_in_texts_and_in_characters(monkeypatch: pytest.MonkeyPatch, growing: bool) -> None:
-    """Or memory would grow with what is encoded."""
-    monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", lambda: 0.0)
-    sizes = [len(pool) for pool in sampling._pools(repeat("x", 20_000), growing=growing)]
-    assert (max(sizes), sum(sizes)) == (4096, 20_000)
-    assert max(len(pool) for pool in sampling._pools(["x" * 2**18] * 40, growing=growing)) == 4
+    expected = list(Encoder(checkpoint, "line").encode(TEXTS))
+    for number, encodings in enumerate(Encoder(checkpoint, "line").encode_pools(pools()), 1):
+        assert len(read) == number
+        assert len(encodings) == read[-1]
+        for encoding, alone in zip(encodings, expected, strict=False):
+            assert_allclose(encoding.mean_Z, alone.mean_Z, atol=1e-5, rtol=1e-5)
+    assert len(read) == 5
 
 
 def test_bfloat16_gives_nearly_the_same_latents_as_float32(checkpoint: Checkpoint) -> None:
@@ -292,8 +283,8 @@ def test_copies_repeat_a_latent_under_numbers_of_their_own() -> None:
 
 def test_sampled_copies_differ_and_are_reproducible(checkpoint: Checkpoint) -> None:
     def found(texts: Sequence[str], copies: int, seed: int) -> dict[tuple[int, int], Floats]:
-        encodings = Encoder(checkpoint, "line").encode(texts)
-        drawn = sampling.sampled(encodings, copies, seed)
+        encodings = Encoder(checkpoint, "line").encode_pools([text] for text in texts)
+        drawn = [each for each in sampling.encoded(encodings, copies, seed) if each is not None]
         return {(each.row, each.copy): each.latent.numpy() for each in drawn if each.latent is not None}
 
     first = found(["a", "b"], 3, 1)
@@ -304,6 +295,19 @@ def test_sampled_copies_differ_and_are_reproducible(checkpoint: Checkpoint) -> N
         assert_array_equal(latent_Z, again[key])
     assert_allclose(fewer[0, 0], first[0, 0], atol=1e-5)
     assert np.abs(other[0, 0] - first[0, 0]).max() > 1e-3
+
+
+def test_an_empty_list_asks_for_what_was_begun_to_be_written_first() -> None:
+    means = [Encoding(latent_Z, latent_Z) for latent_Z in rows_of(3)]
+    for seed in (None, 1):
+        found = sampling.encoded([[], means[:2], [], [], means[2:]], 2, seed)
+        assert [each and (each.row, each.copy) for each in found] == [
+            *(None, (0, 0), (0, 1), (1, 0), (1, 1)),
+            *(None, None, (2, 0), (2, 1)),
+        ]
+    latents = list(zip((7, 3), rows_of(2), strict=True))
+    numbers = [each and each.row for each in sampling.numbered([[], latents[:1], [], latents[1:]], 1)]
+    assert numbers == [None, 7, None, 3]
 
 
 def test_draws_of_a_posterior_have_its_mean_and_deviation() -> None:
@@ -511,27 +515,3 @@ def test_a_piece_takes_no_longer_the_longer_the_text_is(monkeypatch: pytest.Monk
     for position in range(100):
         pieces.add(position, ord("a"))
     assert max(decoded) == 2
-
-
-def test_a_text_that_was_slow_to_come_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Quick ones are put together, more and more of them."""
-    now = 0.0
-
-    def clock() -> float:
-        return now
-
-    def arriving(*gaps: float) -> Iterator[str]:
-        nonlocal now
-        for gap in gaps:
-            now += gap
-            yield "x"
-
-    monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", clock)
-
-    def lengths(*gaps: float, growing: bool = True) -> list[int]:
-        return [len(pool) for pool in sampling._pools(arriving(*gaps), growing=growing)]
-
-    assert lengths(*[0.001] * 20) == [1, 2, 4, 8, 5]
-    assert lengths(*[1.0] * 4) == [1, 1, 1, 1]
-    assert lengths(0, 0, 0, 0, 0, 5, 0) == [1, 2, 3, 1]
-    assert lengths(*[5.0] * 6000, growing=False) == [4096, 1904]

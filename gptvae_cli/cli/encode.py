@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain, count
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -88,14 +88,15 @@ def encode(
     checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
     from gptvae_cli.sampling import Encoder
 
-    encoder = Encoder(checkpoint, config.unit, as_they_come=not streams.are_files(sources))
+    encoder = Encoder(checkpoint, config.unit)
+    encodings = chain.from_iterable(encoder.encode_pools(streams.pools(texts, sources)))
     with ExitStack() as stack:
         write = stack.enter_context(latents_to(out, format, header.model.dim_latent))
         write_std: Write | None = None
         if std_out is not None:
             write_std = stack.enter_context(latents_to(std_out, "npy", header.model.dim_latent))
         advance = stack.enter_context(console.progress("encoding", "texts", quiet=quiet, beside_data=on_stdout))
-        for row, encoding in enumerate(encoder.encode(texts)):
+        for row, encoding in enumerate(encodings):
             write(encoding.mean_Z if seed is None else encoding.sample(seed, row))
             if write_std is not None:
                 write_std(encoding.std_Z)
@@ -114,7 +115,7 @@ def latents_to(name: str | None, format: Literal["npy", "jsonl"], width: int) ->
             with LatentWriter(stream, width) as writer:
                 yield lambda latent_Z: writer.write(latent_Z[None])
         else:
-            rows = itertools.count()
+            rows = count()
 
             def write(latent_Z: Floats) -> None:
                 # NumPy's digits are the fewest that name a float32; JSON's would be those of a float64.

@@ -127,18 +127,18 @@ def generate(
         raise ConfigError("--stream and --format jsonl exclude each other", hint="leave one of them out")
     repairs = Repairs()
     with ExitStack() as stack:
-        latents: Iterator[tuple[int, Floats]] | None = None
-        texts: Iterator[str] | None = None
+        latents: Iterator[list[tuple[int, Floats]]] | None = None
+        texts: Iterator[list[str]] | None = None
         if latent is not None:
             from gptvae_cli.latent_file import iter_latents
 
             stream_in = stack.enter_context(streams.source(latent))
-            latents = iter_latents(stream_in, streams.called(latent), width=header.model.dim_latent)
-            latents = _begun(latents) if stream_in.seekable() else latents
+            rows = iter_latents(stream_in, streams.called(latent), width=header.model.dim_latent)
+            latents = streams.pools(_begun(rows) if stream_in.seekable() else rows, [latent])
         elif ref is not None:
-            texts = read_texts([ref], data, repairs=repairs)
+            texts = streams.pools(read_texts([ref], data, repairs=repairs), [ref])
         elif text is not None:
-            texts = iter([of_unit(text, data.unit)])
+            texts = iter([[of_unit(text, data.unit)]])
         drawn = sample or not greedy or (latents is None and texts is None)
         if drawn:
             config = replace(config, seed=console.pick_seed(seed, quiet=quiet))
@@ -146,18 +146,16 @@ def generate(
         checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
         from gptvae_cli import sampling
 
-        as_they_come = ref is not None and not streams.are_files([ref])
-        encoder = sampling.Encoder(checkpoint, data.unit, as_they_come=as_they_come)
+        encoder = sampling.Encoder(checkpoint, data.unit)
         total = None
+        requests: Iterator[Request | None]
         if latents is not None:
             requests = sampling.numbered(latents, copies)
-        elif texts is None:
+        elif texts is not None:
+            requests = sampling.encoded(encoder.encode_pools(texts), copies, config.seed if sample else None)
+        else:
             total = (prior or 1) * copies
             requests = sampling.repeated(sampling.unconditioned(checkpoint, config.seed, prior or 1), copies)
-        elif sample:
-            requests = sampling.sampled(encoder.encode(texts), copies, config.seed)
-        else:
-            requests = sampling.repeated((encoding.mean_Z for encoding in encoder.encode(texts)), copies)
         if latents_out is not None:
             write = stack.enter_context(latents_to(latents_out, "npy", header.model.dim_latent))
             requests = _noted(requests, write)
@@ -182,18 +180,20 @@ def generate(
     console.note(repairs.note, quiet=quiet)
 
 
-def _named(requests: Iterator[Request], names: deque[tuple[int, int]]) -> Iterator[Request]:
+def _named(requests: Iterator[Request | None], names: deque[tuple[int, int]]) -> Iterator[Request | None]:
     """The same requests; the rows and copies of those that were taken are in `names`."""
     for request in requests:
-        names.append((request.row, request.copy))
+        if request is not None:
+            names.append((request.row, request.copy))
         yield request
 
 
-def _noted(requests: Iterator[Request], write: Callable[[Floats], object]) -> Iterator[Request]:
+def _noted(requests: Iterator[Request | None], write: Callable[[Floats], object]) -> Iterator[Request | None]:
     """The same requests, whose latents are written as they are taken."""
     for request in requests:
-        assert request.latent is not None, "the model has a latent"
-        write(request.latent.numpy())
+        if request is not None:
+            assert request.latent is not None, "the model has a latent"
+            write(request.latent.numpy())
         yield request
 
 

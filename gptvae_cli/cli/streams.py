@@ -11,11 +11,12 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gptvae_cli.arrivals import Item, as_they_come, in_pools
 from gptvae_cli.cli.console import discard, sanitize
 from gptvae_cli.cli.flags import TextFormat
 from gptvae_cli.config import Unit
@@ -47,7 +48,12 @@ def is_fed() -> bool:
     return stat.S_ISFIFO(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_size > 0)
 
 
-def are_files(names: Sequence[str]) -> bool:
+def pools(items: Iterable[Item], names: Sequence[str]) -> Iterator[list[Item]]:
+    """What is read from these sources in long lists, or, where one is a pipe, as it comes."""
+    return in_pools(items) if _are_files(names) else as_they_come(items)
+
+
+def _are_files(names: Sequence[str]) -> bool:
     """Whether all of what is read is there already, none of it in a pipe."""
     try:
         return all(stat.S_ISREG((os.fstat(0) if is_stdin(name) else Path(name).stat()).st_mode) for name in names)

@@ -313,10 +313,11 @@ def test_json_lines_start_before_the_input_ends(models: Path) -> None:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write(b"one\n")
-    process.stdin.flush()
-    assert len(json.loads(process.stdout.readline())["latent"]) == WIDTH
-    process.stdin.write(b"two\nthree\n")
+    for text in (b"one", b"two"):
+        process.stdin.write(text + b"\n")
+        process.stdin.flush()
+        assert len(json.loads(process.stdout.readline())["latent"]) == WIDTH
+    process.stdin.write(b"three\nfour\n")
     process.stdin.close()
     assert process.stdout.read().count(b"\n") == 2
     process.stdout.close()
@@ -326,13 +327,13 @@ def test_json_lines_start_before_the_input_ends(models: Path) -> None:
 def test_only_what_is_in_files_is_there_already(tmp_path: Path, texts: Path) -> None:
     """Texts of pipes are encoded as they come, those of files always with the same others."""
     os.mkfifo(tmp_path / "pipe")
-    assert streams.are_files([str(texts), str(texts)])
-    assert not streams.are_files([str(texts), str(tmp_path / "pipe")])
-    assert not streams.are_files([str(texts), str(tmp_path / "missing")])
-    program = "from gptvae_cli.cli.streams import are_files; print(are_files(['-']))"
-    for command, expected in (('"$0" -c "$1" < "$2"', b"True"), ('true | "$0" -c "$1"', b"False")):
+    for names, expected in (((texts, texts), True), ((texts, "pipe"), False), ((texts, "missing"), False)):
+        pools = streams.pools(["one"], [str(tmp_path / name) for name in names])
+        assert (pools.__name__ == "in_pools") == expected  # type: ignore[attr-defined]
+    program = "from gptvae_cli.cli.streams import pools; print(pools([], ['-']).__name__)"
+    for command, found in (('"$0" -c "$1" < "$2"', b"in_pools"), ('true | "$0" -c "$1"', b"as_they_come")):
         shell = ["sh", "-c", command, sys.executable, program, str(texts)]
-        assert subprocess.run(shell, capture_output=True, check=True).stdout.strip() == expected
+        assert subprocess.run(shell, capture_output=True, check=True).stdout.strip() == found
 
 
 def test_a_pipe_is_a_whole_file(models: Path, texts: Path, encode: Encode) -> None:

@@ -122,6 +122,31 @@ def test_a_pipe_with_a_name_is_not_waited_for_before_the_model_is_there(models: 
         process.communicate()
 
 
+@pytest.mark.parametrize("option", ["--ref", "--latent"])
+def test_a_line_of_a_pipe_is_answered_before_the_next_is_sent(models: Path, option: str) -> None:
+    """Or a program that talks to it, as by the `coproc` of a shell, waits for ever. All are the same texts."""
+    inputs = ["one", "two", "three"] if option == "--ref" else [json.dumps(each.tolist()) for each in LATENTS[:3]]
+    options = [option, "-", "--greedy", "-n", "2", "--threads", "1", "--model", str(models / "line.safetensors")]
+    command = [sys.executable, "-m", "gptvae_cli", "generate", *options]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    answers = []
+    try:
+        for line in inputs:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            answers += [process.stdout.readline(), process.stdout.readline()]
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    together = subprocess.run(command, input="".join(f"{line}\n" for line in inputs), capture_output=True, text=True)
+    assert "".join(answers) == together.stdout
+
+
 def test_some_lines_of_many_are_written_as_among_all(generate: Generate) -> None:
     """By the noise of their rows, which are printed: so they can be put beside what they came from."""
     encoded = [{"row": row, "latent": latent.tolist()} for row, latent in enumerate(LATENTS)]
