@@ -38,7 +38,7 @@ _BEGINNING_CHARS = 2**22
 _EDGE_BYTES = 2**20
 """How much of the beginning and of the end of a file is looked at to recognise it."""
 _FACTS_NAME, _TOKENIZER_NAME = "corpus.json", "tokenizer.json"
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class CorpusFacts:
         digest: of all texts in order, to recognise the corpus by.
         tokenizer_reason: why this tokenizer.
         replaced: places that were not UTF-8 and became U+FFFD.
+        records: the file that looks like JSON lines, though it was read as plain text.
     """
 
     texts: int
@@ -60,6 +61,7 @@ class CorpusFacts:
     digest: str
     tokenizer_reason: str
     replaced: int
+    records: str | None
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,9 @@ class Corpus:
         finally:
             ingest.close()
         (folder / _TOKENIZER_NAME).write_text(tokenizer.to_json(), "utf-8")
+        digest = ingest.digest.hexdigest()
         facts = CorpusFacts(
-            ingest.texts, pairs.empty, ingest.characters, ingest.digest.hexdigest(), reason, repairs.count
+            ingest.texts, pairs.empty, ingest.characters, digest, reason, repairs.count, repairs.records
         )
         content = {"format": _CACHE_FORMAT, "fingerprint": mark, "facts": asdict(facts), "sizes": _sizes(folder)}
         part = folder / f"{_FACTS_NAME}.part"

@@ -275,7 +275,7 @@ def start(
         _note_on_batches(job.rows, config),
         _place(device, precision),
     ]
-    if note := Repairs(corpus.facts.replaced).note:
+    if note := Repairs(corpus.facts.replaced, corpus.facts.records).note:
         job.notes.append(note)
     if cut := job.rows.count_cut():
         texts = (

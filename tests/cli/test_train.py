@@ -134,6 +134,20 @@ def test_a_run_prints_its_model_and_tells_people_the_rest(tmp_path: Path, names:
     assert not CONTROLS.search(process.stderr.replace("\n", ""))
 
 
+def test_a_run_tells_what_its_texts_were_taken_for(train: Train, tmp_path: Path) -> None:
+    """Also where its tokens are used again, as the texts are not read then."""
+    corpus = tmp_path / "export"
+    corpus.write_bytes(b"".join(b'{"text": "%s"}\n' % name.encode() for name in NAMES) + b"\xff\n")
+    for options in ([], ["--force"]):
+        result = train(corpus, "--errors", "replace", *options)
+        assert result.exit_code == 0, result.stderr
+        said = " ".join(result.stderr.split())
+        assert f"{corpus} looks like JSON lines and was read as plain text, see --field" in said
+        assert "1 place is not UTF-8 and became U+FFFD" in said
+    assert "were not made again" in said
+    assert "looks like" not in train("--field", "text", "--force", stdin=corpus.read_bytes()[:-2]).stderr
+
+
 @pytest.mark.parametrize(("variable", "model"), [("", ""), ("elsewhere", " --model gptvae-run")])
 def test_the_next_command_is_about_this_model(
     names: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, model: str
