@@ -191,6 +191,7 @@ class Model:
         prior: int | None = None,
         copies: int = 1,
         prompt: str = "",
+        guidance: float = 1.0,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -207,7 +208,12 @@ class Model:
             prior: how many to draw; None is 1.
             copies: texts from each latent; a greedy one is always the same.
             prompt: what every text begins with; it is part of the text.
-            temperature, top_k, top_p, min_p, greedy: how tokens are chosen, see `SampleConfig`.
+            guidance: above 1, such as 2, a text keeps closer to its latent, in twice the time (classifier-free
+                guidance, arXiv 2306.17806).
+            temperature: below 1 is safer, above 1 is wilder.
+            top_k, top_p, min_p: cut the tokens to draw from: to the k likeliest, to those that share p of the
+                probability, to those at least p times as likely as the likeliest.
+            greedy: always the likeliest token.
             max_tokens: longest continuation; None is one less than `max_seq_len`.
             seed: of the prior and of the tokens; None is a new one.
 
@@ -222,6 +228,7 @@ class Model:
                 Unicode.
         """
         config = SampleConfig(
+            guidance=guidance,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -230,6 +237,8 @@ class Model:
             max_tokens=max_tokens,
             seed=_seed(seed),
         )
+        if config.guidance != 1:
+            self.header.require_guidance("the model")
         copies = _whole("copies", copies, least=1)
         if not isinstance(prompt, str):
             raise ConfigError(f"prompt is of type {type(prompt).__name__}, expected a string")
@@ -247,13 +256,16 @@ class Model:
             rows = sampling.unconditioned(self._checkpoint, config.seed, count)
         return self._write(rows, copies, config, prompt)
 
-    def interpolate(self, *points: str | npt.ArrayLike, steps: int = 7, path: PathKind = "slerp") -> list[str]:
+    def interpolate(
+        self, *points: str | npt.ArrayLike, steps: int = 7, path: PathKind = "slerp", guidance: float = 1.0
+    ) -> list[str]:
         """Texts along a path from one point to the next, greedily.
 
         Args:
             points: N of them, each a text or a latent [Z].
             steps: from one point to the next, both counted.
             path: `slerp`, along an arc around the origin with the norm in between, or `lerp`, straight.
+            guidance: as in `generate`.
 
         Returns:
             (N - 1) x (steps - 1) + 1 texts. Those at the points are what the model makes of the latents that went in.
@@ -263,13 +275,16 @@ class Model:
             ConfigError: for fewer than two points or steps, or another kind of path.
             DataError: for a point that is not one text or one latent of this model.
         """
+        config = SampleConfig(guidance=guidance, greedy=True)
         self.header.require_latent("the model")
+        if config.guidance != 1:
+            self.header.require_guidance("the model")
         steps, points_NZ = _whole("steps", steps, least=2), []
         for place, point in enumerate(points):  # no comprehension, which is a line of its own to a warning
             points_NZ.append(self._point(point, f"points[{place}]"))
         with _default_cpu():
             path_KZ = sampling.walk(self._stack(points_NZ), steps, path)
-        return self._write(path_KZ, 1, SampleConfig(greedy=True), "")
+        return self._write(path_KZ, 1, config, "")
 
     def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
         self.header.require_latent("the model")

@@ -361,18 +361,21 @@ STOCK_RECIPE: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """How tokens are chosen, in this order: temperature, top-k, top-p, min-p, one uniform number.
+    """How tokens are chosen, in this order: guidance, temperature, top-k, top-p, min-p, one uniform number.
 
     Args:
+        guidance: how far to go from the logits without the latent to those with it; 1 is the model's own distribution,
+            and beyond it a text keeps closer to its latent (classifier-free guidance, arXiv 2306.17806).
         temperature: divides the logits; 1 is the model's own distribution.
         top_k: keep the k likeliest tokens.
         top_p: keep the smallest set of likeliest tokens whose share is at least p (arXiv 1904.09751).
         min_p: keep tokens at least this share as likely as the likeliest (arXiv 2407.01082).
-        greedy: always the likeliest token; the four above are then unused.
+        greedy: always the likeliest token; of those above only guidance is used then.
         max_tokens: longest continuation in tokens; None is one less than the model's `max_seq_len`.
         seed: names the noise; row and copy select within it.
     """
 
+    guidance: float = 1.0
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -385,15 +388,16 @@ class SampleConfig:
         # Of Python or of NumPy: these come from callers in Python, too. Python's count without end.
         for names, kind, plain, allowed in (
             (("top_k", "max_tokens", "seed"), Integral, int, "a whole number"),
-            (("temperature", "top_p", "min_p"), Real, float, "a number"),
+            (("guidance", "temperature", "top_p", "min_p"), Real, float, "a number"),
         ):
             for name in names:
                 value = getattr(self, name)
-                if value is None and name not in ("temperature", "seed"):
+                if value is None and name not in ("guidance", "temperature", "seed"):
                     continue
                 _require(isinstance(value, kind) and not isinstance(value, bool), name, value, allowed)
                 with suppress(OverflowError):
                     object.__setattr__(self, name, plain(value))
+        _require(0 <= self.guidance <= 1000, "guidance", self.guidance, "between 0 and 1000")
         # Where denormals count as zero, dividing by one is dividing by zero.
         usable = self.greedy or sys.float_info.min <= self.temperature <= sys.float_info.max
         _require(usable, "temperature", self.temperature, "above 0 (or use --greedy)")

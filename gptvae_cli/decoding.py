@@ -22,7 +22,7 @@ from gptvae_cli import noise
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.device import moved
-from gptvae_cli.engines import CachedDecoder, Engine, PlainDecoder, Row
+from gptvae_cli.engines import CachedDecoder, Engine, GuidedDecoder, PlainDecoder, Row
 from gptvae_cli.healing import Healing
 
 if TYPE_CHECKING:
@@ -109,7 +109,14 @@ def decode(
     waiting: dict[int, list[int]] = {}
     next_index = 0
     for row in run(
-        model, rows(), choose, eos_id=config.eos_id, batch_size=batch_size, on_token=on_token, cached=cached
+        model,
+        rows(),
+        choose,
+        eos_id=config.eos_id,
+        batch_size=batch_size,
+        guidance=sample.guidance,
+        on_token=on_token,
+        cached=cached,
     ):
         waiting[row.index] = row.new[:-1] if row.new and row.new[-1] == config.eos_id else row.new
         while next_index in waiting:
@@ -125,6 +132,7 @@ def run(
     *,
     eos_id: int | None,
     batch_size: int,
+    guidance: float = 1.0,
     on_token: Callable[[int, int], None] | None = None,
     cached: bool = True,
 ) -> Iterator[Row]:
@@ -132,7 +140,10 @@ def run(
     says that the next one has to be waited for."""
     waiting = iter(rows)
     usable = cached and model.fused_decoder is not None
-    engine: Engine = CachedDecoder(model, batch_size) if usable else PlainDecoder(model)
+    guided = guidance != 1
+    engine: Engine = CachedDecoder(model, batch_size * (1 + guided)) if usable else PlainDecoder(model)
+    if guided:
+        engine = GuidedDecoder(engine, guidance)
     active: list[Row] = []
     dry = False  # the next row has to be waited for, which is done when there is nothing else to do
     while True:

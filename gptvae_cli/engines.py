@@ -4,13 +4,14 @@ Two ways stand side by side, and a test holds them equal: `PlainDecoder` reads t
 through x-transformers; `CachedDecoder` keeps keys and values and runs the same weights as a handful of fused products.
 
 Shapes: B rows of the batch, T tokens, N rows or all their tokens, S slots of the cache, D model width, E all heads side
-by side, H heads, K head width, C pairs of a head, X queries, keys and values, L layers, Z latent width, V vocabulary.
+by side, H heads, K head width, C pairs of a head, X queries, keys and values, L layers, P two for every row of B,
+Z latent width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -183,6 +184,33 @@ class CachedDecoder:
         grown = self.cache_LXBHSK.new_zeros(layers, two, new_rows, heads, new_slots, width)
         grown[:, :, :old_rows, :, :old_slots] = self.cache_LXBHSK
         self.cache_LXBHSK = grown
+
+
+class GuidedDecoder:
+    """Rows in pairs, with and without their latent: the logits are those without, and a multiple of the difference.
+
+    Source: classifier-free guidance of language models, Sanchez et al. 2023 (arXiv 2306.17806).
+    """
+
+    def __init__(self, engine: Engine, scale: float) -> None:
+        self.engine, self.scale = engine, scale
+
+    def join(self, rows: Sequence[Row]) -> Tensor:
+        return self._guided(self.engine.join(_with_and_without(rows)))
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        return self._guided(self.engine.step(_with_and_without(rows)))
+
+    def leave(self, places: Sequence[int]) -> None:
+        self.engine.leave([each for place in places for each in (2 * place, 2 * place + 1)])
+
+    def _guided(self, logits_PV: Tensor) -> Tensor:
+        logits_BV, without_BV = logits_PV.float().view(-1, 2, logits_PV.shape[-1]).unbind(1)
+        return without_BV + self.scale * (logits_BV - without_BV)
+
+
+def _with_and_without(rows: Sequence[Row]) -> list[Row]:
+    return [each for row in rows for each in (row, replace(row, latent=None))]
 
 
 def cache_bytes(model: GPTVAE) -> int:

@@ -107,6 +107,23 @@ class ModelHeader:
                 hint="name another model; this one writes texts of its own: gptvae generate --prior N",
             )
 
+    def require_guidance(self, name: str | Path) -> None:
+        """Keeps guidance away from a model whose decoder has not learnt to write without a latent.
+
+        Args:
+            name: what the error calls the model.
+
+        Raises:
+            CheckpointError: for a model that was trained without one, or always with one.
+        """
+        self.require_latent(name)
+        train = self.training.get("train")
+        if isinstance(train, dict) and train.get("latents_dropout_prob") == 0:
+            raise CheckpointError(
+                f"guidance compares with no latent, and {name} has always had one: --latents-dropout-prob was 0",
+                hint="leave guidance out, or train with --latents-dropout-prob 0.1",
+            )
+
     def to_metadata(self) -> dict[str, str]:
         """The header as safetensors metadata, whose values must be strings.
 

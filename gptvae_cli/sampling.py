@@ -282,6 +282,7 @@ def write(
     longest = checkpoint.header.model.max_seq_len
     prompt_ids, endings = take_back(tokenizer, prompt, constraint, longest=longest)
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
+    row_bytes = cache_bytes(checkpoint.model) * (1 if sample.guidance == 1 else 2)
     with autocast(device, checkpoint.dtype):
         for ids in decode(
             checkpoint.model,
@@ -289,7 +290,7 @@ def write(
             sample,
             constraint=constraint,
             endings=endings,
-            batch_size=1 if pieces else rows_together(device, cache_bytes(checkpoint.model)),
+            batch_size=1 if pieces else rows_together(device, row_bytes),
             on_token=pieces.add if pieces else None,
         ):
             # Decoded in one piece: a tokenizer may treat the beginning of a text in its own way.

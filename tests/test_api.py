@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import pickle
@@ -122,8 +121,9 @@ def test_a_running_text_has_a_row_for_each_of_its_windows(folder: Path, tmp_path
         ),
         (["--prior", 9, "--temperature", 1.5, "--top-k", 9], {"prior": 9, "temperature": 1.5, "top_k": 9}),
         (["--prior", 9, "--top-p", 0.7, "--min-p", 0.01], {"prior": 9, "top_p": 0.7, "min_p": 0.01}),
+        (["--latent", "z.npy", "--greedy", "--guidance", 2], {"latents": LATENTS, "greedy": True, "guidance": 2}),
     ],
-    ids=["prior", "nothing", "greedy", "copies", "top-k", "top-p"],
+    ids=["prior", "nothing", "greedy", "copies", "top-k", "top-p", "guidance"],
 )
 def test_texts_are_those_of_gptvae_generate(
     model: Model, command: Callable[..., None], options: list[Any], keywords: dict[str, Any]
@@ -145,6 +145,10 @@ def test_a_path_is_that_of_gptvae_interpolate(model: Model, command: Callable[..
     np.save("three.npy", LATENTS[:3])
     command("interpolate", "--latent", "three.npy", "--steps", 4, "--format", "jsonl")
     assert model.interpolate(*LATENTS[:3], steps=4) == written()
+    command("interpolate", "--latent", "three.npy", "--steps", 4, "--guidance", 2.5, "--format", "jsonl")
+    guided = model.interpolate(*LATENTS[:3], steps=4, guidance=2.5)
+    assert guided == written() != model.interpolate(*LATENTS[:3], steps=4)
+    assert guided[0] == model.generate(LATENTS[0], greedy=True, guidance=2.5)[0]
     assert model.interpolate("naïve", LATENTS[0], steps=2) == [
         *model.generate(model.encode(["naïve"]), greedy=True),
         *model.generate(LATENTS[0], greedy=True),
@@ -236,26 +240,6 @@ def test_the_default_device_of_torch_does_not_matter(model: Model, folder: Path)
         assert torch.get_default_device() == torch.device("meta")
     finally:
         torch.set_default_device(None)
-
-
-def test_latents_do_not_depend_on_the_clock(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that are computed together have the same last digits each time, however long a busy machine takes."""
-    texts = [f"text number {i}" for i in range(40)]
-    batches: list[list[int]] = []
-    posterior = model.network.posterior
-
-    def counted(tokens_BT: torch.Tensor) -> Any:
-        batches[-1].append(len(tokens_BT))
-        return posterior(tokens_BT)
-
-    monkeypatch.setattr(model.network, "posterior", counted)
-    for seconds in (0, 1):
-        batches.append([])
-        ticks = itertools.count(step=seconds) if seconds else itertools.repeat(0)
-        monkeypatch.setattr("gptvae_cli.sampling.time.monotonic", lambda ticks=ticks: next(ticks))
-        model.encode(texts)
-    assert batches[0] == batches[1]
-    assert len(batches[0]) < len(texts)
 
 
 def test_nothing_in_gives_nothing_out(model: Model) -> None:
@@ -506,12 +490,26 @@ def test_a_baseline_writes_texts_and_refuses_latents(tmp_path: Path) -> None:
         lambda: baseline.posterior(["a"]),
         lambda: baseline.generate(LATENTS),
         lambda: baseline.interpolate("a", LATENTS[0]),
+        lambda: baseline.generate(prior=1, guidance=2),
     ):
         with pytest.raises(CheckpointError, match="the model has no latent"):
             use()
     result = CliRunner().invoke(app, ["generate", "--prior", "3", "--seed", "5", "-q", "--model", str(path)])
     assert result.exit_code == 0, result.stderr
     assert baseline.generate(prior=3, seed=5) == result.stdout.removesuffix("\n").split("\n")
+
+
+def test_a_decoder_that_always_had_a_latent_cannot_be_guided(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "always.safetensors", train={"latents_dropout_prob": 0.0})
+    always = load(path, device="cpu")
+    assert always.generate(LATENTS, greedy=True, guidance=1) == always.generate(LATENTS, greedy=True)
+    message = "guidance compares with no latent, and .* has always had one: --latents-dropout-prob was 0"
+    with pytest.raises(CheckpointError, match=message):
+        always.generate(LATENTS, guidance=2)
+    with pytest.raises(CheckpointError, match=message):
+        always.generate(prior=1, guidance=0.5)
+    with pytest.raises(CheckpointError, match=message):
+        always.interpolate(*LATENTS[:2], guidance=2)
 
 
 def test_a_text_alone_has_no_likelihood_where_latents_come_from_others(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ REFUSED: list[tuple[type[Any], dict[str, Any], str]] = [
     (MachineConfig, {"device": "cuda:12345"}, "device is 'cuda:12345', it must be auto, cpu, cuda or cuda:n"),
     (MachineConfig, {"dtype": "f8"}, "dtype is 'f8', it must be one of auto, float32, bfloat16"),
     (MachineConfig, {"threads": 0}, "threads is 0, it must be between 1 and 4096"),
+    (SampleConfig, {"guidance": -0.1}, "guidance is -0.1, it must be between 0 and 1000"),
+    (SampleConfig, {"guidance": NAN}, "guidance is nan, it must be between 0 and 1000"),
     (SampleConfig, {"temperature": 0.0}, "temperature is 0.0, it must be above 0 (or use --greedy)"),
     (SampleConfig, {"temperature": 5e-324}, "temperature is 5e-324, it must be above 0 (or use --greedy)"),
     (SampleConfig, {"temperature": NAN}, "temperature is nan, it must be above 0 (or use --greedy)"),
@@ -249,7 +251,7 @@ def test_an_unknown_field_is_named_with_those_that_are_known() -> None:
         from_dict(SampleConfig, {"temprature": 1.0})
     assert one_line(caught.value) == "SampleConfig has no field 'temprature'"
     assert caught.value.hint is not None
-    assert "known fields: temperature, top_k" in caught.value.hint
+    assert "known fields: guidance, temperature, top_k" in caught.value.hint
 
 
 def test_missing_fields_are_named_and_those_with_a_default_are_not() -> None:

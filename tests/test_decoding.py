@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,49 @@ def test_a_row_beyond_the_window_goes_on_from_its_newer_half_and_its_latent(
         assert token == int(logits_V.argmax())
         context.append(token)
     assert moves >= 2
+
+
+# Guidance -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "plain"])
+@pytest.mark.parametrize("conditioning", ["token", "bos"])
+@pytest.mark.parametrize("guidance", [0.4, 2.5])
+def test_guidance_goes_on_from_the_logits_without_a_latent_through_those_with_it(
+    tiny_model: TinyModel, cached: bool, conditioning: str, guidance: float
+) -> None:
+    """x-transformers reads both rows of a text from their first token; several windows, rows that join and leave."""
+    model, requests = tiny_model(conditioning=conditioning), some_requests(7, latents="all")
+    sample = SampleConfig(greedy=True, max_tokens=2 * WINDOW, guidance=guidance)
+    texts = list(decode(model, requests, sample, constraint=never(), cached=cached, batch_size=3))
+    plain = list(decode(model, requests, SampleConfig(greedy=True, max_tokens=2 * WINDOW), constraint=never()))
+    assert sum(text != other for text, other in zip(texts, plain, strict=True)) >= 4
+    for request, text in zip(requests, texts, strict=True):
+        context = [BOS, *request.prompt]
+        for token in [*text, EOS][: 2 * WINDOW]:
+            if len(context) > WINDOW:
+                context = model.conditioning.window(context, WINDOW // 2)
+            tokens_1T = torch.tensor([context])
+            latent_Z = request.latent
+            assert latent_Z is not None
+            with_V, without_V = (
+                model.logits(model.hidden(tokens_1T, latent_1Z, plain=True))[0, -1]
+                for latent_1Z in (latent_Z[None], None)
+            )
+            logits_V = (1 - guidance) * without_V + guidance * with_V
+            logits_V[[PAD, BOS]] = float("-inf")
+            assert logits_V[token] >= logits_V.max() - 1e-4
+            context.append(token)
+
+
+def test_no_guidance_at_all_writes_as_without_a_latent(tiny_model: TinyModel) -> None:
+    """By the same noise of the tokens; and a text without a latent has nothing to be guided to."""
+    model, requests = tiny_model(), some_requests(6)
+    without = [Request(request.row, 0, None, request.prompt) for request in requests]
+    expected = list(decode(model, without, SAMPLED))
+    assert list(decode(model, requests, replace(SAMPLED, guidance=0))) == expected
+    assert list(decode(model, without, replace(SAMPLED, guidance=3))) == expected
+    assert list(decode(model, requests, SAMPLED)) != expected
 
 
 def test_a_long_prompt_is_read_from_its_end(tiny_model: TinyModel) -> None:

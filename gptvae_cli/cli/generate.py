@@ -62,6 +62,14 @@ def generate(
         int | None,
         typer.Option(help="Longest continuation. [default: as long as the model reads]", rich_help_panel=_TOKENS),
     ] = None,
+    guidance: Annotated[
+        float,
+        typer.Option(
+            metavar="W",
+            help="Above 1, such as 2, keeps a text closer to its latent, in twice the time.",
+            rich_help_panel=_TOKENS,
+        ),
+    ] = 1.0,
     temperature: Annotated[
         float, typer.Option(help="Below 1 is safer, above 1 is wilder.", rich_help_panel=_TOKENS)
     ] = 1.0,
@@ -104,7 +112,13 @@ def generate(
     from gptvae_cli.text import Repairs, of_unit, read_texts, with_field
 
     config = SampleConfig(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy, max_tokens=max_tokens
+        guidance=guidance,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        greedy=greedy,
+        max_tokens=max_tokens,
     )
     _check_sources({"--latent": latent, "--ref": ref, "--text": text, "--prior": prior}, sample=sample)
     if field is not None and ref is None:
@@ -119,6 +133,8 @@ def generate(
     header = read_header(path)
     if (latent, ref, text, latents_out) != (None, None, None, None):
         header.require_latent(path)
+    if guidance != 1:
+        header.require_guidance(path)
     streams.refuse_stdout("--latents-out", latents_out)
     streams.refuse_input("--latents-out", latents_out, [*filter(None, [latent, ref]), str(path)])
     data = header.data.overridden(unit=unit, field=field, errors=errors)

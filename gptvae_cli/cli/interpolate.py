@@ -50,6 +50,9 @@ def interpolate(
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Texts from one point to the next, both counted.")] = 7,
     kind: Annotated[PathKind, typer.Option("--path", help="Along an arc around the origin, or straight.")] = "slerp",
+    guidance: Annotated[
+        float, typer.Option(metavar="W", help="Above 1, such as 2, keeps a text closer to its latent.")
+    ] = 1.0,
     latents_out: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write the latents, a .npy file.", rich_help_panel=_OUTPUT)
     ] = None,
@@ -73,6 +76,7 @@ def interpolate(
     from gptvae_cli.header import locate_model, read_header
     from gptvae_cli.text import Repairs, of_unit, with_field
 
+    config = SampleConfig(guidance=guidance, greedy=True)
     _check_points(points or [], start, end, latent)
     if field is not None:
         if not points:
@@ -83,6 +87,8 @@ def interpolate(
     streams.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else []), str(path)])
     header = read_header(path)
     header.require_latent(path)
+    if guidance != 1:
+        header.require_guidance(path)
     data, width = header.data.overridden(unit=unit, field=field, errors=errors), header.model.dim_latent
     printer = streams.TextWriter(format, data.unit, null=null)
     repairs = Repairs()
@@ -106,9 +112,9 @@ def interpolate(
         with latents_to(latents_out, "npy", width) as write:
             for latent_Z in path_KZ:
                 write(latent_Z)
-    requests, greedily = sampling.repeated(path_KZ, 1), SampleConfig(greedy=True)
+    requests = sampling.repeated(path_KZ, 1)
     with console.progress("writing", "texts", quiet=quiet, total=len(path_KZ), beside_data=True) as advance:
-        for step, text in enumerate(sampling.write(checkpoint, requests, greedily, unit=data.unit)):
+        for step, text in enumerate(sampling.write(checkpoint, requests, config, unit=data.unit)):
             printer.write(text, step=step)
             advance(step + 1)
     console.note(encoder.note, quiet=quiet)

@@ -503,6 +503,7 @@ def baseline(tmp_path: Path) -> Path:
         ["generate", "--latent", "z.npy"],
         ["generate", "--ref", "texts.txt", "--sample"],
         ["generate", "--text", ""],
+        ["generate", "--prior", "1", "--guidance", "2"],
         ["interpolate", "--from", "a", "--to", "b"],
     ],
     ids=" ".join,
@@ -511,6 +512,16 @@ def test_a_baseline_takes_and_gives_no_latents(generate: Generate, baseline: Pat
     """Its encoder is as random as it began, and its decoder has never seen a latent: both would give nonsense."""
     result = CliRunner().invoke(app, [*arguments, "--model", str(baseline)])
     assert_fails(result, 3, f"{baseline} has no latent", "--latents-dropout-prob 1", "gptvae generate --prior N")
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--text", "a"], ["interpolate", "--from", "a", "--to", "b"]])
+def test_a_decoder_that_always_had_a_latent_cannot_be_guided(
+    generate: Generate, tmp_path: Path, arguments: list[str]
+) -> None:
+    path = make_model(tmp_path / "always.safetensors", train={"latents_dropout_prob": 0.0})
+    result = CliRunner().invoke(app, [*arguments, "--guidance", "2", "--model", str(path)])
+    assert_fails(result, 3, "--latents-dropout-prob was 0")
+    assert CliRunner().invoke(app, [*arguments, "--guidance", "1", "--model", str(path)]).exit_code == 0
 
 
 def test_a_baseline_writes_texts_without_a_latent(generate: Generate, baseline: Path) -> None:

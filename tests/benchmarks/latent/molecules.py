@@ -114,6 +114,7 @@ def main() -> None:
         if not model.header.has_latent:
             print()
             continue
+        print("the same, guidance 2    ", drawn(model, asked.prior, known, temperature=0.7, guidance=2))
         print("greedily                ", drawn(model, asked.prior, known, greedy=True))
         mean, std = model.posterior(texts)
         shuffled = random.Random(0).sample(texts, len(texts))
@@ -121,8 +122,10 @@ def main() -> None:
         middle = walk(mean, 3, "slerp")[1::2]
         print(f"{len(texts):,} test molecules, greedily")
         print("from their means        ", made_from(texts, model.generate(mean, greedy=True)))
+        print("the same, guidance 2    ", made_from(texts, model.generate(mean, greedy=True, guidance=2)))
         print("from their posteriors   ", made_from(texts, model.generate(near, greedy=True)))
         print("half-way to the next    ", made_from(texts[:-1], model.generate(middle, greedy=True)))
+        print("the same, guidance 2    ", made_from(texts[:-1], model.generate(middle, greedy=True, guidance=2)))
         print(f"another test molecule     likeness {likeness(texts, shuffled):.3f}")
         for name, (latent, words) in readable(model, texts).items():
             print(f"R2 of {name:<18} {latent:5.2f}  characters {words:5.2f}")

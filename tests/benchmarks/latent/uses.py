@@ -32,8 +32,11 @@ from gptvae_cli import Model, load
 FEW, COPIES = 10, 4
 WAYS: dict[str, dict[str, Any]] = {
     "the mean, greedy": {"greedy": True},
+    "the mean, greedy, guidance 2": {"greedy": True, "guidance": 2},
     "the mean, temperature 0.7": {"copies": COPIES, "temperature": 0.7},
+    "the mean, temperature 0.7, guidance 2": {"copies": COPIES, "temperature": 0.7, "guidance": 2},
     "samples, greedy": {"greedy": True},
+    "samples, greedy, guidance 2": {"greedy": True, "guidance": 2},
 }
 
 
@@ -77,7 +80,7 @@ def main() -> None:
             good = [text for text, good in zip(made, believed, strict=True) if good]
             some.append(score(own + good, np.concatenate([their, of_made[believed]]), test, truth_N))
         print(
-            f"{way:<26} label kept {spread(kept)}  ten texts {spread(plain)}  with all made of them"
+            f"{way:<38} label kept {spread(kept)}  ten texts {spread(plain)}  with all made of them"
             f" {spread(all_of_them)}  with kept ones {spread(some)}",
             flush=True,
         )
