@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ import torch
 
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint
-from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
+from gptvae_cli.config import DType, PathKind, SampleConfig
 from gptvae_cli.data import batches_of, places_of
 from gptvae_cli.device import tokens_together
 from gptvae_cli.errors import ConfigError, DataError
@@ -40,6 +41,9 @@ from gptvae_cli.latent_file import checked_latents
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.sampling import Encoder, Encoding, Floats
 from gptvae_cli.text import of_unit
+
+_MISSING = ("NoneType", "float", "NAType")
+"""Of what type pandas has something in the place of a missing text."""
 
 
 class Posteriors(NamedTuple):
@@ -75,7 +79,7 @@ def load(
         opened = alone.submit(sampling.open_model, found, device=str(device), dtype=dtype).result()
     if opened.warning is not None:
         warnings.warn(opened.warning, stacklevel=2)
-    return Model(opened.checkpoint)
+    return Model(opened.checkpoint, found)
 
 
 class Model:
@@ -83,19 +87,27 @@ class Model:
 
     Args:
         checkpoint: what a model file holds.
+        path: of the file.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
         self._checkpoint = checkpoint
+        self.path = path
 
     def __repr__(self) -> str:
         parameters = sum(weight.numel() for weight in self.network.parameters())
-        return f"<gptvae_cli.Model: {parameters:,} parameters, latent {self.dim_latent}, unit {self.unit}>"
+        what = f"{parameters:,} parameters, latent {self.dim_latent}, unit {self.unit}"
+        return f"<gptvae_cli.Model {self.path}: {what}, sha256 {self.sha256[:8]}...>"
 
     @property
     def header(self) -> ModelHeader:
         """What the model file says about itself: sizes, what a text is, how it was trained and with which figures."""
         return self._checkpoint.header
+
+    @property
+    def sha256(self) -> str:
+        """The checksum of the model file, as `gptvae info --json` has it: whose latents these are."""
+        return self._checkpoint.sha256
 
     @property
     def network(self) -> GPTVAE:
@@ -113,7 +125,7 @@ class Model:
         return self.header.model.max_seq_len
 
     @property
-    def unit(self) -> Unit:
+    def unit(self) -> str:  # no Literal, of which Jupyter's completion (jedi 0.20) makes an error
         """What a text is: `line`, `paragraph`, `file` or `window`. A `line` that is written has no line break."""
         return self.header.data.unit
 
@@ -288,7 +300,7 @@ class Model:
 
     def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
         self.header.require_latent("the model")
-        encoder = Encoder(self._checkpoint, self.unit)
+        encoder = Encoder(self._checkpoint, self.header.data.unit)
         with _default_cpu():
             encodings = list(encoder.encode(self._checked(texts)))
         _warn(encoder)
@@ -296,7 +308,7 @@ class Model:
 
     def _rows(self, texts: Iterable[str]) -> list[list[int]]:
         """Texts as tokens, with their specials."""
-        encoder = Encoder(self._checkpoint, self.unit)
+        encoder = Encoder(self._checkpoint, self.header.data.unit)
         rows = list(encoder.rows(self._checked(texts)))
         _warn(encoder)
         return rows
@@ -310,18 +322,22 @@ class Model:
             kind = type(texts).__name__
             raise ConfigError(f"texts is of type {kind}, expected a list of strings", hint="of a table take a column")
         for row, text in enumerate(texts):
-            if not isinstance(text, str):  # such as NaN, which pandas has in the place of a missing text
-                raise DataError(f"texts[{row}] is of type {type(text).__name__}, expected a string")
-            yield of_unit(text, self.unit)
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise DataError(
+                    f"texts[{row}] is of type {kind}, expected a string",
+                    hint="leave missing texts out: column.dropna()" if kind in _MISSING else None,
+                )
+            yield of_unit(text, self.header.data.unit)
 
     def _stack(self, rows: Sequence[Floats]) -> Floats:
         return np.stack(rows) if rows else np.empty((0, self.dim_latent), np.float32)
 
     def _point(self, point: str | npt.ArrayLike, name: str) -> Floats:
         if isinstance(point, str):
-            encoder = Encoder(self._checkpoint, self.unit)
+            encoder = Encoder(self._checkpoint, self.header.data.unit)
             with _default_cpu():
-                latent_Z = encoder.point(of_unit(point, self.unit))
+                latent_Z = encoder.point(of_unit(point, self.header.data.unit))
             _warn(encoder)
             return latent_Z
         latents_NZ = self._latents(point, name)
@@ -337,10 +353,15 @@ class Model:
         self.header.require_latent("the model")
         try:
             array = np.asarray(values)
+            if array.dtype == object and array.ndim > 0 and not any(isinstance(each, str) for each in array.flat):
+                array = np.array(array.tolist(), np.float64)  # a column of latents, or rows of a table that has others
         except (ValueError, TypeError, RuntimeError) as error:  # rows of several lengths; tensors that it cannot read
             problem = str(error).partition("\n")[0]
-            raise DataError(f"{name} cannot be made an array: {problem}") from error
-        if array.dtype.kind in "US":
+            raise DataError(
+                f"{name} cannot be made an array of floats: {problem}",
+                hint="of a column of latents np.stack(column) makes one, of a table table.to_numpy('float32')",
+            ) from error
+        if array.dtype.kind in "US" or (array.dtype == object and array.ndim > 0):
             raise DataError(f"{name} holds text, latents are floats", hint="model.encode(texts) gives latents")
         if array.shape == (0,):  # an empty list has no width
             array = np.empty((0, self.dim_latent), np.float32)
@@ -349,7 +370,7 @@ class Model:
     def _write(self, latents: Iterable[Floats | None], copies: int, config: SampleConfig, prompt: str) -> list[str]:
         requests = sampling.repeated(latents, copies)
         with _default_cpu():
-            return list(sampling.write(self._checkpoint, requests, config, unit=self.unit, prompt=prompt))
+            return list(sampling.write(self._checkpoint, requests, config, unit=self.header.data.unit, prompt=prompt))
 
 
 @contextmanager

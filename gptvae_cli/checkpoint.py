@@ -42,19 +42,20 @@ _UNFIT = "the file is damaged or was edited, use one as gptvae wrote it"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that is ready to use, in evaluation mode, with what belongs to it, and the type to compute in: weights
-    are float32, and bfloat16 is autocast's."""
+    """A model that is ready to use, in evaluation mode, with what belongs to it, the checksum of its file, and the type
+    to compute in: weights are float32, and bfloat16 is autocast's."""
 
     model: GPTVAE
     tokenizer: Tokenizer
     header: ModelHeader
+    sha256: str
     dtype: torch.dtype = torch.float32
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Made anew of its header and its weights where it goes to another process, as modules of x-transformers cannot
         be pickled."""
         weights = model_tensors(self.model)
-        return _built, (self.header, weights, self.model.device, self.dtype)
+        return _built, (self.header, self.sha256, weights, self.model.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,19 @@ def load(path: Path, *, device: torch.device, dtype: torch.dtype = torch.float32
         metadata, tensors = _open(path)
         header = ModelHeader.from_metadata(metadata)
         _check_digest(metadata, tensors)
-        return _built(header, tensors, device, dtype)
+        return _built(header, metadata[DIGEST_KEY], tensors, device, dtype)
 
 
-def _built(header: ModelHeader, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Checkpoint:
+def _built(
+    header: ModelHeader, sha256: str, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Checkpoint:
     tokenizer = load_tokenizer(header.tokenizer, header.model)
     _check_fit(tensors, model_tensors(claimed_model(header.model, tensors)))
     check_finite(tensors)
     with _NoInit():
         model = GPTVAE.from_config(header.model).float()  # whatever torch's default is
     fill_model(model, tensors)
-    return Checkpoint(model.to(device).eval(), tokenizer, header, dtype)
+    return Checkpoint(model.to(device).eval(), tokenizer, header, sha256, dtype)
 
 
 class _NoInit(TorchFunctionMode):

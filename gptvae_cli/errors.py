@@ -50,6 +50,8 @@ class GPTVAEError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint is not None:
+            self.add_note(f"hint: {hint}")  # for a traceback
 
 
 class DeviceError(GPTVAEError):

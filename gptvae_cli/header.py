@@ -16,7 +16,7 @@ import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class ModelHeader:
     format_version: int
     model: ModelConfig
     data: DataConfig
-    tokenizer: str
+    tokenizer: str = field(repr=False)
     training: dict[str, Any]
 
     @property

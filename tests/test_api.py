@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -183,7 +185,19 @@ def test_a_model_says_what_it_is(model: Model, folder: Path) -> None:
     assert isinstance(model.network, gptvae_cli.GPTVAE)
     assert not model.network.training
     count = sum(weight.numel() for weight in model.network.parameters())
-    assert repr(model) == f"<gptvae_cli.Model: {count:,} parameters, latent {WIDTH}, unit line>"
+    assert model.path == folder / "model.safetensors"
+    told = CliRunner().invoke(app, ["info", "--json", "--model", str(folder)])
+    assert model.sha256 == json.loads(told.stdout)["sha256"]
+    what = f"{count:,} parameters, latent {WIDTH}, unit line, sha256 {model.sha256[:8]}..."
+    assert repr(model) == f"<gptvae_cli.Model {model.path}: {what}>"
+    assert len(repr(model.header)) < 5000, "the tokenizer alone has megabytes"
+
+
+def test_a_notebook_completes_the_names_of_a_model() -> None:
+    """jedi 0.20, which does it there, fails for all of them where a property returns a Literal."""
+    for name, value in vars(Model).items():
+        if isinstance(value, property):
+            assert get_origin(get_type_hints(value.fget)["return"]) is not Literal, name
 
 
 def test_using_a_model_changes_nothing_of_the_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +285,32 @@ def test_one_latent_needs_no_list(model: Model) -> None:
     assert model.generate(half, greedy=True) == model.generate(half.astype("f4"), greedy=True)
 
 
+def test_latents_come_back_from_a_table(model: Model) -> None:
+    """What pandas gives NumPy of a column of latents, of nullable numbers, and of a row that holds a text, too."""
+    column = np.empty(len(LATENTS), object)
+    column[:] = list(LATENTS)
+    expected = model.generate(LATENTS, greedy=True)
+    for values in (column, LATENTS.astype(object), list(map(list, LATENTS.astype(object)))):
+        assert model.generate(values, greedy=True) == expected
+    row = np.array(["a text", *LATENTS[0]], object)
+    assert model.generate(row[1:], greedy=True) == expected[:1]
+    assert model.interpolate(row[1:], column[1], steps=2) == expected[:2]
+    with pytest.raises(DataError) as caught:
+        model.generate(np.array([LATENTS[0], LATENTS[0, 1:]], object))
+    assert "np.stack(column)" in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_a_missing_text_is_told_of_with_what_to_do(model: Model, missing: Any) -> None:
+    """In a notebook a traceback is all that one sees."""
+    with pytest.raises(DataError, match=r"texts\[1\] is of type \w+, expected a string") as caught:
+        model.encode(["a", missing])
+    assert "hint: leave missing texts out: column.dropna()" in traceback.format_exception(caught.value)[-1]
+    with pytest.raises(DataError) as caught:
+        model.encode([b"a"])  # type: ignore[list-item]
+    assert caught.value.hint is None
+
+
 @pytest.mark.parametrize(
     ("latents", "words"),
     [
@@ -280,7 +320,10 @@ def test_one_latent_needs_no_list(model: Model) -> None:
         (LATENTS.astype(int), "holds integers"),
         (LATENTS.astype(complex), "holds complex numbers"),
         (LATENTS > 0, "holds booleans"),
-        (LATENTS.astype(object), "holds Python objects"),
+        (np.array([["0.5"] * WIDTH], object), "holds text"),
+        (LATENTS.astype(object)[:, :2], "the shape (6, 2), the latents of this model have 8 dimensions"),
+        (np.array([[object()] * WIDTH]), "cannot be made an array of floats"),
+        (np.array([[None] * WIDTH]), "row 0, dimension 0 (both from 0): nan"),
         (HOLED, "row 2, dimension 3 (both from 0): nan"),
         (np.full((1, WIDTH), 1e300), "too large for a latent"),
         ("a text", "holds text"),

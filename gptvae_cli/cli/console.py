@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from gptvae_cli.config import DType
 
 
-# FORCE_COLOR may colour a file, but nothing is to move there; on a dumb terminal, Rich sees to that itself.
-_movable = None if sys.stderr is not None and sys.stderr.isatty() else False
+# FORCE_COLOR may colour a file, but nothing is to move there, nor in a notebook, which calls itself a terminal and does
+# not know how to move up. On a dumb terminal, Rich sees to that itself.
+_movable = None if sys.stderr is not None and sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ else False
 stderr = Console(stderr=True, highlight=False, force_interactive=_movable)
 PLAIN_SECONDS = 30.0
 """Between lines of progress where there is no terminal."""

@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -198,3 +199,20 @@ def test_a_note_breaks_between_words_on_a_terminal_and_a_command_nowhere(
 def written(to: Console) -> list[str]:
     assert isinstance(to.file, io.StringIO)
     return to.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("notebook", [False, True])
+def test_nothing_moves_in_a_notebook(notebook: bool) -> None:
+    """Which gives a command a terminal that cannot move up: a display would be there a hundred times, one below the
+    other. Jupyter's kernels have the variable."""
+    program = "from gptvae_cli.cli.console import stderr; print(stderr.is_interactive)"
+    environment = {**os.environ, "TERM": "xterm-color", "FORCE_COLOR": "1", "JPY_PARENT_PID": "1"}
+    if not notebook:
+        del environment["JPY_PARENT_PID"]
+    leader, follower = pty.openpty()
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=follower, check=True, text=True
+    )
+    os.close(follower)
+    os.close(leader)
+    assert found.stdout.strip() == str(not notebook)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import sacrebleu
 
 from gptvae_cli import Model, load
@@ -45,7 +46,7 @@ def main() -> None:
     print()
 
 
-def kept(model: Model, texts: Sequence[str], found: Sequence[str], z_NZ: np.ndarray) -> str:
+def kept(model: Model, texts: Sequence[str], found: Sequence[str], z_NZ: npt.NDArray[np.float32]) -> str:
     said, meant = tokens(model, found), tokens(model, texts)
     in_place = sum(a == b for one, other in zip(said, meant, strict=True) for a, b in zip(one, other, strict=False))
     whole = np.mean([one == other for one, other in zip(found, texts, strict=True)])
