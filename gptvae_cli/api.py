@@ -196,6 +196,11 @@ class Model:
             nll_N[np.array(told)[places_of(rows, most)]] = found_N.numpy()
         return nll_N
 
+    def count_tokens(self, texts: Iterable[str]) -> npt.NDArray[np.int64]:
+        """The tokens of each text that `nll` sums over, of a long one those that fit, the end counted [N]; rows as in
+        `encode`."""
+        return np.array([len(row) - 1 for row in self._rows(texts)], np.int64)
+
     def generate(
         self,
         latents: npt.ArrayLike | None = None,

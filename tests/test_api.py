@@ -88,6 +88,16 @@ def test_latents_are_those_of_gptvae_encode(model: Model, command: Callable[...,
     assert_array_equal(model.encode(TEXTS, sample=True, seed=7), np.load("out"))
 
 
+def test_tokens_are_those_of_gptvae_evaluate(model: Model, command: Callable[..., None]) -> None:
+    texts = ["a", "naïve", "", "x" * 3 * LONGEST]
+    Path("texts.txt").write_text("".join(f"{text}\n" for text in texts), "utf-8")
+    command("evaluate", "texts.txt", "--samples", 1, "--per-text", "scores.jsonl")
+    told = [json.loads(line)["tokens"] for line in Path("scores.jsonl").read_text().splitlines()]
+    with pytest.warns(UserWarning, match="1 text is longer"):
+        counts = model.count_tokens(texts)
+    assert counts.tolist() == told == [2, 7, 1, LONGEST - 1]
+
+
 def test_line_breaks_are_those_of_records(model: Model, folder: Path, tmp_path: Path) -> None:
     """A model of lines never saw one; a column of a table may have some."""
     texts = ["one\r\ntwo", "one\rtwo\n", "one\ntwo"]
