@@ -122,7 +122,7 @@ def _has_fields(file: str) -> bool:
     return ending(file, unpacked=True) in (*_RECORDS, ".parquet")
 
 
-def with_field(sources: Sequence[str], field: str) -> list[str]:
+def with_field(sources: Sequence[str], field: str, option: str = "--field") -> list[str]:
     """The sources of texts that are named by a field; standard input is then JSON lines.
 
     Keeps texts from being read as they stand, where nothing that is read has fields.
@@ -135,7 +135,7 @@ def with_field(sources: Sequence[str], field: str) -> list[str]:
     files = expand(read)
     if not any(map(_has_fields, files)):
         raise ConfigError(
-            f"--field {field} is for files that end in {', '.join(_RECORDS)} or .parquet, and {', '.join(files[:3])} is"
+            f"{option} {field} is for files that end in {', '.join(_RECORDS)} or .parquet, and {', '.join(files[:3])} is"
             " plain text",
             hint="name it so, or pipe JSON lines: gptvae ... - < FILE",
         )

@@ -54,6 +54,12 @@ def evaluate(
         str | None,
         typer.Option(metavar="FILE", help="One label a line, for each text: how well z tells them apart."),
     ] = None,
+    label_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Of the label in tables and JSON lines, as --field is of the text. [default: --field]"
+        ),
+    ] = None,
     latents_from: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Texts for the encoder, one for each text of the corpus."),
@@ -94,6 +100,10 @@ def evaluate(
     read = corpus or ["-"]
     if field is not None:
         read = with_field([*read, *filter(None, [labels, latents_from])], field)[: len(read)]
+    if label_field is not None:
+        if labels is None:
+            raise ConfigError("--label-field is of --labels, and there are none", hint="leave it out")
+        with_field([labels], label_field, "--label-field")
     if not corpus or "-" in corpus:
         streams.refuse_terminal_stdin("gptvae evaluate test.txt")
     streams.refuse_stdout("--per-text", per_text)
@@ -126,7 +136,7 @@ def evaluate(
             from gptvae_cli.probe import require_classes, require_scikit_learn
 
             require_scikit_learn()
-            marks = read_texts([labels], TextConfig(field=data.field, errors=errors or "strict"))
+            marks = read_texts([labels], TextConfig(field=label_field or data.field, errors=errors or "strict"))
             names = _aligned(labels, marks, "labels", texts, count)
             require_classes(names)  # which more may be wrong with, as the texts that bear them will tell
     if with_baseline:

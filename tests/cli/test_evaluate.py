@@ -314,6 +314,20 @@ def test_labels_are_read_off_latents_and_off_words(evaluate: Evaluate, labelled:
     assert f"{found['z_accuracy']:.1%}" in table
 
 
+def test_texts_and_labels_may_be_columns_of_one_table(evaluate: Evaluate, labelled: list[str]) -> None:
+    expected = figures(evaluate("--json", "--labels", "labels.txt", corpus="labelled.txt"))
+    texts = Path("labelled.txt").read_text("utf-8").splitlines()
+    rows = "".join(f"{label},{text}\n" for label, text in zip(labelled, texts, strict=True))
+    Path("table.csv").write_text(f"kind,said\n{rows}", "utf-8")
+    options = ("--field", "said", "--labels", "table.csv", "--label-field")
+    found = figures(evaluate("--json", *options, "kind", corpus="table.csv"))
+    assert found["probe"] == expected["probe"]
+    assert_fails(evaluate(*options, "sort", corpus="table.csv"), 3, "table.csv has no column 'sort'", "'kind'")
+    plain = evaluate("--labels", "labels.txt", "--label-field", "kind", corpus="labelled.txt")
+    assert_fails(plain, 2, "--label-field kind is for files that end in")
+    assert_fails(evaluate("--label-field", "kind", corpus="labelled.txt"), 2, "--label-field is of --labels")
+
+
 def test_labels_that_are_no_utf8_may_be_replaced(evaluate: Evaluate, labelled: list[str]) -> None:
     marked = Path("labels.txt").read_text().splitlines()
     Path("latin1.txt").write_bytes(b"".join(mark.encode() + b"\xe9\n" if mark else b"\n" for mark in marked))
