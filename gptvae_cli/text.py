@@ -135,8 +135,8 @@ def with_field(sources: Sequence[str], field: str, option: str = "--field") -> l
     files = expand(read)
     if not any(map(_has_fields, files)):
         raise ConfigError(
-            f"{option} {field} is for files that end in {', '.join(_RECORDS)} or .parquet, and {', '.join(files[:3])} is"
-            " plain text",
+            f"{option} {field} is for files that end in {', '.join(_RECORDS)} or .parquet, and"
+            f" {', '.join(files[:3])} is plain text",
             hint="name it so, or pipe JSON lines: gptvae ... - < FILE",
         )
     return read
