@@ -19,7 +19,7 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any, BinaryIO
 
-from gptvae_cli.errors import DataError, GPTVAEError
+from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
 from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME
 
 STDIN = "-"
@@ -43,10 +43,13 @@ def expand(sources: Sequence[str]) -> list[str]:
     sorted by path.
 
     Raises:
+        ConfigError: for standard input where it is named twice.
         DataError: for a name that stands for nothing, or that cannot be looked up.
         GPTVAEError: for a file that needs a package which is not installed.
     """
     files = [file for source in sources for file in _expand(source)]
+    if sum(map(is_stdin, files)) > 1:
+        raise ConfigError("standard input was named twice, and can be read once", hint="leave one - out")
     for file in files:
         package, extra = _EXTRAS.get(ending(file), (None, None))
         if package is not None and find_spec(package) is None:

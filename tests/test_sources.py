@@ -18,7 +18,7 @@ import zstandard
 from pyarrow import parquet
 
 from gptvae_cli.config import UNITS, Errors, TextConfig
-from gptvae_cli.errors import DataError, ExitCode, GPTVAEError
+from gptvae_cli.errors import ConfigError, DataError, ExitCode, GPTVAEError
 from gptvae_cli.sources import _Zstd, excerpt, expand
 from gptvae_cli.text import Repairs, is_plain, read_texts
 
@@ -111,6 +111,13 @@ def test_many_frames_do_not_wait_in_memory() -> None:
         found += piece
         assert len(stream._frame.unused_data) <= 2**10
     assert found == b"".join(frames)
+
+
+def test_standard_input_is_read_once() -> None:
+    """The second time it would be empty, which is a text, too."""
+    with pytest.raises(ConfigError, match="standard input was named twice"):
+        expand(["-", "-"])
+    assert expand(["-"]) == ["-"]
 
 
 @pytest.mark.parametrize("errors", ["strict", "replace"])
