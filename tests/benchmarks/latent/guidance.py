@@ -3,10 +3,10 @@
     python -m tests.benchmarks.latent.study --corpora clinc150 --minutes 20 --arms small --keep models
     python -m tests.benchmarks.latent.guidance 'models/clinc150, small, 0.safetensors' clinc150_test.txt
 
-Texts are written from the latents (means) of the first texts of a test split, greedily and at temperature 1. "In place"
-and "whole" are the share of their tokens and of the texts that come back, "latent" is the cosine between the latent
-that a text was written from and that of what was written, "nats" is the NLL of what was written in nats a token,
-importance-weighted over 20 latents, and "repeats" the share of texts in which a token comes three times in a row.
+Texts are written from the latents (means) of the first texts of a test split. "In place" and "whole" are the share of
+their tokens and of the texts that come back, "latent" is the cosine between the latent that a text was written from and
+that of what was written, "nats" is the NLL of what was written in nats a token, importance-weighted over 20 latents,
+and "repeats" the share of texts in which a token comes three times in a row.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,12 @@ import sacrebleu
 
 from gptvae_cli import Model, load
 from gptvae_cli.tokenizer import Tokenizer
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedily": {"greedy": True},
+    "temperature 1": {},
+    "the same, min-p 0.1": {"min_p": 0.1},
+}
 
 
 def main() -> None:
@@ -38,11 +45,11 @@ def main() -> None:
     print(
         f"# {Path(asked.model).name}, {model.header.training['steps']:,} steps; {len(texts):,} texts of {asked.corpus}"
     )
-    print(f"{'the texts themselves':<28}{'':>39}nats {nats(model, texts):.2f}  repeats {repeats(model, texts):.1%}")
-    for way, temperature in (("greedily", 1.0), ("temperature 1", 1.0)):
+    print(f"{'the texts themselves':<35}{'':>51}nats {nats(model, texts):.2f}  repeats {repeats(model, texts):.1%}")
+    for way, options in WAYS.items():
         for scale in map(float, asked.scales.split(",")):
-            found = model.generate(z_NZ, guidance=scale, temperature=temperature, greedy=way == "greedily", seed=0)
-            print(f"{way:<14} guidance {scale:<4} {kept(model, texts, found, z_NZ)}", flush=True)
+            found = model.generate(z_NZ, guidance=scale, seed=0, **options)
+            print(f"{way:<21} guidance {scale:<4} {kept(model, texts, found, z_NZ)}", flush=True)
     print()
 
 
