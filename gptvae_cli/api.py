@@ -31,7 +31,7 @@ import torch
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
-from gptvae_cli.data import batches_of, places_of
+from gptvae_cli.data import batches_of
 from gptvae_cli.device import tokens_together
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.evaluation import importance_weighted, measure_without_latent
@@ -169,19 +169,20 @@ class Model:
                 "the latents of the model come from other texts than it writes",
                 hint="gptvae evaluate --latents-from --per-text has the likelihood of such pairs",
             )
-        every, most = self._rows(texts), tokens_together(self.network.device)
+        every = self._rows(texts)
         nll_N = np.zeros(len(every))
         # An empty text of windows has no token to predict: nothing is unlikely about it.
         told = [place for place, row in enumerate(every) if len(row) > 1]
         if rows := [every[place] for place in told]:
-            batches = batches_of(rows, None, self.header.model.pad_id, most)
+            most = tokens_together(self.network.device)
+            batches, places_N = batches_of(rows, None, self.header.model.pad_id, most)
             with _default_cpu():
                 if self.header.has_latent:
                     dtype = self._checkpoint.dtype
                     found_N = importance_weighted(self.network, batches, samples, seed=seed, dtype=dtype)
                 else:
                     found_N = measure_without_latent(self.network, batches, dtype=self._checkpoint.dtype)
-            nll_N[np.array(told)[places_of(rows, most)]] = found_N.numpy()
+            nll_N[told] = found_N.numpy()[places_N]
         return nll_N
 
     def generate(

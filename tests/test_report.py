@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A model that has learnt some of the texts."""
     found = load(make_model(tmp_path_factory.mktemp("report") / "model.safetensors"), device=torch.device("cpu"))
     optimizer = torch.optim.Adam(found.model.parameters(), lr=1e-2)
-    batch = batches_of(list(Encoder(found, "line").rows(TEXTS)), None, found.header.model.pad_id, 2048)[0]
+    (batch,), _ = batches_of(list(Encoder(found, "line").rows(TEXTS)), None, found.header.model.pad_id, 2048)
     for _ in range(40):
         noise = Noise(torch.zeros(len(batch.tokens_BT), found.header.model.dim_latent))
         loss = objective(found.model, None, batch, noise, Weights("elbo", 0.1, 0.0, 0.0)).total
@@ -79,7 +79,7 @@ def assert_same(one: Any, other: Any, name: str = "") -> None:
 def test_the_figures_are_those_of_all_texts_at_once(checkpoint: Checkpoint) -> None:
     found = values_of(checkpoint, TEXTS)
     rows = list(Encoder(checkpoint, "line").rows(TEXTS))
-    batches = batches_of(rows, None, checkpoint.header.model.pad_id, 512)
+    batches, _ = batches_of(rows, None, checkpoint.header.model.pad_id, 512)
     expected = measure(checkpoint.model, batches, seed=2)
     names = ("cross_entropy", "cross_entropy_shuffled", "cross_entropy_without", "kl", "nll_bound")
     for name in names:
@@ -175,7 +175,7 @@ def test_active_dimensions_are_those_of_all_texts_and_not_of_a_sample(
 def test_everything_is_computed_in_the_type_that_was_asked_for(checkpoint: Checkpoint) -> None:
     """bfloat16 under autocast, recomputed figure by figure; what is written from the means, too."""
     rows = list(Encoder(checkpoint, "line").rows(TEXTS))
-    batches = batches_of(rows, None, checkpoint.header.model.pad_id, 1024)
+    batches, _ = batches_of(rows, None, checkpoint.header.model.pad_id, 1024)
     exact, rounded = (
         list(measured(replace(checkpoint, dtype=dtype), enumerate(rows), unit="line", samples=SAMPLES, seed=2))
         for dtype in (torch.float32, torch.bfloat16)
