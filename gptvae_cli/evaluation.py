@@ -289,15 +289,8 @@ def _nats_B(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B:
 @contextmanager
 def _evaluating(model: GPTVAE, dtype: torch.dtype) -> Iterator[None]:
     """Eval mode, frozen, and autocast for bfloat16; the model is then left in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with autocast(model.device, dtype), model.frozen():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with model.evaluating(), autocast(model.device, dtype), model.frozen():
+        yield
 
 
 # Reconstruction -------------------------------------------------------------------------------------------------------
