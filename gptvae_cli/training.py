@@ -149,8 +149,6 @@ def train(
             now = progress()
             dropout = dropout_shares(config.dropout, counters.texts / len(rows), weights_per_token)
             beta, learning_rate, norm = _step(learner, micro_batches, now, dropout, dtype, sums)
-            counters.tokens += sum(b.target_tokens for b in micro_batches)
-            counters.texts += sum(len(b.tokens_BT) for b in micro_batches)
             counters.seconds = earlier + session()
             done, stop = progress() >= 1, should_stop()
             due = (bisect_right(VALIDATIONS, progress()) > validated and counters.seconds >= rested) or done
@@ -182,7 +180,7 @@ def train(
                     counters.treated_at = progress()
             yield StepReport(
                 step=counters.step,
-                progress=1.0 if done else progress(),
+                progress=progress(),
                 seconds=counters.seconds,
                 tokens_per_second=sums.tokens / elapsed,
                 texts_per_second=sums.texts / elapsed,
@@ -246,7 +244,7 @@ def tokens_per_second(
     learner = Learner(GPTVAE.from_config(model).to(device), config)
     micro_tokens = max(1, config.batch_tokens // config.accumulate)
     speeds = []
-    for batch in islice(Epoch(rows, micro_tokens, config.seed, 0).batches(0), _TRIAL_STEPS):
+    for batch in islice(Epoch(rows, micro_tokens, config.seed, 0).batches(), _TRIAL_STEPS):
         sums = _Sums(time.monotonic())
         norm = _step(learner, [batch], 0.0, Dropout(0.0, 0.0), dtype, sums)[2]
         _read(sums, norm, learner.counters.step)
@@ -273,10 +271,10 @@ def _step(
     sums: _Sums,
 ) -> tuple[float, float, Tensor]:
     """One optimizer step; returns beta, learning rate and the gradient's norm, which stays on the device."""
-    config, model = learner.config, learner.model
+    config, counters, model = learner.config, learner.counters, learner.model
     assert model.config is not None
     device = model.device
-    now = recipe(config, progress, learner.counters.treated_at)
+    now = recipe(config, progress, counters.treated_at)
     weights = now.weights
     rising = max(progress, FIRST_PROGRESS)
     learning_rate = learner.lr * learning_rate_factor(rising, warmup=config.warmup, decay=config.decay)
@@ -288,7 +286,7 @@ def _step(
     for batch in batches:
         rows = range(rows.stop, rows.stop + len(batch.tokens_BT))
         length = batch.tokens_BT.shape[1]
-        noise = training_noise(now, learner.counters.step, rows, length, model.config, dropout)
+        noise = training_noise(now, counters.step, rows, length, model.config, dropout)
         parts.append((batch.to(device), noise.to(device)))
     if len(parts) > 1 and weights.have_free_bits:
         with autocast(device, dtype):
@@ -307,12 +305,14 @@ def _step(
             )
         terms.total.backward()  # type: ignore[no-untyped-call]
         sums.terms.append(torch.stack([terms.cross_entropy, terms.kl, terms.bag_of_words]))
-        sums.tokens += batch.target_tokens
-        sums.texts += len(batch.tokens_BT)
     norm = torch.nn.utils.clip_grad_norm_(learner.named.values(), config.clip)
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    learner.counters.step += 1
+    sums.tokens += step_tokens
+    sums.texts += step_rows
+    counters.step += 1
+    counters.tokens += step_tokens
+    counters.texts += step_rows
     return weights.beta, learning_rate, norm
 
 
