@@ -73,8 +73,8 @@ def load(
     # gives the caller's no helpers, with which a process that is forked hangs.
     with ThreadPoolExecutor(1) as alone:
         opened = alone.submit(sampling.open_model, found, device=str(device), dtype=dtype).result()
-    if opened.warning is not None:
-        warnings.warn(opened.warning, stacklevel=2)
+    if opened.fell_back:
+        warnings.warn(str(opened.note), stacklevel=2)
     return Model(opened.checkpoint)
 
 

@@ -36,12 +36,12 @@ Floats = npt.NDArray[np.float32]
 
 
 class Opened(NamedTuple):
-    """A model that is ready, and what people may want to know about where and in what it computes; a `warning` where
-    that is worse than it might be."""
+    """A model that is ready, and what people may want to know about where and in what it computes; `fell_back` where
+    there is a GPU, but none that can be used."""
 
     checkpoint: Checkpoint
     note: str | None
-    warning: str | None = None
+    fell_back: bool
 
 
 def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto") -> Opened:
@@ -57,12 +57,12 @@ def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto") -> Op
     """
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where.device, training=False)
-    note = warning = None
+    note = None
     if where.fell_back:
-        note = warning = f"computing on the CPU: {where.reason}"
+        note = f"computing on the CPU: {where.reason}"
     elif where.device.type != "cpu" or precision.dtype != torch.float32:  # the rest is what everybody expects
         note = f"computing on {where.device}, {where.reason}; in {precision.name}, {precision.reason}"
-    return Opened(load(path, device=where.device, dtype=precision.dtype), note, warning)
+    return Opened(load(path, device=where.device, dtype=precision.dtype), note, where.fell_back)
 
 
 # Texts to latents -----------------------------------------------------------------------------------------------------
