@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptvae_cli.config import Objective
 from gptvae_cli.device import moved
 from gptvae_cli.latent import free_bits
 from gptvae_cli.model import GPTVAE
+from gptvae_cli.schedule import Weights
 
 
 @dataclass(frozen=True)
@@ -73,32 +73,6 @@ class Noise:
         """The same noise on another device."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return Noise(**{name: moved(value, device) for name, value in tensors.items() if value is not None})
-
-
-@dataclass(frozen=True)
-class Weights:
-    """How the terms of the objective are weighed at one moment of a run.
-
-    Args:
-        objective: the units, see `TrainConfig`.
-        beta: factor of the KL.
-        floor: free bits in nats per dimension.
-        bag_of_words: factor of the auxiliary loss.
-        rate: free bits in nats per text, for all dimensions together.
-        language_model: train the decoder without a latent, and nothing else.
-    """
-
-    objective: Objective
-    beta: float
-    floor: float
-    bag_of_words: float
-    rate: float = 0.0
-    language_model: bool = False
-
-    @property
-    def have_free_bits(self) -> bool:
-        """Whether some of the KL costs nothing."""
-        return self.objective == "elbo" and not self.language_model and max(self.floor, self.rate) > 0
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ from gptvae_cli.learner import Counters, Learner, diverged
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, row_bits, row_normals, row_uniforms
 from gptvae_cli.objective import Batch, Noise, mean_kl, objective
-from gptvae_cli.recipe import UNTREATED, Recipe, recipe
-from gptvae_cli.schedule import Dropout, dropout_shares, learning_rate_factor
+from gptvae_cli.schedule import UNTREATED, Dropout, Recipe, dropout_shares, learning_rate_factor, recipe
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
 """Progress at which a run is validated: a first look, early enough to mend what goes wrong, then every tenth."""

@@ -29,7 +29,8 @@ from gptvae_cli.evaluation import (
 from gptvae_cli.latent import has_collapsed
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
-from gptvae_cli.objective import Batch, Noise, Weights, objective
+from gptvae_cli.objective import Batch, Noise, objective
+from gptvae_cli.schedule import Weights
 from tests.conftest import stock_of
 
 PAD, BOS, EOS = 17, 18, 19

@@ -31,7 +31,6 @@ ROWS: list[set[str]] = [
     {"objective"},
     {"checkpoint", "data", "latent_file"},
     {"evaluation"},
-    {"recipe"},
     {"doctor", "learner"},
     {"training", "sampling", "events", "hub", "folder"},
     {"fitting"},

@@ -19,12 +19,12 @@ from gptvae_cli.objective import (
     Batch,
     Noise,
     Terms,
-    Weights,
     cross_entropy_BT,
     mean_kl,
     objective,
     summed_cross_entropy,
 )
+from gptvae_cli.schedule import Weights
 from tests.conftest import stock_of
 
 PAD, BOS, EOS = 17, 18, 19

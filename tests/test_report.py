@@ -21,10 +21,11 @@ from gptvae_cli.data import batches_of, padded
 from gptvae_cli.errors import CheckpointError, ConfigError
 from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
 from gptvae_cli.latent import mutual_information
-from gptvae_cli.objective import Noise, Weights, objective
+from gptvae_cli.objective import Noise, objective
 from gptvae_cli.pieces import Gathered, Piece, measured
 from gptvae_cli.probe import Probe
 from gptvae_cli.sampling import Encoder
+from gptvae_cli.schedule import Weights
 from tests.cli.conftest import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
