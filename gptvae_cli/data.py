@@ -16,9 +16,8 @@ import numpy.typing as npt
 import torch
 
 from gptvae_cli.config import ModelConfig
-from gptvae_cli.noise import Purpose, stream
+from gptvae_cli.noise import Purpose, shuffled, stream
 from gptvae_cli.objective import Batch
-from gptvae_cli.shuffle import shuffled
 from gptvae_cli.tokens import Ints, TokenStore
 
 Bools = npt.NDArray[np.bool_]

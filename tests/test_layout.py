@@ -17,7 +17,7 @@ PACKAGE = Path(gptvae_cli.__file__).parent
 ROWS: list[set[str]] = [
     {
         *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"),
-        *("arrivals", "files", "shuffle", "bleu", "bootstrap", "probe", "machine", "constraint"),
+        *("arrivals", "files", "bleu", "bootstrap", "probe", "machine", "constraint"),
     },
     {"latent", "attention", "products", "tokens", "device"},
     {"fused"},
