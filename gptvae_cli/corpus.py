@@ -95,8 +95,8 @@ class Corpus:
                 raise ValueError("a fact is of another type")
             if sizes != _sizes(folder):
                 raise ValueError("a file is missing, or has changed its size")
-            stores = {Path(name).stem: None for name in sizes if name.endswith(".tokens")}
-            opened = {name: TokenStore(folder, name) for name in stores}
+            stems = [name.removesuffix(".tokens") for name in sizes if name.endswith(".tokens")]
+            opened = {stem: TokenStore(folder, stem) for stem in stems}
             return cls(
                 Tokenizer.from_json((folder / _TOKENIZER_NAME).read_text("utf-8")),
                 facts,
@@ -152,7 +152,7 @@ class Corpus:
             ConfigError: for a validation file where the encoder reads other texts: it has none of those.
             GPTVAEError: where a process that tokenises was killed.
         """
-        if config.latents_from is not None and config.valid_share is None:
+        if config.latents_from is not None and config.valid_file is not None:
             raise ConfigError(
                 f"valid is {config.valid!r}, it must be a share of the corpus where latents-from names a file",
                 hint="leave --valid out, or say for example --valid 0.05",
@@ -162,8 +162,8 @@ class Corpus:
                 f"latents-from is {config.latents_from}, the corpus itself, which the encoder reads anyway",
                 hint="leave it out, or give each side a file of its own",
             )
-        if config.valid_share is None:
-            expand([str(config.valid)])  # it is read last, and a wrong name need not cost hours
+        if config.valid_file is not None:
+            expand([config.valid_file])  # it is read last, and a wrong name need not cost hours
         folder.mkdir(parents=True, exist_ok=True)
         for stale in [_FACTS_NAME, *_sizes(folder)]:
             (folder / stale).unlink(missing_ok=True)
@@ -258,16 +258,14 @@ def fingerprint(sources: Sequence[str], config: DataConfig) -> str | None:
     files = expand(sources or [STDIN])
     if any(map(is_stdin, files)):
         return None
-    named = [config.valid if config.valid_share is None else None, config.latents_from]
+    named = [config.valid_file, config.latents_from]
     if config.tokenizer not in ("auto", "bytes", "bpe"):
         named.append(config.tokenizer)
-    digest = hashlib.blake2b(digest_size=16)
     try:
         marks = [_file_mark(Path(file)) for file in [*files, *filter(None, named)]]
     except OSError:
         return None
-    digest.update(json.dumps([asdict(config), marks]).encode("utf-8"))
-    return digest.hexdigest()
+    return hashlib.blake2b(json.dumps([asdict(config), marks]).encode("utf-8"), digest_size=16).hexdigest()
 
 
 def _file_mark(path: Path) -> list[str | int]:

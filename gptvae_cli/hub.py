@@ -226,7 +226,7 @@ def _training(header: ModelHeader) -> Iterator[tuple[str, str]]:
     training = header.training
     config, corpus = from_dict(TrainConfig, training["train"]), training["corpus"]
     treatment = training["treatment"]
-    held_out = "in a file of their own" if header.data.valid_share is None else "among them"
+    held_out = "among them" if header.data.valid_file is None else "in a file of their own"
     yield "corpus", f"{corpus['texts']:,} texts of {corpus['characters']:,} characters, held-out ones {held_out}"
     yield "objective", f"{config.objective}, beta {config.vae_kl_loss_weight:g}"
     yield "free bits", f"{config.target_rate:g} nats per text, {config.vae_kl_div_floor:g} nats per dimension"
