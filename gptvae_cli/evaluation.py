@@ -196,7 +196,6 @@ def importance_weighted(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     widths: Sequence[float] = PROPOSAL_WIDTHS,
-    most_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Tensor:
     """NLL of every text by importance sampling around its posterior, float64 [N], on the CPU.
@@ -213,14 +212,12 @@ def importance_weighted(
         seed: of the latents' noise.
         dtype: bfloat16 computes under autocast; weights are always summed in float64.
         widths: of the proposals, in standard deviations of the posterior.
-        most_tokens: that the decoder reads at once, a batch with one latent a text at least; None asks the device.
         on_progress: called with the texts measured so far.
 
     Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8; the balance heuristic is of Veach and Guibas 1995, "Optimally
     combining sampling techniques for Monte Carlo rendering".
     """
     nll: list[Tensor] = []
-    most_tokens = most_tokens or tokens_together(model.device)
     width_K = torch.tensor([widths[i % len(widths)] for i in range(samples)], dtype=torch.float32, device=model.device)
     width_W = torch.tensor(widths, dtype=torch.float64, device=model.device)
     share_W = width_W.new_tensor([len(range(first, samples, len(widths))) / samples for first in range(len(widths))])
@@ -231,7 +228,7 @@ def importance_weighted(
             batch = batch.to(model.device)
             posterior = model.posterior(batch.encoder_BT).in_float32()
             rows = len(batch.tokens_BT)
-            together = max(1, most_tokens // batch.tokens_BT.numel())
+            together = max(1, tokens_together(model.device) // batch.tokens_BT.numel())
             log_weights: list[Tensor] = []
             for first in range(0, samples, together):
                 count = min(together, samples - first)
@@ -315,7 +312,7 @@ def write_greedily(
     model: GPTVAE,
     latents_NZ: Tensor,
     *,
-    constraint: Constraint | None = None,
+    constraint: Constraint | None,
     dtype: torch.dtype = torch.float32,
 ) -> list[list[int]]:
     """The greedy text of each latent: tokens without BOS and EOS.

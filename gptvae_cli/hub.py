@@ -92,10 +92,7 @@ def foreign_companions(folder: Path) -> list[str]:
 
 
 def _write(path: Path, content: str) -> None:
-    def write(new: Path) -> None:
-        new.write_bytes(content.encode("utf-8"))
-
-    write_atomically(path, write)
+    write_atomically(path, lambda new: new.write_bytes(content.encode("utf-8")))
 
 
 def _is_ours(path: Path, header: ModelHeader | None) -> bool:
