@@ -23,8 +23,7 @@ from torch import Tensor
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.device import autocast, moved, rows_together, tokens_together
-from gptvae_cli.engines import cache_bytes
+from gptvae_cli.device import autocast, moved, tokens_together
 from gptvae_cli.latent import active_dimensions, entropy, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
@@ -325,8 +324,7 @@ def write_greedily(
     """
     requests = (Request(row, 0, latent_Z) for row, latent_Z in enumerate(latents_NZ))
     with _evaluating(model, dtype):
-        greedily, together = SampleConfig(greedy=True), rows_together(model.device, cache_bytes(model))
-        return list(decode(model, requests, greedily, constraint=constraint, batch_size=together))
+        return list(decode(model, requests, SampleConfig(greedy=True), constraint=constraint))
 
 
 def correct_tokens(text: Sequence[int], written: Sequence[int], whole: bool = True) -> int:
