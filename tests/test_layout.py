@@ -36,7 +36,7 @@ ROWS: list[set[str]] = [
     {"fitting"},
     {"run"},
     {"api"},
-    {"pieces", "baseline"},
+    {"measuring", "baseline"},
     {"report"},
     {"cli.console", "cli.flags"},
     {"cli.streams", "cli.display", "cli.table", "cli.help"},

@@ -455,7 +455,7 @@ def test_lines_are_written_back_without_line_breaks(
         allowed.extend(options["constraint"].allowed_SV[0, [*b"\n\r"]])
         return write_greedily(*arguments, **options)
 
-    monkeypatch.setattr("gptvae_cli.pieces.write_greedily", record)
+    monkeypatch.setattr("gptvae_cli.measuring.write_greedily", record)
     figures(evaluate("--json", model=model))
     assert allowed == 2 * [model != "line"]
 
