@@ -160,13 +160,7 @@ def train(
             if due:
                 start = session()
                 figures = _validate(learner, held_out, dtype)
-                # Before beta has reached its final value a model is not comparable with later ones; without a latent it
-                # weighs nothing.
-                final = config.without_latent or recipe(config, progress(), counters.treated_at).beta_is_final
-                settled = (final and progress() >= EARLIEST_BEST) or done
-                improved = settled and score(figures, config) < counters.best
-                if improved:
-                    counters.best = score(figures, config)
+                improved = _is_best(learner, figures, progress())
                 counters.validation = session() - start
                 counters.seconds = earlier + session()
                 if config.max_time is not None:  # or what a run comes to would depend on its speed
@@ -208,6 +202,17 @@ def _validate(learner: Learner, held_out: Sequence[Batch], dtype: torch.dtype) -
     if not all(math.isfinite(value) for value in asdict(figures).values()):
         raise diverged("validation is not finite", learner.counters.step)
     return figures
+
+
+def _is_best(learner: Learner, figures: Figures, progress: float) -> bool:
+    """Whether a model is the best so far, whose score it then keeps. Before beta has reached its final value, as it has
+    at the end, a model is not comparable with later ones; without a latent it weighs nothing."""
+    config, counters, found = learner.config, learner.counters, score(figures, learner.config)
+    final = config.without_latent or recipe(config, progress, counters.treated_at).beta_is_final
+    if not final or progress < EARLIEST_BEST or found >= counters.best:
+        return False
+    counters.best = found
+    return True
 
 
 def share_done(config: TrainConfig, counters: Counters, texts: int) -> float:
