@@ -32,7 +32,7 @@ import torch
 from gptvae_cli import sampling
 from gptvae_cli.checkpoint import Checkpoint
 from gptvae_cli.config import DType, PathKind, SampleConfig
-from gptvae_cli.data import batches_of, places_of
+from gptvae_cli.data import batches_of
 from gptvae_cli.device import tokens_together
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.evaluation import importance_weighted, measure_without_latent
@@ -77,8 +77,8 @@ def load(
     # gives the caller's no helpers, with which a process that is forked hangs.
     with ThreadPoolExecutor(1) as alone:
         opened = alone.submit(sampling.open_model, found, device=str(device), dtype=dtype).result()
-    if opened.warning is not None:
-        warnings.warn(opened.warning, stacklevel=2)
+    if opened.fell_back:
+        warnings.warn(str(opened.note), stacklevel=2)
     return Model(opened.checkpoint, found)
 
 
@@ -181,19 +181,20 @@ class Model:
                 "the latents of the model come from other texts than it writes",
                 hint="gptvae evaluate --latents-from --per-text has the likelihood of such pairs",
             )
-        every, most = self._rows(texts), tokens_together(self.network.device)
+        every = self._rows(texts)
         nll_N = np.zeros(len(every))
         # An empty text of windows has no token to predict: nothing is unlikely about it.
         told = [place for place, row in enumerate(every) if len(row) > 1]
         if rows := [every[place] for place in told]:
-            batches = batches_of(rows, None, self.header.model.pad_id, most)
+            most = tokens_together(self.network.device)
+            batches, places_N = batches_of(rows, None, self.header.model.pad_id, most)
             with _default_cpu():
                 if self.header.has_latent:
                     dtype = self._checkpoint.dtype
                     found_N = importance_weighted(self.network, batches, samples, seed=seed, dtype=dtype)
                 else:
                     found_N = measure_without_latent(self.network, batches, dtype=self._checkpoint.dtype)
-            nll_N[np.array(told)[places_of(rows, most)]] = found_N.numpy()
+            nll_N[told] = found_N.numpy()[places_N]
         return nll_N
 
     def count_tokens(self, texts: Iterable[str]) -> npt.NDArray[np.int64]:

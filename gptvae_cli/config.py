@@ -253,6 +253,11 @@ class DataConfig(TextConfig):
         except ValueError:
             return None
 
+    @property
+    def valid_file(self) -> str | None:
+        """The file of held-out texts, or None where `valid` is a share."""
+        return self.valid if self.valid_share is None else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

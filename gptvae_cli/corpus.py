@@ -95,8 +95,8 @@ class Corpus:
                 raise ValueError("a fact is of another type")
             if sizes != _sizes(folder):
                 raise ValueError("a file is missing, or has changed its size")
-            stores = {Path(name).stem: None for name in sizes if name.endswith(".tokens")}
-            opened = {name: TokenStore(folder, name) for name in stores}
+            stems = [name.removesuffix(".tokens") for name in sizes if name.endswith(".tokens")]
+            opened = {stem: TokenStore(folder, stem) for stem in stems}
             return cls(
                 Tokenizer.from_json((folder / _TOKENIZER_NAME).read_text("utf-8")),
                 facts,
@@ -123,7 +123,7 @@ class Corpus:
             found = cls.open(folder)
         except CheckpointError:
             return None
-        return found if found.fingerprint is not None and found.fingerprint == fingerprint(sources, config) else None
+        return found if found._is_marked_by(sources, config) else None
 
     @classmethod
     def build(
@@ -152,7 +152,7 @@ class Corpus:
             ConfigError: for a validation file where the encoder reads other texts: it has none of those.
             GPTVAEError: where a process that tokenises was killed.
         """
-        if config.latents_from is not None and config.valid_share is None:
+        if config.latents_from is not None and config.valid_file is not None:
             raise ConfigError(
                 f"valid is {config.valid!r}, it must be a share of the corpus where latents-from names a file",
                 hint="leave --valid out, or say for example --valid 0.05",
@@ -162,8 +162,8 @@ class Corpus:
                 f"latents-from is {config.latents_from}, the corpus itself, which the encoder reads anyway",
                 hint="leave it out, or give each side a file of its own",
             )
-        if config.valid_share is None:
-            expand([str(config.valid)])  # it is read last, and a wrong name need not cost hours
+        if config.valid_file is not None:
+            expand([config.valid_file])  # it is read last, and a wrong name need not cost hours
         folder.mkdir(parents=True, exist_ok=True)
         for stale in [_FACTS_NAME, *_sizes(folder)]:
             (folder / stale).unlink(missing_ok=True)
@@ -179,8 +179,8 @@ class Corpus:
             sample = pairs_from_all(sources, config) if rest and mark is not None else iter(beginning)
             tokenizer, reason = make_tokenizer(config, sample)
             del sample  # or it would stay in memory until all is read, as would the beginning
-        by_text = config.valid_share is not None and config.unit != "window"
-        salt = even_salt([text for text, _ in beginning], config.valid_share or 0.0) if by_text else 0
+        share = None if config.unit == "window" else config.valid_share
+        salt = 0 if share is None else even_salt([text for text, _ in beginning], share)
         all_pairs = chain(beginning, rest, pairs)
         del beginning
         ingest = Ingest(folder, tokenizer, config, repairs, salt)
@@ -200,20 +200,7 @@ class Corpus:
         part.write_text(json.dumps(content, indent=1), "utf-8")
         part.replace(folder / _FACTS_NAME)
         corpus = replace(cls.open(folder), tokenizer=tokenizer)  # which knows whether a user brought it
-        place = ", ".join("standard input" if is_stdin(source) else source for source in sources or [STDIN])
-        if len(corpus.train) < 2 and config.unit != "window":
-            if facts.texts > 2:
-                raise DataError(
-                    f"{facts.texts - len(corpus.train):,} of the {facts.texts:,} texts of {place} are held out, need at"
-                    " least two to train on",
-                    hint="a smaller --valid; equal texts are held out together",
-                )
-            raise DataError(
-                f"found {facts.texts} non-empty text(s) in {place}, need at least two to train on and one to hold out",
-                hint=f"a text is a {config.unit} here; --unit line|paragraph|file|window says otherwise",
-            )
-        if corpus.train.count < 2:
-            raise DataError(f"found no text to train on in {place}")
+        corpus._require_texts(sources, config)
         return corpus
 
     def holds(self, digest: object, tokenizer: Tokenizer) -> bool:
@@ -226,9 +213,28 @@ class Corpus:
         Raises:
             DataError: for sources that cannot be read.
         """
-        if self.fingerprint is not None and self.fingerprint == fingerprint(sources, config):
-            return True
-        return corpus_digest(sources, config) == self.facts.digest
+        return self._is_marked_by(sources, config) or corpus_digest(sources, config) == self.facts.digest
+
+    def _require_texts(self, sources: Sequence[str], config: DataConfig) -> None:
+        texts, train = self.facts.texts, self.train
+        place = ", ".join("standard input" if is_stdin(source) else source for source in sources or [STDIN])
+        if len(train) < 2 and config.unit != "window":
+            if texts > 2:
+                raise DataError(
+                    f"{texts - len(train):,} of the {texts:,} texts of {place} are held out,"
+                    " need at least two to train on",
+                    hint="a smaller --valid; equal texts are held out together",
+                )
+            raise DataError(
+                f"found {texts} non-empty text(s) in {place}, need at least two to train on and one to hold out",
+                hint=f"a text is a {config.unit} here; --unit line|paragraph|file|window says otherwise",
+            )
+        if train.count < 2:
+            raise DataError(f"found no text to train on in {place}")
+
+    def _is_marked_by(self, sources: Sequence[str], config: DataConfig) -> bool:
+        """Whether it has the fingerprint of these sources, and so is known to be of them."""
+        return self.fingerprint is not None and self.fingerprint == fingerprint(sources, config)
 
 
 def is_cache_file(name: str) -> bool:
@@ -258,16 +264,14 @@ def fingerprint(sources: Sequence[str], config: DataConfig) -> str | None:
     files = expand(sources or [STDIN])
     if any(map(is_stdin, files)):
         return None
-    named = [config.valid if config.valid_share is None else None, config.latents_from]
+    named = [config.valid_file, config.latents_from]
     if config.tokenizer not in ("auto", "bytes", "bpe"):
         named.append(config.tokenizer)
-    digest = hashlib.blake2b(digest_size=16)
     try:
         marks = [_file_mark(Path(file)) for file in [*files, *filter(None, named)]]
     except OSError:
         return None
-    digest.update(json.dumps([asdict(config), marks]).encode("utf-8"))
-    return digest.hexdigest()
+    return hashlib.blake2b(json.dumps([asdict(config), marks]).encode("utf-8"), digest_size=16).hexdigest()
 
 
 def _file_mark(path: Path) -> list[str | int]:

@@ -16,9 +16,8 @@ import numpy.typing as npt
 import torch
 
 from gptvae_cli.config import ModelConfig
-from gptvae_cli.noise import Purpose, stream
+from gptvae_cli.noise import Purpose, shuffled, stream
 from gptvae_cli.objective import Batch
-from gptvae_cli.shuffle import shuffled
 from gptvae_cli.tokens import Ints, TokenStore
 
 Bools = npt.NDArray[np.bool_]
@@ -204,8 +203,9 @@ def fixed_batches(rows: Rows, batch_tokens: int, most: int) -> list[Batch]:
 
 def batches_of(
     rows: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None, pad_id: int, batch_tokens: int
-) -> list[Batch]:
-    """Rows of tokens with their specials, in batches in order of length, for evaluation.
+) -> tuple[list[Batch], Ints]:
+    """Rows of tokens with their specials, in batches in order of length, for evaluation; and the place of each row
+    among those of the batches, one after another [N].
 
     Args:
         rows: what the decoder writes.
@@ -214,20 +214,12 @@ def batches_of(
         batch_tokens: of a batch, about.
     """
     batches = []
-    for index in _by_length(rows, batch_tokens):
+    plan = plan_batches(np.array([*map(len, rows)]), batch_tokens)
+    for index in plan:
         tokens_BT = padded([rows[i] for i in index], pad_id)
         source_BT = None if sources is None else padded([sources[i] for i in index], pad_id)
         batches.append(Batch(tokens_BT, source_BT, sum(len(rows[i]) - 1 for i in index)))
-    return batches
-
-
-def places_of(rows: Sequence[Sequence[int]], batch_tokens: int) -> Ints:
-    """Which of the rows each row of their `batches_of` is, one batch after the other [N]."""
-    return np.concatenate(_by_length(rows, batch_tokens))
-
-
-def _by_length(rows: Sequence[Sequence[int]], batch_tokens: int) -> list[Ints]:
-    return plan_batches(np.array([*map(len, rows)]), batch_tokens)
+    return batches, np.argsort(np.concatenate(plan))
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> torch.Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor
 from gptvae_cli import noise
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
-from gptvae_cli.device import moved
-from gptvae_cli.engines import CachedDecoder, Engine, GuidedDecoder, PlainDecoder, Row
+from gptvae_cli.device import moved, rows_together
+from gptvae_cli.engines import CachedDecoder, Engine, GuidedDecoder, PlainDecoder, Row, cache_bytes
 from gptvae_cli.healing import Healing
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def decode(
     *,
     constraint: Constraint | None = None,
     endings: Sequence[Sequence[int]] = (),
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
     cached: bool = True,
 ) -> Iterator[list[int]]:
@@ -67,10 +67,12 @@ def decode(
         constraint: what a text may go on with, see `Tokenizer.constraint`, though one that is cut may end within a
             character; None is any token but padding and BOS.
         endings: of a prompt whose end was taken back, see `healing.take_back`. Tokens that spell it do not count.
-        batch_size: rows that are decoded together.
+        batch_size: rows that are decoded together; None is as many as are fastest, where there is memory for them.
         on_token: called with (position of the request, token) as each token is chosen.
         cached: False takes the plain path.
     """
+    row_bytes = cache_bytes(model) * (1 if sample.guidance == 1 else 2)
+    batch_size = batch_size or rows_together(model.device, row_bytes)
     config = model.config
     assert config is not None, "decode needs a model that was built from a config"
     max_new = (sample.max_tokens or config.max_seq_len - 1) + len(endings)

@@ -2,7 +2,7 @@
 
 A decoder that writes well without a latent gives its encoder nothing to learn from, and the KL then takes away what
 little the latent held: this does not mend itself. So the schedules start over on what is left of the run, with beta
-at 0, under a recipe that makes the latent worth listening to (`recipe.treated`). At the end of a run it says in a
+at 0, under a recipe that makes the latent worth listening to (`schedule.treated`). At the end of a run it says in a
 sentence what came of it (`verdict`), whether it had been better before (`decline`), and what to do where the latent
 came to little (`advice`).
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from gptvae_cli.config import TrainConfig
 from gptvae_cli.evaluation import Figures
 from gptvae_cli.latent import LEAST_NATS, has_collapsed
-from gptvae_cli.recipe import UNTREATED, recipe, treated
+from gptvae_cli.schedule import UNTREATED, recipe, treated
 
 LATEST = 0.7
 """Share of a run after which a treatment has no time left to work."""

@@ -23,8 +23,7 @@ from torch import Tensor
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.device import autocast, moved, rows_together, tokens_together
-from gptvae_cli.engines import cache_bytes
+from gptvae_cli.device import autocast, moved, tokens_together
 from gptvae_cli.latent import active_dimensions, entropy, mutual_information
 from gptvae_cli.model import GPTVAE, Posterior
 from gptvae_cli.noise import Purpose, stream
@@ -196,7 +195,6 @@ def importance_weighted(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     widths: Sequence[float] = PROPOSAL_WIDTHS,
-    most_tokens: int | None = None,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Tensor:
     """NLL of every text by importance sampling around its posterior, float64 [N], on the CPU.
@@ -213,14 +211,12 @@ def importance_weighted(
         seed: of the latents' noise.
         dtype: bfloat16 computes under autocast; weights are always summed in float64.
         widths: of the proposals, in standard deviations of the posterior.
-        most_tokens: that the decoder reads at once, a batch with one latent a text at least; None asks the device.
         on_progress: called with the texts measured so far.
 
     Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8; the balance heuristic is of Veach and Guibas 1995, "Optimally
     combining sampling techniques for Monte Carlo rendering".
     """
     nll: list[Tensor] = []
-    most_tokens = most_tokens or tokens_together(model.device)
     width_K = torch.tensor([widths[i % len(widths)] for i in range(samples)], dtype=torch.float32, device=model.device)
     width_W = torch.tensor(widths, dtype=torch.float64, device=model.device)
     share_W = width_W.new_tensor([len(range(first, samples, len(widths))) / samples for first in range(len(widths))])
@@ -231,7 +227,7 @@ def importance_weighted(
             batch = batch.to(model.device)
             posterior = model.posterior(batch.encoder_BT).in_float32()
             rows = len(batch.tokens_BT)
-            together = max(1, most_tokens // batch.tokens_BT.numel())
+            together = max(1, tokens_together(model.device) // batch.tokens_BT.numel())
             log_weights: list[Tensor] = []
             for first in range(0, samples, together):
                 count = min(together, samples - first)
@@ -289,15 +285,8 @@ def _nats_B(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B:
 @contextmanager
 def _evaluating(model: GPTVAE, dtype: torch.dtype) -> Iterator[None]:
     """Eval mode, frozen, and autocast for bfloat16; the model is then left in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with autocast(model.device, dtype), model.frozen():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with model.evaluating(), autocast(model.device, dtype), model.frozen():
+        yield
 
 
 # Reconstruction -------------------------------------------------------------------------------------------------------
@@ -322,7 +311,7 @@ def write_greedily(
     model: GPTVAE,
     latents_NZ: Tensor,
     *,
-    constraint: Constraint | None = None,
+    constraint: Constraint | None,
     dtype: torch.dtype = torch.float32,
 ) -> list[list[int]]:
     """The greedy text of each latent: tokens without BOS and EOS.
@@ -335,8 +324,7 @@ def write_greedily(
     """
     requests = (Request(row, 0, latent_Z) for row, latent_Z in enumerate(latents_NZ))
     with _evaluating(model, dtype):
-        greedily, together = SampleConfig(greedy=True), rows_together(model.device, cache_bytes(model))
-        return list(decode(model, requests, greedily, constraint=constraint, batch_size=together))
+        return list(decode(model, requests, SampleConfig(greedy=True), constraint=constraint))
 
 
 def correct_tokens(text: Sequence[int], written: Sequence[int], whole: bool = True) -> int:

@@ -85,7 +85,7 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         foreign = [path for name in (*_FILES, *COMPANION_NAMES) if leads_elsewhere(path := folder / name)]
         foreign += [path for name in _FILES if is_no_file(path := folder / name) or _is_foreign(path)]
         caches = [NEW_CACHE_NAME] if resume else [NEW_CACHE_NAME, CACHE_NAME]
-        foreign += filter(None, (_foreign(folder / name) for name in caches))
+        foreign += filter(None, (_foreign_in(folder / name) for name in caches))
         if foreign:
             raise ConfigError(
                 f"{foreign[0]} is in the way and is not of gptvae's making", hint="choose another folder with --out"
@@ -113,7 +113,7 @@ def _is_foreign(path: Path) -> bool:
         return False
 
 
-def _foreign(cache: Path) -> Path | None:
+def _foreign_in(cache: Path) -> Path | None:
     """Something in the place of the cache that a corpus did not leave there, such as a folder of the user's own."""
     if not os.path.lexists(cache):
         return None
@@ -165,7 +165,7 @@ def replace_cache(new: Path, folder: Path) -> None:
         ConfigError: where something else is in its place.
     """
     cache = folder / CACHE_NAME
-    if foreign := _foreign(cache):
+    if foreign := _foreign_in(cache):
         raise ConfigError(f"{foreign} is in the way and is not of gptvae's making", hint="move it elsewhere")
     if cache.is_symlink():
         cache.unlink()

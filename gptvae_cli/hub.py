@@ -92,10 +92,7 @@ def foreign_companions(folder: Path) -> list[str]:
 
 
 def _write(path: Path, content: str) -> None:
-    def write(new: Path) -> None:
-        new.write_bytes(content.encode("utf-8"))
-
-    write_atomically(path, write)
+    write_atomically(path, lambda new: new.write_bytes(content.encode("utf-8")))
 
 
 def _is_ours(path: Path, header: ModelHeader | None) -> bool:
@@ -226,7 +223,7 @@ def _training(header: ModelHeader) -> Iterator[tuple[str, str]]:
     training = header.training
     config, corpus = from_dict(TrainConfig, training["train"]), training["corpus"]
     treatment = training["treatment"]
-    held_out = "in a file of their own" if header.data.valid_share is None else "among them"
+    held_out = "among them" if header.data.valid_file is None else "in a file of their own"
     yield "corpus", f"{corpus['texts']:,} texts of {corpus['characters']:,} characters, held-out ones {held_out}"
     yield "objective", f"{config.objective}, beta {config.vae_kl_loss_weight:g}"
     yield "free bits", f"{config.target_rate:g} nats per text, {config.vae_kl_div_floor:g} nats per dimension"

@@ -229,8 +229,8 @@ class Ingest:
                 on_progress(self.characters)
             if self.pool is None and self.characters >= _POOL_CHARS and self.processes > 1:
                 self.pool = tokenizer_pool(self.tokenize.tokenizer, self.processes)
-        if share is None:
-            self._valid_file(str(self.config.valid))
+        if self.config.valid_file is not None:
+            self._valid_file(self.config.valid_file)
         while self.waiting:
             self._write_next()
         if self.is_running:

@@ -37,7 +37,7 @@ def kl_to_standard_normal(mean_BZ: Tensor, log_var_BZ: Tensor) -> Tensor:
     return 0.5 * (log_var_BZ.exp() + mean_BZ.square() - log_var_BZ - 1.0)
 
 
-def free_bits(mean_kl_Z: Tensor, *, floor: float = 0.0, rate: float = 0.0) -> Tensor:
+def free_bits(mean_kl_Z: Tensor, *, floor: float, rate: float) -> Tensor:
     """KL with a floor under every dimension, and one under their sum, in nats per text (a scalar).
 
     Args:

@@ -17,7 +17,7 @@ from gptvae_cli.errors import CheckpointError, DivergedError
 from gptvae_cli.header import brief
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.objective import BagOfWords
-from gptvae_cli.recipe import UNTREATED
+from gptvae_cli.schedule import UNTREATED
 
 EMBEDDINGS_FASTER = 10.0
 """The learning rate of embeddings, as a multiple of that of the rest: a step has gradients for few of their rows. On

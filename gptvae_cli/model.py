@@ -179,6 +179,19 @@ class GPTVAE(nn.Module):
                     stacks.enter_context(stack.frozen())
             yield
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """(Addition) Within, every part is in eval mode, and then as it was: a frozen encoder may well be in eval mode
+        inside a model that is training."""
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
     def posterior(self, seq_BT: Tensor, *, plain: bool = False) -> Posterior:
         """(Addition) q(z | text) of padded rows; padding does not change it.
 
@@ -363,11 +376,7 @@ class GPTVAE(nn.Module):
             ConfigError: for an empty prompt without a `bos_id`, rows and latents that cannot be matched, or other
                 keywords and latents that are no tokens, which x-transformers' loop does not know.
         """
-        # Part by part: a frozen encoder may well be in eval mode inside a model that is training.
-        training = [module for module in self.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
+        with self.evaluating():
             if seq_for_latents is not None:
                 if latents is not None:
                     raise ConfigError("generate takes latents or seq_for_latents, found both")
@@ -375,9 +384,6 @@ class GPTVAE(nn.Module):
             if latents is not None:
                 latents = torch.as_tensor(latents, device=self.device, dtype=next(self.parameters()).dtype)
             return self._generate(prompts, seq_len, latents, generator, **generate_kwargs)
-        finally:
-            for module in training:
-                module.training = True
 
     def _generate(
         self,

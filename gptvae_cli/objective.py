@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptvae_cli.config import Objective
 from gptvae_cli.device import moved
 from gptvae_cli.latent import free_bits
 from gptvae_cli.model import GPTVAE
+from gptvae_cli.schedule import Weights
 
 
 @dataclass(frozen=True)
@@ -76,32 +76,6 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """How the terms of the objective are weighed at one moment of a run.
-
-    Args:
-        objective: the units, see `TrainConfig`.
-        beta: factor of the KL.
-        floor: free bits in nats per dimension.
-        bag_of_words: factor of the auxiliary loss.
-        rate: free bits in nats per text, for all dimensions together.
-        language_model: train the decoder without a latent, and nothing else.
-    """
-
-    objective: Objective
-    beta: float
-    floor: float
-    bag_of_words: float
-    rate: float = 0.0
-    language_model: bool = False
-
-    @property
-    def have_free_bits(self) -> bool:
-        """Whether some of the KL costs nothing."""
-        return self.objective == "elbo" and not self.language_model and max(self.floor, self.rate) > 0
-
-
-@dataclass(frozen=True)
 class Terms:
     """One pass over a batch: what to differentiate, and the sums to report, which are detached.
 
@@ -140,19 +114,12 @@ class BagOfWords(nn.Module):
 
 
 def cross_entropy_BT(
-    model: GPTVAE,
-    tokens_BT: Tensor,
-    latents_BZ: Tensor | None,
-    *,
-    keep_B: Tensor | None = None,
-    hide_BT: Tensor | None = None,
+    model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None = None
 ) -> Tensor:
-    """Nats of every token but the first, given those before it and the latent; 0 at padding [B T-1].
-
-    Args:
-        keep_B, hide_BT: as in `Noise`.
-    """
-    hidden_BTD, targets_BT = _hidden_and_targets(model, tokens_BT, latents_BZ, keep_B, hide_BT, None)
+    """Nats of every token but the first, given those before it and the latent, where it is kept; 0 at padding
+    [B T-1]."""
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    hidden_BTD = model.hidden(inputs_BT, latents_BZ, keep_B)
     rows, _ = _logit_rows(hidden_BTD.device, len(model.decoder.to_logits.weight))
     parts = zip(torch.split(hidden_BTD.flatten(0, 1), rows), torch.split(targets_BT.flatten(), rows), strict=True)
     nats = [
@@ -163,10 +130,14 @@ def cross_entropy_BT(
 
 
 def summed_cross_entropy(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor | None, noise: Noise) -> Tensor:
-    """The sum of `cross_entropy_BT`, for training: the logits of all tokens are never there at once (a scalar)."""
-    hidden_BTD, targets_BT = _hidden_and_targets(
-        model, tokens_BT, latents_BZ, noise.keep_B, noise.hide_BT, noise.drop_LBD
-    )
+    """The sum of `cross_entropy_BT`, for training: under noise, and the logits of all tokens are never there at once (a
+    scalar)."""
+    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    if noise.hide_BT is not None:
+        hide_BT = noise.hide_BT[:, : inputs_BT.shape[1]].clone()
+        hide_BT[:, 0] = False  # BOS stays: it is what says that a text begins
+        inputs_BT = inputs_BT.masked_fill(hide_BT, model.pad_id)
+    hidden_BTD = model.hidden(inputs_BT, latents_BZ, noise.keep_B, noise.drop_LBD)
     nats: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_BTD.flatten(0, 1), model.decoder.to_logits.weight, targets_BT.flatten(), model.pad_id
     )
@@ -235,24 +206,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, nats_grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
         return hidden_grad_ND.to(ctx.hidden_dtype) * nats_grad, weight_grad_VD * nats_grad, None, None
-
-
-def _hidden_and_targets(
-    model: GPTVAE,
-    tokens_BT: Tensor,
-    latents_BZ: Tensor | None,
-    keep_B: Tensor | None,
-    hide_BT: Tensor | None,
-    drop_LBD: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The decoder's hidden states, and the tokens that they are to predict [B T-1 D], [B T-1]."""
-    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-    if hide_BT is not None:
-        # BOS stays: it is what says that a text begins.
-        hide_BT = hide_BT[:, : inputs_BT.shape[1]].clone()
-        hide_BT[:, 0] = False
-        inputs_BT = inputs_BT.masked_fill(hide_BT, model.pad_id)
-    return model.hidden(inputs_BT, latents_BZ, keep_B, drop_LBD), targets_BT
 
 
 @torch.no_grad()

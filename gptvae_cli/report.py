@@ -17,7 +17,7 @@ import torch
 from gptvae_cli import bleu, bootstrap
 from gptvae_cli.errors import CheckpointError, ConfigError
 from gptvae_cli.latent import LEAST_NATS, active_dimensions, entropy, has_collapsed, pointwise_information
-from gptvae_cli.pieces import NGRAMS, Arrays, Gathered
+from gptvae_cli.measuring import NGRAMS, Arrays, Gathered
 from gptvae_cli.probe import PROTOCOL, probe
 
 _COUNTS = ("texts", "empty", "tokens", "words", "bytes")
@@ -56,7 +56,7 @@ def report(
         model: what was measured of it.
         baseline: the same texts by a model to compare with.
         labels: of the texts, in their order.
-        samples, seed: as in `pieces.measured`.
+        samples, seed: as in `measuring.measured`.
 
     Raises:
         CheckpointError: for figures that are not finite.

@@ -31,7 +31,7 @@ from gptvae_cli.header import FORMAT_VERSION, METRICS_NAME, MODEL_NAME, STATE_NA
 from gptvae_cli.hub import foreign_companions, with_digests, write_companions
 from gptvae_cli.learner import Learner, check_weights, counters_dict
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.recipe import UNTREATED
+from gptvae_cli.schedule import UNTREATED
 from gptvae_cli.text import Repairs
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import StepReport, share_done, train

@@ -24,8 +24,7 @@ from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.config import DType, PathKind, SampleConfig, Unit
 from gptvae_cli.data import padded, plan_batches
 from gptvae_cli.decoding import Request, decode
-from gptvae_cli.device import autocast, resolve_device, resolve_dtype, rows_together, tokens_together
-from gptvae_cli.engines import cache_bytes
+from gptvae_cli.device import autocast, resolve_device, resolve_dtype, tokens_together
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.healing import take_back
 from gptvae_cli.noise import latent_noise
@@ -36,12 +35,12 @@ Floats = npt.NDArray[np.float32]
 
 
 class Opened(NamedTuple):
-    """A model that is ready, and what people may want to know about where and in what it computes; a `warning` where
-    that is worse than it might be."""
+    """A model that is ready, and what people may want to know about where and in what it computes; `fell_back` where
+    there is a GPU, but none that can be used."""
 
     checkpoint: Checkpoint
     note: str | None
-    warning: str | None = None
+    fell_back: bool
 
 
 def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto") -> Opened:
@@ -57,12 +56,12 @@ def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto") -> Op
     """
     where = resolve_device(device)
     precision = resolve_dtype(dtype, where.device, training=False)
-    note = warning = None
+    note = None
     if where.fell_back:
-        note = warning = f"computing on the CPU: {where.reason}"
+        note = f"computing on the CPU: {where.reason}"
     elif where.device.type != "cpu" or precision.dtype != torch.float32:  # the rest is what everybody expects
         note = f"computing on {where.device}, {where.reason}; in {precision.name}, {precision.reason}"
-    return Opened(load(path, device=where.device, dtype=precision.dtype), note, warning)
+    return Opened(load(path, device=where.device, dtype=precision.dtype), note, where.fell_back)
 
 
 # Texts to latents -----------------------------------------------------------------------------------------------------
@@ -275,22 +274,21 @@ def write(
         ConfigError: for a line that is to begin with a line break in it.
     """
     prompt = with_line_feeds(prompt)
-    tokenizer, device = checkpoint.tokenizer, checkpoint.model.device
+    tokenizer = checkpoint.tokenizer
     if unit == "line" and "\n" in prompt:
         raise ConfigError("the prompt holds a line break, the texts of this model are lines", hint="--unit paragraph")
     constraint = tokenizer.constraint(unit)
     longest = checkpoint.header.model.max_seq_len
     prompt_ids, endings = take_back(tokenizer, prompt, constraint, longest=longest)
     pieces = _Pieces(tokenizer, prompt_ids, on_text) if on_text else None
-    row_bytes = cache_bytes(checkpoint.model) * (1 if sample.guidance == 1 else 2)
-    with autocast(device, checkpoint.dtype):
+    with autocast(checkpoint.model.device, checkpoint.dtype):
         for ids in decode(
             checkpoint.model,
             (request and replace(request, prompt=prompt_ids) for request in requests),
             sample,
             constraint=constraint,
             endings=endings,
-            batch_size=1 if pieces else rows_together(device, row_bytes),
+            batch_size=1 if pieces else None,
             on_token=pieces.add if pieces else None,
         ):
             # Decoded in one piece: a tokenizer may treat the beginning of a text in its own way.

@@ -31,8 +31,7 @@ from gptvae_cli.learner import Counters, Learner, diverged
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, row_bits, row_normals, row_uniforms
 from gptvae_cli.objective import Batch, Noise, mean_kl, objective
-from gptvae_cli.recipe import UNTREATED, Recipe, recipe
-from gptvae_cli.schedule import Dropout, dropout_shares, learning_rate_factor
+from gptvae_cli.schedule import UNTREATED, Dropout, Recipe, dropout_shares, learning_rate_factor, recipe
 
 VALIDATIONS = (0.05, *(tenth / 10 for tenth in range(1, 11)))
 """Progress at which a run is validated: a first look, early enough to mend what goes wrong, then every tenth."""
@@ -149,8 +148,6 @@ def train(
             now = progress()
             dropout = dropout_shares(config.dropout, counters.texts / len(rows), weights_per_token)
             beta, learning_rate, norm = _step(learner, micro_batches, now, dropout, dtype, sums)
-            counters.tokens += sum(b.target_tokens for b in micro_batches)
-            counters.texts += sum(len(b.tokens_BT) for b in micro_batches)
             counters.seconds = earlier + session()
             done, stop = progress() >= 1, should_stop()
             due = (bisect_right(VALIDATIONS, progress()) > validated and counters.seconds >= rested) or done
@@ -163,13 +160,7 @@ def train(
             if due:
                 start = session()
                 figures = _validate(learner, held_out, dtype)
-                # Before beta has reached its final value a model is not comparable with later ones; without a latent it
-                # weighs nothing.
-                final = config.without_latent or recipe(config, progress(), counters.treated_at).beta_is_final
-                settled = (final and progress() >= EARLIEST_BEST) or done
-                improved = settled and score(figures, config) < counters.best
-                if improved:
-                    counters.best = score(figures, config)
+                improved = _is_best(learner, figures, progress())
                 counters.validation = session() - start
                 counters.seconds = earlier + session()
                 if config.max_time is not None:  # or what a run comes to would depend on its speed
@@ -182,7 +173,7 @@ def train(
                     counters.treated_at = progress()
             yield StepReport(
                 step=counters.step,
-                progress=1.0 if done else progress(),
+                progress=progress(),
                 seconds=counters.seconds,
                 tokens_per_second=sums.tokens / elapsed,
                 texts_per_second=sums.texts / elapsed,
@@ -211,6 +202,17 @@ def _validate(learner: Learner, held_out: Sequence[Batch], dtype: torch.dtype) -
     if not all(math.isfinite(value) for value in asdict(figures).values()):
         raise diverged("validation is not finite", learner.counters.step)
     return figures
+
+
+def _is_best(learner: Learner, figures: Figures, progress: float) -> bool:
+    """Whether a model is the best so far, whose score it then keeps. Before beta has reached its final value, as it has
+    at the end, a model is not comparable with later ones; without a latent it weighs nothing."""
+    config, counters, found = learner.config, learner.counters, score(figures, learner.config)
+    final = config.without_latent or recipe(config, progress, counters.treated_at).beta_is_final
+    if not final or progress < EARLIEST_BEST or found >= counters.best:
+        return False
+    counters.best = found
+    return True
 
 
 def share_done(config: TrainConfig, counters: Counters, texts: int) -> float:
@@ -246,7 +248,7 @@ def tokens_per_second(
     learner = Learner(GPTVAE.from_config(model).to(device), config)
     micro_tokens = max(1, config.batch_tokens // config.accumulate)
     speeds = []
-    for batch in islice(Epoch(rows, micro_tokens, config.seed, 0).batches(0), _TRIAL_STEPS):
+    for batch in islice(Epoch(rows, micro_tokens, config.seed, 0).batches(), _TRIAL_STEPS):
         sums = _Sums(time.monotonic())
         norm = _step(learner, [batch], 0.0, Dropout(0.0, 0.0), dtype, sums)[2]
         _read(sums, norm, learner.counters.step)
@@ -273,10 +275,10 @@ def _step(
     sums: _Sums,
 ) -> tuple[float, float, Tensor]:
     """One optimizer step; returns beta, learning rate and the gradient's norm, which stays on the device."""
-    config, model = learner.config, learner.model
+    config, counters, model = learner.config, learner.counters, learner.model
     assert model.config is not None
     device = model.device
-    now = recipe(config, progress, learner.counters.treated_at)
+    now = recipe(config, progress, counters.treated_at)
     weights = now.weights
     rising = max(progress, FIRST_PROGRESS)
     learning_rate = learner.lr * learning_rate_factor(rising, warmup=config.warmup, decay=config.decay)
@@ -288,7 +290,7 @@ def _step(
     for batch in batches:
         rows = range(rows.stop, rows.stop + len(batch.tokens_BT))
         length = batch.tokens_BT.shape[1]
-        noise = training_noise(now, learner.counters.step, rows, length, model.config, dropout)
+        noise = training_noise(now, counters.step, rows, length, model.config, dropout)
         parts.append((batch.to(device), noise.to(device)))
     if len(parts) > 1 and weights.have_free_bits:
         with autocast(device, dtype):
@@ -307,12 +309,14 @@ def _step(
             )
         terms.total.backward()  # type: ignore[no-untyped-call]
         sums.terms.append(torch.stack([terms.cross_entropy, terms.kl, terms.bag_of_words]))
-        sums.tokens += batch.target_tokens
-        sums.texts += len(batch.tokens_BT)
     norm = torch.nn.utils.clip_grad_norm_(learner.named.values(), config.clip)
     learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    learner.counters.step += 1
+    sums.tokens += step_tokens
+    sums.texts += step_rows
+    counters.step += 1
+    counters.tokens += step_tokens
+    counters.texts += step_rows
     return weights.beta, learning_rate, norm
 
 

@@ -218,7 +218,8 @@ def test_the_edges_of_what_is_allowed_are_allowed(kind: type[Config], values: di
     ("valid", "share"), [("0.05", 0.05), ("1e-3", 0.001), ("held-out.txt", None), ("./0.1", None), ("-", None)]
 )
 def test_valid_is_a_share_or_a_file(valid: str, share: float | None) -> None:
-    assert DataConfig(valid=valid).valid_share == share
+    config = DataConfig(valid=valid)
+    assert (config.valid_share, config.valid_file) == (share, valid if share is None else None)
 
 
 @pytest.mark.parametrize(

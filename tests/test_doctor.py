@@ -26,7 +26,7 @@ from gptvae_cli.doctor import (
 from gptvae_cli.evaluation import Figures
 from gptvae_cli.learner import Learner, counters_dict
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.recipe import UNTREATED
+from gptvae_cli.schedule import UNTREATED
 from gptvae_cli.training import StepReport, train
 from tests.test_training import SENTENCES, shape
 

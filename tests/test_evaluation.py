@@ -29,7 +29,8 @@ from gptvae_cli.evaluation import (
 from gptvae_cli.latent import has_collapsed
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.noise import Purpose, stream
-from gptvae_cli.objective import Batch, Noise, Weights, objective
+from gptvae_cli.objective import Batch, Noise, objective
+from gptvae_cli.schedule import Weights
 from tests.conftest import stock_of
 
 PAD, BOS, EOS = 17, 18, 19
@@ -302,10 +303,14 @@ def test_latents_are_weighed_by_the_mixture_they_are_drawn_from(
         assert nll == pytest.approx(math.log(samples) - float(log_weights_K.logsumexp(0)), rel=1e-5)
 
 
-def test_importance_weighting_does_not_depend_on_how_samples_are_split(tiny_model: TinyModel) -> None:
+def test_importance_weighting_does_not_depend_on_how_samples_are_split(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Splitting only bounds memory; the noise is drawn in the same order."""
     model, batches = tiny_model(), batches_of(rows_of(), 5)
-    together, apart = (importance_weighted(model, batches, 12, most_tokens=most) for most in (10_000, 1))
+    together = importance_weighted(model, batches, 12)
+    monkeypatch.setattr("gptvae_cli.evaluation.tokens_together", lambda device: 1)
+    apart = importance_weighted(model, batches, 12)
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
 
 

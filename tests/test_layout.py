@@ -17,7 +17,7 @@ PACKAGE = Path(gptvae_cli.__file__).parent
 ROWS: list[set[str]] = [
     {
         *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"),
-        *("arrivals", "files", "shuffle", "bleu", "bootstrap", "probe", "machine", "constraint"),
+        *("arrivals", "files", "bleu", "bootstrap", "probe", "machine", "constraint"),
     },
     {"latent", "attention", "products", "tokens", "device"},
     {"fused"},
@@ -31,13 +31,12 @@ ROWS: list[set[str]] = [
     {"objective"},
     {"checkpoint", "data", "latent_file"},
     {"evaluation"},
-    {"recipe"},
     {"doctor", "learner"},
     {"training", "sampling", "events", "hub", "folder"},
     {"fitting"},
     {"run"},
     {"api"},
-    {"pieces", "baseline"},
+    {"measuring", "baseline"},
     {"report"},
     {"cli.console", "cli.flags"},
     {"cli.streams", "cli.display", "cli.table", "cli.help"},

@@ -14,17 +14,18 @@ import pytest
 import torch
 from sacrebleu.metrics.bleu import BLEU
 
-from gptvae_cli import bleu, bootstrap, pieces, report
+from gptvae_cli import bleu, bootstrap, measuring, report
 from gptvae_cli.checkpoint import Checkpoint, load
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.data import batches_of, padded
 from gptvae_cli.errors import CheckpointError, ConfigError
 from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
 from gptvae_cli.latent import mutual_information
-from gptvae_cli.objective import Noise, Weights, objective
-from gptvae_cli.pieces import Gathered, Piece, measured
+from gptvae_cli.measuring import Gathered, Piece, measured
+from gptvae_cli.objective import Noise, objective
 from gptvae_cli.probe import Probe
 from gptvae_cli.sampling import Encoder
+from gptvae_cli.schedule import Weights
 from tests.cli.conftest import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A model that has learnt some of the texts."""
     found = load(make_model(tmp_path_factory.mktemp("report") / "model.safetensors"), device=torch.device("cpu"))
     optimizer = torch.optim.Adam(found.model.parameters(), lr=1e-2)
-    batch = batches_of(list(Encoder(found, "line").rows(TEXTS)), None, found.header.model.pad_id, 2048)[0]
+    (batch,), _ = batches_of(list(Encoder(found, "line").rows(TEXTS)), None, found.header.model.pad_id, 2048)
     for _ in range(40):
         noise = Noise(torch.zeros(len(batch.tokens_BT), found.header.model.dim_latent))
         loss = objective(found.model, None, batch, noise, Weights("elbo", 0.1, 0.0, 0.0)).total
@@ -79,7 +80,7 @@ def assert_same(one: Any, other: Any, name: str = "") -> None:
 def test_the_figures_are_those_of_all_texts_at_once(checkpoint: Checkpoint) -> None:
     found = values_of(checkpoint, TEXTS)
     rows = list(Encoder(checkpoint, "line").rows(TEXTS))
-    batches = batches_of(rows, None, checkpoint.header.model.pad_id, 512)
+    batches, _ = batches_of(rows, None, checkpoint.header.model.pad_id, 512)
     expected = measure(checkpoint.model, batches, seed=2)
     names = ("cross_entropy", "cross_entropy_shuffled", "cross_entropy_without", "kl", "nll_bound")
     for name in names:
@@ -114,8 +115,8 @@ def test_neither_pieces_nor_order_change_a_figure(
     labels = ["even" if len(text) % 2 == 0 else "odd" for text in TEXTS]  # equal texts have one
     whole = values_of(checkpoint, TEXTS, labels)
     assert_same(values_of(checkpoint, TEXTS[::-1], labels[::-1]), whole)
-    monkeypatch.setattr(pieces, "_PIECE_TEXTS", piece_texts)
-    monkeypatch.setattr(pieces, "tokens_together", lambda device: 40)
+    monkeypatch.setattr(measuring, "_PIECE_TEXTS", piece_texts)
+    monkeypatch.setattr(measuring, "tokens_together", lambda device: 40)
     apart = values_of(checkpoint, TEXTS, labels)
     for values in (whole, apart):
         assert values.pop("cross_entropy_shuffled_nats_per_text") > 0
@@ -126,8 +127,8 @@ def test_neither_pieces_nor_order_change_a_figure(
 def test_information_is_that_of_a_random_sample_where_there_are_many(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "SAMPLE_TEXTS", 6)
-    monkeypatch.setattr(pieces, "_PIECE_TEXTS", 4)
+    monkeypatch.setattr(measuring, "SAMPLE_TEXTS", 6)
+    monkeypatch.setattr(measuring, "_PIECE_TEXTS", 4)
     found, gathered = values_of(checkpoint, TEXTS), gather(checkpoint, TEXTS)
     sample = gathered.sample
     assert sample is not None
@@ -151,7 +152,7 @@ def test_of_a_sample_too_it_is_known_which_texts_are_equal(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The most that it can show is the entropy of its own texts, which come in batches in another order."""
-    monkeypatch.setattr(pieces, "SAMPLE_TEXTS", 8)
+    monkeypatch.setattr(measuring, "SAMPLE_TEXTS", 8)
     texts = ["a", "bcdefg", "a", "hi", "bcdefg", "jklmno pqrs", "a", "t", "uv", "wxyz wxyz", "hi", "a"]
     found = gather(checkpoint, texts)
     assert found.sample is not None
@@ -165,7 +166,7 @@ def test_active_dimensions_are_those_of_all_texts_and_not_of_a_sample(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     means_NZ = np.stack([encoding.mean_Z for encoding in Encoder(checkpoint, "line").encode(TEXTS)])
-    monkeypatch.setattr(pieces, "SAMPLE_TEXTS", 2)
+    monkeypatch.setattr(measuring, "SAMPLE_TEXTS", 2)
     found = values_of(checkpoint, TEXTS)
     for name, least in (("active_001", 0.01), ("active_02", 0.2)):
         assert found[name] == (means_NZ.var(axis=0) > least).sum(), name
@@ -175,7 +176,7 @@ def test_active_dimensions_are_those_of_all_texts_and_not_of_a_sample(
 def test_everything_is_computed_in_the_type_that_was_asked_for(checkpoint: Checkpoint) -> None:
     """bfloat16 under autocast, recomputed figure by figure; what is written from the means, too."""
     rows = list(Encoder(checkpoint, "line").rows(TEXTS))
-    batches = batches_of(rows, None, checkpoint.header.model.pad_id, 1024)
+    batches, _ = batches_of(rows, None, checkpoint.header.model.pad_id, 1024)
     exact, rounded = (
         list(measured(replace(checkpoint, dtype=dtype), enumerate(rows), unit="line", samples=SAMPLES, seed=2))
         for dtype in (torch.float32, torch.bfloat16)
@@ -193,8 +194,8 @@ def test_everything_is_computed_in_the_type_that_was_asked_for(checkpoint: Check
 def test_progress_counts_the_texts_of_all_pieces(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, piece_texts: int
 ) -> None:
-    monkeypatch.setattr(pieces, "_PIECE_TEXTS", piece_texts)
-    monkeypatch.setattr(pieces, "tokens_together", lambda device: 40)
+    monkeypatch.setattr(measuring, "_PIECE_TEXTS", piece_texts)
+    monkeypatch.setattr(measuring, "tokens_together", lambda device: 40)
     told: list[int] = []
     rows = enumerate(Encoder(checkpoint, "line").rows(TEXTS))
     for piece in measured(checkpoint, rows, unit="line", samples=1, on_progress=told.append):
@@ -206,7 +207,7 @@ def test_progress_counts_the_texts_of_all_pieces(
 
 def test_a_text_that_is_there_often_is_as_often_in_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """3,000 of 10,000 lines of a log are the same one; whatever their order, and the pieces that they come in."""
-    monkeypatch.setattr(pieces, "SAMPLE_TEXTS", 1000)
+    monkeypatch.setattr(measuring, "SAMPLE_TEXTS", 1000)
     random = np.random.default_rng(0)
     samples = []
     for count in (7, 10):
@@ -239,7 +240,7 @@ def test_all_of_a_text_must_come_back_its_last_token_too(
 ) -> None:
     texts = ["one", "two", ""]
     wrong = [list(b"one"), list(b"twx"), []]
-    monkeypatch.setattr(pieces, "write_greedily", lambda *args, **options: wrong)
+    monkeypatch.setattr(measuring, "write_greedily", lambda *args, **options: wrong)
     found = values_of(checkpoint, texts)
     assert found["exact_match"] == pytest.approx(2 / 3)
     assert found["token_accuracy"] == pytest.approx(8 / 9), "ends counted"
@@ -264,7 +265,7 @@ def test_bytes_are_those_that_were_read_where_a_text_is_cut_within_a_character(
 def test_a_word_that_two_windows_share_counts_once(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, piece_texts: int
 ) -> None:
-    monkeypatch.setattr(pieces, "_PIECE_TEXTS", piece_texts)
+    monkeypatch.setattr(measuring, "_PIECE_TEXTS", piece_texts)
     text = "A running text  has words of\nmany sizes, extraordinarily " + "long" * 20 + " ones and a b c d e f g h."
     found = Gathered()
     # And where one text ends and another begins, the words are two.
@@ -374,9 +375,9 @@ def test_no_perplexity_overflows() -> None:
 @pytest.mark.parametrize("limit", ["_PIECE_TEXTS", "_PIECE_TOKENS"])
 def test_pieces_are_small_and_none_is_a_lone_text(monkeypatch: pytest.MonkeyPatch, limit: str, count: int) -> None:
     """Which would have its own latent in the place of another's."""
-    monkeypatch.setattr(pieces, limit, 2)
-    items: list[pieces.Item] = [((i, [0] * 6), None) for i in range(count)]
-    found = list(pieces._pieces(items))
+    monkeypatch.setattr(measuring, limit, 2)
+    items: list[measuring.Item] = [((i, [0] * 6), None) for i in range(count)]
+    found = list(measuring._pieces(items))
     assert [item for piece in found for item in piece] == items
     assert 2 <= min(map(len, found)) <= max(map(len, found)) <= 3
 

@@ -78,8 +78,8 @@ def test_float32_on_a_cpu_is_not_worth_a_note(path: Path) -> None:
 
 
 def test_what_nobody_expects_is_told(path: Path) -> None:
-    found, note, warning = sampling.open_model(path, device="cpu", dtype="bfloat16")
-    assert (found.dtype, warning) == (torch.bfloat16, None)
+    found, note, fell_back = sampling.open_model(path, device="cpu", dtype="bfloat16")
+    assert (found.dtype, fell_back) == (torch.bfloat16, False)
     assert note is not None
     assert "on cpu" in note
     assert "in bfloat16" in note
@@ -90,7 +90,7 @@ def test_a_gpu_that_cannot_be_used_is_told(path: Path, monkeypatch: pytest.Monke
     fallen = Device(torch.device("cpu"), "the driver is too old", fell_back=True)
     monkeypatch.setattr(sampling, "resolve_device", lambda name: fallen)
     opened = sampling.open_model(path)
-    assert opened.note == opened.warning == "computing on the CPU: the driver is too old"
+    assert opened[1:] == ("computing on the CPU: the driver is too old", True)
     with pytest.warns(UserWarning, match="the driver is too old") as caught:
         gptvae_cli.load(path)
     assert [Path(warning.filename) for warning in caught] == [Path(__file__)]

@@ -23,9 +23,8 @@ from gptvae_cli.errors import CheckpointError, DivergedError, ExitCode
 from gptvae_cli.evaluation import Figures, measure, reconstruct
 from gptvae_cli.learner import EMBEDDINGS_FASTER, Counters, Learner, counters_dict
 from gptvae_cli.model import GPTVAE
-from gptvae_cli.objective import BagOfWords, Batch, Noise, Weights, objective
-from gptvae_cli.recipe import recipe
-from gptvae_cli.schedule import Dropout
+from gptvae_cli.objective import BagOfWords, Batch, Noise, objective
+from gptvae_cli.schedule import Dropout, Weights, recipe
 from gptvae_cli.training import StepReport, score, share_done, train, training_noise
 
 SENTENCES = [

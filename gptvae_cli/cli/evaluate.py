@@ -145,7 +145,7 @@ def evaluate(
         console.load_model(each, device=device, dtype=dtype, threads=threads, quiet=quiet or each is not path)
         for each in paths
     ]
-    from gptvae_cli.pieces import measured_together
+    from gptvae_cli.measuring import measured_together
     from gptvae_cli.report import report
 
     with ExitStack() as stack:

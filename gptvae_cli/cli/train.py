@@ -221,8 +221,7 @@ def train(
     if not resume:
         expand(plan.run.corpus)  # before a run that is there is spoken of: a name may be mistyped
         if "field" in plan.flags.values or plan.data.field != DataConfig().field:
-            valid = plan.data.valid if plan.data.valid_share is None else None
-            beside = [*filter(None, [valid, plan.data.latents_from])]
+            beside = [*filter(None, [plan.data.valid_file, plan.data.latents_from])]
             corpus = with_field([*corpus, *beside], plan.data.field)[: len(corpus)]
     folder = Path(plan.run.out)
     with claimed(folder, resume=resume, force=force):

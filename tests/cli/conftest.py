@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 if TYPE_CHECKING:
@@ -61,6 +64,13 @@ def make_model(
     data = from_dict(DataConfig, {"unit": unit, "latents_from": latents_from})
     save_model(path, model, ModelHeader(FORMAT_VERSION, config, data, tokenizer.to_json(), training))
     return path
+
+
+def array(values: npt.NDArray[Any]) -> bytes:
+    """A `.npy` file."""
+    stream = io.BytesIO()
+    np.save(stream, values)
+    return stream.getvalue()
 
 
 @pytest.fixture(scope="session")

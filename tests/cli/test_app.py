@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 import typer
@@ -29,7 +28,7 @@ from gptvae_cli import __version__
 from gptvae_cli.__main__ import main as console_script
 from gptvae_cli.cli import console, streams
 from gptvae_cli.cli.app import app
-from tests.cli.conftest import WIDTH
+from tests.cli.conftest import WIDTH, array
 from tests.cli.test_train import assert_fails
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -353,12 +352,6 @@ def test_an_option_goes_over_its_variable(here: Path, monkeypatch: pytest.Monkey
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
-
-
-def array(values: npt.NDArray[Any]) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, values, allow_pickle=True)
-    return stream.getvalue()
 
 
 class Trap:

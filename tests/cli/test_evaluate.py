@@ -451,7 +451,7 @@ def test_a_collapse_is_told_and_nothing_else_is_called_so(evaluate: Evaluate, mo
 
 def test_bfloat16_is_what_a_model_is_measured_in(evaluate: Evaluate, models: Path) -> None:
     found = load(models / "line.safetensors", device=torch.device("cpu"))
-    batches = batches_of(list(Encoder(found, "line").rows(TEXTS)), None, found.header.model.pad_id, 1024)
+    batches, _ = batches_of(list(Encoder(found, "line").rows(TEXTS)), None, found.header.model.pad_id, 1024)
     for name in ("float32", "bfloat16"):
         nll_N = importance_weighted(found.model, batches, 3, dtype=getattr(torch, name))
         nll = figures(evaluate("--json", "--dtype", name))["nll_nats_per_text"]
@@ -469,7 +469,7 @@ def test_lines_are_written_back_without_line_breaks(
         allowed.extend(options["constraint"].allowed_SV[0, [*b"\n\r"]])
         return write_greedily(*arguments, **options)
 
-    monkeypatch.setattr("gptvae_cli.pieces.write_greedily", record)
+    monkeypatch.setattr("gptvae_cli.measuring.write_greedily", record)
     figures(evaluate("--json", model=model))
     assert allowed == 2 * [model != "line"]
 

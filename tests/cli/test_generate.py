@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from gptvae_cli.checkpoint import load
 from gptvae_cli.cli.app import app
 from gptvae_cli.config import SampleConfig, Unit
 from gptvae_cli.decoding import Request, decode
-from tests.cli.conftest import LONGEST, WIDTH, make_model
+from tests.cli.conftest import LONGEST, WIDTH, array, make_model
 from tests.cli.test_train import assert_fails
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,12 +60,6 @@ def lines(result: Result) -> list[str]:
 
 def records(result: Result) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines(result)]
-
-
-def array(values: npt.NDArray[Any]) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, values)
-    return stream.getvalue()
 
 
 def greedy_texts(models: Path, latents: npt.NDArray[np.float32], *, prompt: str = "", unit: Unit = "line") -> list[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from typer.testing import CliRunner, Result
 
 from gptvae_cli.cli.app import app
-from tests.cli.conftest import WIDTH
+from tests.cli.conftest import WIDTH, array
 from tests.cli.test_train import assert_fails
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,12 +50,6 @@ def lines(result: Result) -> list[str]:
     text = result.stdout_bytes.decode("utf-8")
     assert text.endswith("\n")
     return text.split("\n")[:-1]
-
-
-def array(values: npt.NDArray[Any]) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, values)
-    return stream.getvalue()
 
 
 def angle(a: Floats, b: Floats) -> float:

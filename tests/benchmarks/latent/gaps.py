@@ -170,7 +170,7 @@ def main() -> None:
     }
     steps, seed = header.training["steps"], header.training["train"]["seed"]
     print(f"# {asked.train.name} and {asked.test.name}, {steps:,} steps, seed {seed}, nats per text")
-    batches = batches_of(list(encoder.rows(texts[asked.test][: asked.few])), None, header.model.pad_id, 1024)
+    batches, _ = batches_of(list(encoder.rows(texts[asked.test][: asked.few])), None, header.model.pad_id, 1024)
     for line in inference_gaps(model, batches):
         print(line, flush=True)
     for line in prior_gaps(posteriors(encoder, texts[asked.test]), posteriors(encoder, texts[asked.train])):

@@ -175,7 +175,7 @@ def run(
         test = [text for text in read_texts([str(files["test"])], TextConfig(unit=unit)) if text]
         tokens = list(islice(Encoder(saved, unit).rows(test), texts))
         pad_id, eos_id = saved.header.model.pad_id, saved.header.model.eos_id
-        batches = batches_of(tokens, None, pad_id, tokens_together(device.device))
+        batches, _ = batches_of(tokens, None, pad_id, tokens_together(device.device))
         figures = measure(saved.model, batches, seed=seed, without_latent=job.learner.config.without_latent)
         row: dict[str, Any] = {
             "arm": arm,

@@ -158,7 +158,7 @@ def train_lines(rounds: int) -> str:
     tokenizer, rows = sentences(4096)
     ours, stock = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=2, heads=2, longest=64)
     pad_id = tokenizer.pad_id
-    planned = batches_of(rows, None, pad_id, 2048)
+    planned, _ = batches_of(rows, None, pad_id, 2048)
     batches = planned[:: max(1, len(planned) // 12)]
     texts_ours = sum(len(batch.tokens_BT) for batch in batches)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
@@ -408,7 +408,7 @@ def number_types(rounds: int) -> str:
     """Training steps of `micro` and `small` on sentences in bfloat16 against float32, whatever `auto` takes here: what
     `device.BFLOAT16_PAYS` rests on."""
     tokenizer, rows = sentences(16_384)
-    planned = batches_of(rows, None, tokenizer.pad_id, 2048)
+    planned, _ = batches_of(rows, None, tokenizer.pad_id, 2048)
     batches = planned[:: max(1, len(planned) // 12)]
 
     def side(sizes: Preset, dtype: DType) -> Side:
@@ -507,7 +507,7 @@ def validate(rounds: int) -> str:
     model, _ = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=1, heads=2, longest=64)
 
     def side(dtype: torch.dtype, **keywords: bool) -> Side:
-        batches = batches_of(rows, None, tokenizer.pad_id, tokens_together(torch.device("cpu"), dtype))
+        batches, _ = batches_of(rows, None, tokenizer.pad_id, tokens_together(torch.device("cpu"), dtype))
 
         def work() -> float:
             measure(model, batches, dtype=torch.bfloat16, **keywords)
@@ -529,7 +529,7 @@ def validate(rounds: int) -> str:
 def compiled(rounds: int) -> str:
     """Training steps as they are, against steps whose layers went through `torch.compile`; its time is not counted."""
     tokenizer, rows = sentences(4096)
-    batches = batches_of(rows, None, tokenizer.pad_id, 2048)[:12]
+    batches = batches_of(rows, None, tokenizer.pad_id, 2048)[0][:12]
     plain, other = (
         pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=1, heads=2, longest=64)[0] for _ in ("plain", "compiled")
     )
@@ -645,7 +645,7 @@ def seconds_of_steps(tuned: bool, steps: int = 20) -> float:
         tune_cpu(None)
     tokenizer, rows = sentences(4096)
     ours, _ = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=2, heads=2, longest=64)
-    batches = batches_of(rows, None, tokenizer.pad_id, 2048)[:steps]
+    batches = batches_of(rows, None, tokenizer.pad_id, 2048)[0][:steps]
     train_ours(ours, batches[:3])
     return train_ours(ours, batches) * steps / len(batches)
 
@@ -657,7 +657,7 @@ def rate_of_second_pass() -> float:
     tokenizer = Tokenizer.train_bpe(lines, 2500)
     rows = [[tokenizer.bos_id, *row[:126], tokenizer.eos_id] for row in tokenizer.encode_batch(lines)]
     ours, _ = pair(tokenizer.pad_id, dim=128, depth=4, enc_depth=1, heads=2, longest=128)
-    batches = batches_of(rows, None, tokenizer.pad_id, 2048)
+    batches, _ = batches_of(rows, None, tokenizer.pad_id, 2048)
     random.Random(0).shuffle(batches)
     train_ours(ours, batches)
     return len(batches) / train_ours(ours, batches)

@@ -90,7 +90,7 @@ def nats_of_stock(model: Any, rows: Sequence[Sequence[int]], *, seed: int) -> Na
 
 def nats_of_ours(model: GPTVAE, rows: Sequence[Sequence[int]], *, seed: int) -> Nats:
     """As `gptvae evaluate` measures the bound, of all tokens but a row's first; rows in order of length."""
-    figures = measure_texts(model, batches_of(rows, None, model.pad_id, 8192), seed=seed)
+    figures = measure_texts(model, batches_of(rows, None, model.pad_id, 8192)[0], seed=seed)
     return Nats(figures.cross_entropy_N, figures.kl_N)
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from gptvae_cli import bleu
 from gptvae_cli.checkpoint import Checkpoint
 from gptvae_cli.config import Unit
-from gptvae_cli.data import batches_of, places_of
+from gptvae_cli.data import batches_of
 from gptvae_cli.device import tokens_together
 from gptvae_cli.evaluation import (
     Keys,
@@ -149,8 +149,7 @@ def measured(
         places = [place for (place, _), _ in piece]
         targets = [row for (_, row), _ in piece]
         read = None if sources is None else [source for _, source in piece if source is not None]
-        batches = batches_of(targets, read, config.pad_id, most)
-        back = np.argsort(places_of(targets, most))  # where in the batches each text is
+        batches, back = batches_of(targets, read, config.pad_id, most)
         keys_N = np.concatenate([keys_of(batch, config.pad_id) for batch in batches])[back]
         plain = [[token for token in row if token not in (config.bos_id, config.eos_id)] for row in targets]
         texts = [tokenizer.decode(ids) for ids in plain]
