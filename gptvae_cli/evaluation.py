@@ -312,6 +312,7 @@ def write_greedily(
     latents_NZ: Tensor,
     *,
     constraint: Constraint | None,
+    guidance: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> list[list[int]]:
     """The greedy text of each latent: tokens without BOS and EOS.
@@ -320,11 +321,12 @@ def write_greedily(
         model: is left in the mode it was in.
         latents_NZ: on the model's device.
         constraint: as `decoding.decode` takes it.
+        guidance: see `SampleConfig`.
         dtype: bfloat16 computes under autocast.
     """
     requests = (Request(row, 0, latent_Z) for row, latent_Z in enumerate(latents_NZ))
     with _evaluating(model, dtype):
-        return list(decode(model, requests, SampleConfig(greedy=True), constraint=constraint))
+        return list(decode(model, requests, SampleConfig(greedy=True, guidance=guidance), constraint=constraint))
 
 
 def correct_tokens(text: Sequence[int], written: Sequence[int], whole: bool = True) -> int:

@@ -79,6 +79,7 @@ def measured_together(
     unit: Unit,
     most: int | None,
     samples: int,
+    guidance: float,
     seed: int,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> tuple[list[Gathered], int, list[str]]:
@@ -89,7 +90,7 @@ def measured_together(
         models: side by side, so that no model's share of the texts has to wait in memory for another's.
         texts: as `read_texts` gives them.
         sources: what the encoder of a model reads that was trained so, one for each text.
-        unit, samples, seed: as in `measured`.
+        unit, samples, guidance, seed: as in `measured`.
         most: texts, or windows of them; None is all.
         on_progress: called with the texts that the first model has measured so far.
     """
@@ -105,7 +106,16 @@ def measured_together(
         rows = ((place, row) for place, row in enumerate(encoder.rows(text)) if len(row) > 1)
         told = on_progress if encoder is encoders[0] else lambda texts: None
         streams.append(
-            measured(model, islice(rows, most), read, unit=unit, samples=samples, seed=seed, on_progress=told)
+            measured(
+                model,
+                islice(rows, most),
+                read,
+                unit=unit,
+                samples=samples,
+                guidance=guidance,
+                seed=seed,
+                on_progress=told,
+            )
         )
     for pieces in zip_longest(*streams):
         for each, piece in zip(gathered, pieces, strict=True):
@@ -123,6 +133,7 @@ def measured(
     *,
     unit: Unit,
     samples: int,
+    guidance: float = 1.0,
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Iterator[Piece]:
@@ -134,6 +145,7 @@ def measured(
         sources: what the encoder reads, if not the same.
         unit: what a text is; of `window` they are windows of running ones.
         samples: K of the importance-weighted likelihood.
+        guidance: of the reconstruction, see `SampleConfig`.
         seed: of the latents that are drawn.
         on_progress: called with the texts measured so far.
     """
@@ -172,7 +184,8 @@ def measured(
             on_progress=lambda texts, before=done: on_progress(before + texts),  # type: ignore[misc]
         )
         mean_NZ = found.posterior.mean_BZ[back]
-        written = write_greedily(model, mean_NZ.to(model.device), constraint=constraint, dtype=dtype)
+        means_NZ = mean_NZ.to(model.device)
+        written = write_greedily(model, means_NZ, constraint=constraint, guidance=guidance, dtype=dtype)
         ngrams = [bleu.counts(a, tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
         columns |= {
             "nll": nll_N.numpy()[back],

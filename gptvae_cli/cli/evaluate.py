@@ -13,7 +13,7 @@ import typer
 
 from gptvae_cli.cli import console, flags, streams
 from gptvae_cli.cli.table import table
-from gptvae_cli.config import TextConfig
+from gptvae_cli.config import SampleConfig, TextConfig
 from gptvae_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ def evaluate(
         str | None,
         typer.Option(metavar="PATH", help="A model to compare with, such as one trained without a latent."),
     ] = None,
+    guidance: Annotated[
+        float, typer.Option(metavar="W", help="Of the reconstruction, as generate --greedy takes it.")
+    ] = 1.0,
     labels: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="One label a line, for each text: how well z tells them apart."),
@@ -121,6 +124,9 @@ def evaluate(
             units = f"{paths[1]} was trained on texts of unit {other}, {path} on {own}"
             console.note(f"{units}: one of them knows no end of a text", quiet=quiet)
     _check(headers, data.unit, texts, labels=labels, latents_from=latents_from)
+    if SampleConfig(guidance=guidance).guidance != 1:
+        for name, each in zip(paths, headers, strict=True):
+            each.require_guidance(name)
     files = expand(read)
     streams.refuse_input("--per-text", per_text, [*files, *filter(None, [labels, latents_from]), *map(str, paths)])
     repairs = Repairs()
@@ -159,6 +165,7 @@ def evaluate(
                 unit=data.unit,
                 most=texts or None,
                 samples=samples,
+                guidance=guidance,
                 seed=seed,
                 on_progress=advance,
             )
@@ -178,6 +185,7 @@ def evaluate(
         "corpus": corpus or ["-"],
         "unit": data.unit,
         "latents_from": latents_from,
+        "guidance": guidance,
         "labels": labels,
         "baseline": str(paths[1]) if len(paths) > 1 else None,
         "texts_cut": cut,

@@ -70,7 +70,8 @@ def table(about: dict[str, Any], report: Report) -> Iterator[str]:
         "" if share is None else f"; {share:.0%} of min(KL, that)"
     )
     yield line("dimensions active", "active_001", "{:d}", f"{values['active_02']} strongly")
-    yield "greedy reconstruction from the mean"
+    guided = "" if about["guidance"] == 1 else f", guidance {about['guidance']:g}"
+    yield f"greedy reconstruction from the mean{guided}"
     yield line("tokens in place", "token_accuracy", "{:.1%}")
     yield line("texts whole", "exact_match", "{:.1%}")
     if values["bleu"] is not None:

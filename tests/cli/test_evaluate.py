@@ -21,7 +21,9 @@ from typer.testing import CliRunner, Result
 import gptvae_cli
 from gptvae_cli.checkpoint import load, save_model
 from gptvae_cli.cli.app import app
+from gptvae_cli.config import SampleConfig
 from gptvae_cli.data import batches_of
+from gptvae_cli.decoding import Request, decode
 from gptvae_cli.evaluation import importance_weighted, write_greedily
 from gptvae_cli.header import read_header
 from gptvae_cli.sampling import Encoder
@@ -312,6 +314,30 @@ def test_labels_are_read_off_latents_and_off_words(evaluate: Evaluate, labelled:
         in table
     )
     assert f"{found['z_accuracy']:.1%}" in table
+
+
+def test_a_reconstruction_may_be_guided(evaluate: Evaluate, models: Path) -> None:
+    """To what `generate` writes then; all other figures stay."""
+    texts = [chr(97 + i % 26) * (1 + i % 19) for i in range(80)]
+    Path("short.txt").write_text("".join(f"{text}\n" for text in texts))
+    plain, guided = (figures(evaluate("--json", *options, corpus="short.txt")) for options in ((), ("--guidance", "3")))
+    kept = [key for key in plain if not key.startswith(("guidance", "token_acc", "exact", "bleu", "intervals"))]
+    assert {key: plain[key] for key in kept} == {key: guided[key] for key in kept}
+    assert (plain["guidance"], guided["guidance"]) == (1, 3)
+    checkpoint = load(models / "line.safetensors", device=torch.device("cpu"))
+    latents = [torch.tensor(encoding.mean_Z) for encoding in Encoder(checkpoint, "line").encode(texts)]
+    requests = [Request(row, 0, latent_Z) for row, latent_Z in enumerate(latents)]
+    rule = checkpoint.tokenizer.constraint("line")
+    for scale, found in ((1, plain), (3, guided)):
+        sample = SampleConfig(greedy=True, guidance=scale)
+        written = decode(checkpoint.model, requests, sample, constraint=rule, cached=False)
+        ended = [[*text.encode(), -1] for text in texts]
+        pairs = zip(ended, ([*ids, -1] for ids in written), strict=True)
+        right = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
+        assert found["token_accuracy"] == pytest.approx(right / sum(map(len, ended)))
+    assert plain["token_accuracy"] != guided["token_accuracy"]
+    assert "greedy reconstruction from the mean, guidance 3\n" in evaluate("--guidance", "3").stdout
+    assert_fails(evaluate("--guidance", "-1"), 2, "guidance is -1")
 
 
 def test_texts_and_labels_may_be_columns_of_one_table(evaluate: Evaluate, labelled: list[str]) -> None:
