@@ -653,6 +653,38 @@ def test_an_interrupt_while_the_command_is_imported_is_no_traceback(monkeypatch:
     assert (raised, ended.value.code) == ([signal.SIGINT], 130)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "a.txt", "--steps", "1", "--preset", "nano"],
+        ["encode", "a.txt"],
+        ["generate", "--prior", "1", "--seed", "1"],
+        ["interpolate", "--from", "a", "--to", "b"],
+        ["evaluate", "a.txt"],
+        ["evaluate", "a.txt", "--with-baseline"],
+    ],
+    ids=["train", "encode", "generate", "interpolate", "evaluate", "baseline"],
+)
+def test_an_interrupt_while_numpy_is_imported_is_heard(here: Path, arguments: list[str]) -> None:
+    """Torch imports it from C and drops what is raised meanwhile: commands went on, with half of it."""
+    program = (
+        "import signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'numpy.exceptions': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from gptvae_cli.__main__ import main\n"
+        "main()\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (-signal.SIGINT, b"", b"")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_command_that_is_stopped_leaves_no_unfinished_file(here: Path, number: int) -> None:
     """While it waits for more texts. It ends by the signal, as a shell that runs a loop has to see."""
