@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
@@ -21,14 +23,59 @@ from rich.text import Text
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rich.live import Live
+
     from gptvae_cli.checkpoint import Checkpoint
     from gptvae_cli.config import DType
+
+
+class Terminal(Console):
+    """A console whose live displays leave room for a shell: nothing moves in the background, and Ctrl-Z shows the
+    cursor and leaves a display as it is, which goes on below."""
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether something may move; Rich asks whenever it draws."""
+        try:
+            # 0 is a group that cannot be seen from inside a container.
+            return self._movable and os.tcgetpgrp(self.file.fileno()) in (0, os.getpgrp())
+        except (OSError, ValueError):  # a string, or another session's terminal
+            return self._movable
+
+    @is_interactive.setter
+    def is_interactive(self, movable: bool) -> None:
+        self._movable = movable
+
+    def set_live(self, live: Live) -> bool:
+        is_first = super().set_live(live)
+        if is_first and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, self._stop)
+        return is_first
+
+    def clear_live(self) -> None:
+        if len(self._live_stack) == 1 and signal.getsignal(signal.SIGTSTP) == self._stop:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        super().clear_live()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        live, descriptor = self._live_stack[0], self.file.fileno()
+        # Its thread does not draw meanwhile; it may be waiting for what this one was just printing.
+        held = live._lock.acquire(timeout=1)
+        os.write(descriptor, b"\n\x1b[?25h")  # not by the file, which this may have interrupted
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+        signal.signal(number, self._stop)
+        live._live_render._shape = None  # or it would go up, over what was typed
+        if self.is_interactive:
+            os.write(descriptor, b"\x1b[?25l")
+        if held:
+            live._lock.release()
 
 
 # FORCE_COLOR may colour a file, but nothing is to move there, nor in a notebook, which calls itself a terminal and does
 # not know how to move up. On a dumb terminal, Rich sees to that itself.
 _movable = None if sys.stderr is not None and sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ else False
-stderr = Console(stderr=True, highlight=False, force_interactive=_movable)
+stderr = Terminal(stderr=True, highlight=False, force_interactive=_movable)
 PLAIN_SECONDS = 30.0
 """Between lines of progress where there is no terminal."""
 _CONTROLS = re.compile(

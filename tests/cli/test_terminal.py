@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from rich.console import Console
+from rich.live import Live
 from tokenizers import models as library_models
 from typer.testing import CliRunner
 
@@ -194,6 +196,37 @@ def test_a_note_breaks_between_words_on_a_terminal_and_a_command_nowhere(
     monkeypatch.setattr(console, "stderr", commands)
     console.command("gptvae train --resume --out somewhere")
     assert written(commands) == ["gptvae train --resume --out somewhere"]
+
+
+@pytest.mark.parametrize("group", [0, os.getpgrp(), 2**30], ids=["unseen", "foreground", "background"])
+def test_a_display_that_is_stopped_leaves_room_for_a_shell(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    """It was drawn over what was typed meanwhile, without a cursor, and went on in the background."""
+    leader, follower = pty.openpty()
+    before = signal.getsignal(signal.SIGTSTP)
+    with os.fdopen(follower, "w", encoding="utf-8", newline="") as screen:
+        shown = console.Terminal(file=screen, force_terminal=True, width=40, color_system=None)
+        monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: os.getpgrp())
+        with Live("above\nbelow", console=shown, auto_refresh=False) as live:
+            live.refresh()
+
+            def stop(number: int) -> None:
+                assert (number, signal.getsignal(number)) == (signal.SIGTSTP, signal.SIG_DFL)
+                os.write(follower, b"$ fg\n")
+                monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: group)
+
+            monkeypatch.setattr(signal, "raise_signal", stop)
+            os.kill(os.getpid(), signal.SIGTSTP)
+            live.refresh()
+            os.write(follower, b"|")
+            monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: os.getpgrp())
+            live.refresh()
+    sent = b"".join(iter(lambda: _read(leader), b""))
+    os.close(leader)
+    shown_then, _, later = sent.decode().replace("\r\n", "\n").partition("$ fg\n")
+    assert shown_then.endswith("above\nbelow\n\x1b[?25h"), "the cursor is back, below"
+    again = "" if group == 2**30 else "\x1b[?25labove\nbelow"
+    assert later.startswith(f"{again}|"), "below what was typed, if anybody sees it"
+    assert signal.getsignal(signal.SIGTSTP) == before
 
 
 def written(to: Console) -> list[str]:
