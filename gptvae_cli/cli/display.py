@@ -136,9 +136,9 @@ def _add_figures(body: Table, figures: Figures, dim_latent: int | None, *, is_us
         return
     ceiling = min(figures.kl, figures.entropy)
     health = "bold red" if not is_used else "bold green" if figures.mutual_information > 3 else "bold yellow"
-    carried = Text(f"{figures.mutual_information:.2f} nats of information", style=health)
-    carried.append(
-        f" in KL {figures.kl:.1f}   (at most {ceiling:.1f} shows on {figures.texts:,} texts)", style="default"
+    carried = Text.assemble(
+        (f"{figures.mutual_information:.2f} nats of information", health),
+        f" in KL {figures.kl:.1f}   (at most {ceiling:.1f} shows on {figures.texts:,} texts)",
     )
     body.add_row(
         "held out",

@@ -155,6 +155,16 @@ def test_help_fits_the_terminal_and_names_are_whole(command: str | None, width: 
     assert all(line.startswith("  ") and "gptvae" in line for line in examples.rstrip().splitlines())
 
 
+@pytest.mark.parametrize("width", [50, 80])
+def test_in_a_help_names_are_coloured_and_what_they_mean_is_not(width: int) -> None:
+    colours = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": str(width)}
+    for arguments, names in (([], COMMANDS), (["encode"], ["FILE...", "--out FILE", "-h, --help"])):
+        shown = CliRunner().invoke(app, [*arguments, "--help"], env=colours).stdout
+        coloured = [name.strip() for name in re.findall(r"\x1b\[36m(.*?)\x1b\[0m", shown, re.DOTALL)]
+        assert set(names) <= set(coloured)
+        assert all(name in COMMANDS or re.match(r"[A-Z.]+$|-", name) for name in coloured)
+
+
 # Completion -----------------------------------------------------------------------------------------------------------
 
 

@@ -227,7 +227,7 @@ def test_a_latent_that_is_not_used_is_red(information: float, diagnosis: str | N
         found = replace(FIGURES, mutual_information=information)
         display.update(replace(REPORT, figures=found, diagnosis=diagnosis))
         display.update(REPORT)  # no look of its own
-    assert f"\x1b[{colour}m{information:.2f} nats of information" in written(console)
+    assert f"\x1b[{colour}m{information:.2f} nats of information\x1b[0m in KL" in written(console)
 
 
 @pytest.mark.parametrize(
