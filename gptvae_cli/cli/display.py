@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ECHO = len("^C")
 """Cells that are left free at the right: a terminal writes this there, on the line below if there is no room."""
+_BESIDE = len("│ from its z   │")
+"""Cells of a row that are not its value's."""
 
 
 class TrainingDisplay:
@@ -37,8 +44,7 @@ class TrainingDisplay:
     """
 
     def __init__(self, console: Console, title: str, dim_latent: int | None, *, quiet: bool) -> None:
-        # A Text, because a string is parsed for markup, and a folder may be called "[/b]".
-        self.console, self.title, self.dim_latent, self.quiet = console, _one_line(title), dim_latent, quiet
+        self.console, self.title, self.dim_latent, self.quiet = console, title, dim_latent, quiet
         self.report: StepReport | None = None
         self.figures: Figures | None = None
         self.diagnosis: str | None = None
@@ -114,20 +120,42 @@ class TrainingDisplay:
         if self.figures is not None:
             _add_figures(body, self.figures, self.dim_latent, is_used=self.diagnosis is None)
         if self.example is not None:
-            body.add_row("text", _one_line(self.example[0]))
-            body.add_row("from its z", _one_line(self.example[1]))
+            for label, text in zip(("text", "from its z"), self.example, strict=True):
+                body.add_row(label, _one_line(text, self._width() - _BESIDE))
         return self._framed(Group(head, Text(), body), border_style="blue")
 
-    def _framed(self, content: RenderableType, border_style: str = "none") -> Panel:
-        free = min(max(_ECHO, *map(_wider, self.example or ("",))), self.console.width // 4)
-        width = self.console.width - free
-        return Panel(content, title=self.title, title_align="left", border_style=border_style, width=width)
+    def _width(self) -> int:
+        return self.console.width - _ECHO
+
+    def _framed(self, content: RenderableType, border_style: str = "none") -> _Frame:
+        # A Text, because a string is parsed for markup, and a folder may be called "[/b]".
+        title, width = _one_line(self.title, self._width() - _BESIDE), self._width()
+        return _Frame(Panel(content, title=title, title_align="left", border_style=border_style, width=width))
 
 
-def _wider(text: str) -> int:
-    """Cells that a terminal may take for a text beyond those that rich counts, which would break a line of the panel
-    in two, and leave a copy of it behind at every refresh: of marks that take room in some scripts, and of skins."""
-    return sum((unicodedata.category(char) == "Mc") + 2 * ("\U0001f3fb" <= char <= "\U0001f3ff") for char in text)
+class _Frame:
+    """A panel whose right edge is in its column on every terminal. One that gives a text more cells than Rich counts
+    would break a line in two, and leave a copy of it behind at every refresh."""
+
+    def __init__(self, panel: Panel) -> None:
+        self.panel = panel
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for line in console.render_lines(self.panel, options, pad=False):
+            wider = sum(sum(map(_cells, segment.text)) - cell_len(segment.text) for segment in line)
+            if wider > 0:
+                *line, edge = line
+                column = Segment.get_line_length(line)
+                kept = Segment.adjust_line_length(line, column - wider)
+                line = [*kept, Control.move_to_column(column).segment, edge]
+            yield from [*line, Segment.line()]
+
+
+def _cells(char: str) -> int:
+    """The most cells that a character takes on some terminal: Rich counts none for marks that take room in some
+    scripts, skins, or what makes an emoji of a character."""
+    is_mark, is_skin = unicodedata.category(char) == "Mc", "\U0001f3fb" <= char <= "\U0001f3ff"
+    return max(cell_len(char), is_mark, 2 * is_skin, char == "\ufe0f")
 
 
 def _add_figures(body: Table, figures: Figures, dim_latent: int | None, *, is_used: bool) -> None:
@@ -185,8 +213,13 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(_BLOCKS[1 + round((value - low) * scale)] for value in means)
 
 
-def _one_line(text: str) -> Text:
-    return Text(sanitize(text).replace("\n", " "), no_wrap=True, overflow="ellipsis")
+def _one_line(text: str, room: int) -> Text:
+    """As much of a text as fits on every terminal."""
+    line = sanitize(text).replace("\n", " ").replace("\t", " ")
+    ends = list(accumulate(map(_cells, line)))
+    if ends and ends[-1] > room:
+        line = line[: bisect(ends, room - 1)] + "…"
+    return Text(line, no_wrap=True, overflow="crop")
 
 
 def _clock(seconds: float) -> str:

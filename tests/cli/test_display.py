@@ -67,21 +67,37 @@ def last_screen(text: str) -> str:
 
 @pytest.mark.parametrize(
     "text",
-    ["मां बाप का नाम, " * 8, "দুইটা সময়ে আসেন " * 8, "വണക്കം മലയാളം " * 8, "ok 👍🏽👍🏽👍🏽", "日本語 " * 30, "plain " * 30],
+    [
+        *(
+            "मां बाप का नाम, " * 8,
+            "দুইটা সময়ে আসেন " * 8,
+            "വണക്കം മലയാളം " * 8,
+            "ok 👍🏽👍🏽👍🏽",
+            "日本語 " * 30,
+            "plain " * 30,
+        ),
+        *("ि" * 100, "👍🏽" * 30, "👨‍👩‍👧 " * 30, "tab\t" * 30),
+    ],
+    ids=["Hindi", "Bengali", "Malayalam", "skins", "Japanese", "English", "marks", "many skins", "joined", "tabs"],
 )
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_line_is_wider_than_the_terminal_takes_it_for(text: str, width: int) -> None:
-    """Terminals give room to marks that rich takes for none; a line that breaks is left behind at every refresh."""
+    """Terminals give room to marks that rich takes for none; a line that breaks is left behind at every refresh. The
+    panel is as wide as for any other text, and its edge is where it belongs."""
     console = terminal(width)
-    with TrainingDisplay(console, "gptvae train", 32, quiet=False) as display:
+    with TrainingDisplay(console, f"gptvae train {text}", 32, quiet=False) as display:
         display.update(replace(REPORT, figures=FIGURES))
         display.show_example(text, text)
-    lines = last_screen(written(console)).splitlines()[1:]
+    lines = f"╭{last_screen(written(console))}".splitlines()
     assert len(lines) > 8
+    assert len(lines[-1]) == width - len("^C")
     for line in lines:
         marks = sum(unicodedata.category(char) == "Mc" for char in line)
         skins = sum("\U0001f3fb" <= char <= "\U0001f3ff" for char in line)
-        assert cell_len(line) + marks + 2 * skins <= width, line
+        joined = sum(map(cell_len, line))
+        assert max(cell_len(line), joined) + marks + 2 * skins <= width - len("^C"), line
+    edge = rf"\x1b\[({width - len('^C')}|{width - len('─^C')})G"  # of a row, and of the title
+    assert all(re.search(edge, line) for line in written(console).splitlines() if "ि" in line)
 
 
 def test_a_terminal_has_room_for_the_echo_of_ctrl_c() -> None:
