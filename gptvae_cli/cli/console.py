@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -95,6 +95,11 @@ def _spelled_out(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
+def writable(text: str, encoding: str) -> str:
+    r"""What a stream makes of a text, where that is not UTF-8: `\u4e2d` takes more cells than the character."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def one_line(text: str) -> str:
     """Sanitised text on one line."""
     return sanitize(text).replace("\n", "\\n")
@@ -145,8 +150,9 @@ def heading(text: str, *, quiet: bool = False) -> None:
 def pair(text: str, written: str) -> None:
     """A text, and below it what a model made of it; on a terminal as much as fits on a line each."""
     for label, line in (("text      ", text), ("from its z", written)):
-        shown = Text.assemble((f"  {label}  ", "cyan"), one_line(line))
-        _print(shown, no_wrap=True, overflow="ellipsis" if stderr.is_terminal else "ignore", crop=False)
+        shown = Text.assemble((f"  {label}  ", "cyan"), writable(one_line(line), stderr.encoding))
+        cut: OverflowMethod = "crop" if stderr.options.ascii_only else "ellipsis"
+        _print(shown, no_wrap=True, overflow=cut if stderr.is_terminal else "ignore", crop=False)
 
 
 def error(message: str, hint: str | None) -> None:
@@ -162,7 +168,7 @@ def waiting(label: str, *, quiet: bool) -> Iterator[None]:
     if quiet or not stderr.is_interactive:
         yield
         return
-    with stderr.status(label):
+    with stderr.status(label, spinner="line" if stderr.options.ascii_only else "dots"):
         yield
 
 

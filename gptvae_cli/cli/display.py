@@ -6,7 +6,7 @@ import time
 import unicodedata
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -20,13 +20,13 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from gptvae_cli.cli.console import PLAIN_SECONDS, sanitize
+from gptvae_cli.cli.console import PLAIN_SECONDS, sanitize, writable
 
 if TYPE_CHECKING:
     from gptvae_cli.evaluation import Figures
     from gptvae_cli.training import StepReport
 
-_BLOCKS = " ▁▂▃▄▅▆▇█"
+_BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 _ECHO = len("^C")
 """Cells that are left free at the right: a terminal writes this there, on the line below if there is no room."""
 _BESIDE = len("│ from its z   │")
@@ -116,12 +116,13 @@ class TrainingDisplay:
             f"cross-entropy {report.cross_entropy:.3f} nats/token   KL {report.kl:.1f} nats/text"
             f"   beta {report.beta:.2f}",
         )
-        body.add_row("", Text(sparkline(self.losses, 60), style="green"))
+        blocks = _ASCII_BLOCKS if self.console.options.ascii_only else _BLOCKS
+        body.add_row("", Text(sparkline(self.losses, 60, blocks), style="green"))
         if self.figures is not None:
             _add_figures(body, self.figures, self.dim_latent, is_used=self.diagnosis is None)
         if self.example is not None:
             for label, text in zip(("text", "from its z"), self.example, strict=True):
-                body.add_row(label, _one_line(text, self._width() - _BESIDE))
+                body.add_row(label, self._one_line(text))
         return self._framed(Group(head, Text(), body), border_style="blue")
 
     def _width(self) -> int:
@@ -129,8 +130,18 @@ class TrainingDisplay:
 
     def _framed(self, content: RenderableType, border_style: str = "none") -> _Frame:
         # A Text, because a string is parsed for markup, and a folder may be called "[/b]".
-        title, width = _one_line(self.title, self._width() - _BESIDE), self._width()
+        title, width = self._one_line(self.title), self._width()
         return _Frame(Panel(content, title=title, title_align="left", border_style=border_style, width=width))
+
+    def _one_line(self, text: str) -> Text:
+        """As much of a text as fits beside its label on every terminal."""
+        room, encoding = self._width() - _BESIDE, self.console.encoding
+        line = writable(sanitize(text).replace("\n", " ").replace("\t", " "), encoding)
+        ends = list(accumulate(map(_cells, line)))
+        if ends and ends[-1] > room:
+            dots = "…" if encoding.startswith("utf") else "..."
+            line = line[: bisect(ends, room - len(dots))] + dots
+        return Text(line, no_wrap=True, overflow="crop")
 
 
 class _Frame:
@@ -202,24 +213,15 @@ def _plain_line(report: StepReport, dim_latent: int | None) -> str:
     return line
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """The course of a series in one line of block characters, newest at the right."""
+def sparkline(values: Sequence[float], width: int, blocks: str = _BLOCKS) -> str:
+    """The course of a series in one line of characters, newest at the right."""
     if len(values) < 2:
         return ""
-    group = -(-len(values) // width)
-    means = [sum(chunk) / len(chunk) for chunk in (values[i : i + group] for i in range(0, len(values), group))]
+    ends = [i * len(values) // width for i in range(width + 1)] if len(values) > width else range(len(values) + 1)
+    means = [sum(values[i:j]) / (j - i) for i, j in pairwise(ends)]
     low, high = min(means), max(means)
-    scale = (len(_BLOCKS) - 2) / (high - low) if high > low else 0
-    return "".join(_BLOCKS[1 + round((value - low) * scale)] for value in means)
-
-
-def _one_line(text: str, room: int) -> Text:
-    """As much of a text as fits on every terminal."""
-    line = sanitize(text).replace("\n", " ").replace("\t", " ")
-    ends = list(accumulate(map(_cells, line)))
-    if ends and ends[-1] > room:
-        line = line[: bisect(ends, room - 1)] + "…"
-    return Text(line, no_wrap=True, overflow="crop")
+    scale = (len(blocks) - 1) / (high - low) if high > low else 0
+    return "".join(blocks[round((value - low) * scale)] for value in means)
 
 
 def _clock(seconds: float) -> str:
