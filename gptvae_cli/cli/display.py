@@ -108,13 +108,13 @@ class TrainingDisplay:
         body.add_column()
         body.add_row(
             "speed",
-            f"{report.tokens_per_second:,.0f} tokens/s   {report.texts_per_second:,.0f} texts/s"
-            f"   step {report.step:,}   learning rate {report.learning_rate:.1e}",
+            f"step {report.step:,}  {report.tokens_per_second:,.0f} tokens/s  {report.texts_per_second:,.0f} texts/s"
+            f"  lr {report.learning_rate:.1e}",
         )
         body.add_row(
             "training",
-            f"cross-entropy {report.cross_entropy:.3f} nats/token   KL {report.kl:.1f} nats/text"
-            f"   beta {report.beta:.2f}",
+            f"cross-entropy {report.cross_entropy:.3f} nats/token  KL {report.kl:.1f} nats/text"
+            f"  beta {report.beta:.2f}",
         )
         blocks = _ASCII_BLOCKS if self.console.options.ascii_only else _BLOCKS
         body.add_row("", Text(sparkline(self.losses, 60, blocks), style="green"))
@@ -174,10 +174,12 @@ def _add_figures(body: Table, figures: Figures, dim_latent: int | None, *, is_us
         body.add_row("held out", f"{figures.cross_entropy_without:.2f} nats/text, without a latent")
         return
     ceiling = min(figures.kl, figures.entropy)
-    health = "bold red" if not is_used else "bold green" if figures.mutual_information > 3 else "bold yellow"
+    told, style = ("used", "green") if figures.mutual_information > 3 else ("carries little", "yellow")
+    if not is_used:
+        told, style = "not used", "red"
     carried = Text.assemble(
-        (f"{figures.mutual_information:.2f} nats of information", health),
-        f" in KL {figures.kl:.1f}   (at most {ceiling:.1f} shows on {figures.texts:,} texts)",
+        (f"{told}: {figures.mutual_information:.2f} nats of information", f"bold {style}"),
+        f" (at most {ceiling:.1f} shows)",
     )
     body.add_row(
         "held out",
@@ -190,8 +192,8 @@ def _add_figures(body: Table, figures: Figures, dim_latent: int | None, *, is_us
     )
     body.add_row(
         "use of z",
-        f"right z {figures.cross_entropy:.1f}   another text's z {figures.cross_entropy_shuffled:.1f}"
-        f"   no z {figures.cross_entropy_without:.1f} nats/text",
+        f"right z {figures.cross_entropy:.1f}  another text's z {figures.cross_entropy_shuffled:.1f}"
+        f"  no z {figures.cross_entropy_without:.1f} nats/text",
     )
 
 

@@ -126,13 +126,13 @@ def test_a_terminal_sees_everything_in_named_units() -> None:
         "35,678 tokens/s",
         "2,950 texts/s",
         "step 1,234",
-        "learning rate 1.5e-03",
+        "lr 1.5e-03",
         "cross-entropy 2.718 nats/token",
         "KL 14.9 nats/text",
         "beta 0.83",
         "46.65 nats/text = cross-entropy 31.40 + KL 15.25",
         "6.81 nats of information",
-        "at most 6.9 shows on 1,000 texts",
+        "at most 6.9 shows",
         "29 of 32 dimensions active, 17 strongly",
         "right z 31.4",
         "another text's z 48.1",
@@ -143,6 +143,28 @@ def test_a_terminal_sees_everything_in_named_units() -> None:
         assert part in screen, part
     assert "█" in screen
     assert "▁" in screen
+
+
+def test_a_row_is_a_line_at_80_columns_however_large_its_numbers() -> None:
+    """Or the panel grows and shrinks by it."""
+    grown = replace(REPORT, step=999_999, tokens_per_second=1.2e6, texts_per_second=123_456, cross_entropy=10.5, kl=123)
+    figures = replace(
+        FIGURES,
+        cross_entropy=456.78,
+        cross_entropy_shuffled=481.0,
+        cross_entropy_without=479.0,
+        kl=123.4,
+        entropy=123.4,
+        mutual_information=12.3,
+    )
+    heights = set()
+    for report in (REPORT, grown):
+        console = terminal(80)
+        with TrainingDisplay(console, "run", 512, quiet=False) as display:
+            display.update(replace(report, figures=figures, cross_entropy=5.0, diagnosis="it is not used"))
+            display.update(report)
+        heights.add(last_screen(written(console)).count("\n"))
+    assert heights == {11}
 
 
 def test_the_figures_of_the_last_validation_stay_on_the_screen() -> None:
@@ -257,18 +279,26 @@ def test_the_screen_is_given_back_when_training_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("information", "diagnosis", "colour"),
-    [(0.5, "it is not used", "1;31"), (5.0, "it is not used", "1;31"), (0.7, None, "1;33"), (3.01, None, "1;32")],
+    ("information", "diagnosis", "colour", "word"),
+    [
+        (0.5, "it is not used", "1;31", "not used"),
+        (5.0, "it is not used", "1;31", "not used"),
+        (0.7, None, "1;33", "carries little"),
+        (3.01, None, "1;32", "used"),
+    ],
     ids=["red", "red, though it carries much", "yellow", "green"],
 )
-def test_a_latent_that_is_not_used_is_red(information: float, diagnosis: str | None, colour: str) -> None:
-    """As the run says: of a target rate of 1, 0.7 nats are enough."""
+def test_a_latent_that_is_not_used_is_red_and_called_so(
+    information: float, diagnosis: str | None, colour: str, word: str
+) -> None:
+    """As the run says: of a target rate of 1, 0.7 nats are enough. A word says it to those who see no colours."""
     console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system="standard")
     with TrainingDisplay(console, "run", 32, quiet=False) as display:
         found = replace(FIGURES, mutual_information=information)
         display.update(replace(REPORT, figures=found, diagnosis=diagnosis))
         display.update(REPORT)  # no look of its own
-    assert f"\x1b[{colour}m{information:.2f} nats of information\x1b[0m in KL" in written(console)
+    said = f"{word}: {information:.2f} nats of information"
+    assert f"\x1b[{colour}m{said}\x1b[0m (at most 6.9 shows)" in written(console)
 
 
 @pytest.mark.parametrize(
