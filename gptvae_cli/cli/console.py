@@ -120,10 +120,15 @@ def _print(*lines: Text, **options: Any) -> None:
         discard(sys.stderr)
 
 
+def _is_watched() -> bool:
+    """Whether there is a terminal, with a width: FORCE_COLOR lets Rich take a file for one."""
+    return stderr.file.isatty()
+
+
 def note(text: str | None, *, quiet: bool = False) -> None:
     """A line for people, where there is something to say; on a terminal it breaks between words, in a file nowhere."""
     if text is not None and not quiet:
-        _print(Text(one_line(text)), soft_wrap=not stderr.is_terminal)
+        _print(Text(one_line(text)), soft_wrap=not _is_watched())
 
 
 def pick_seed(seed: int | None, *, quiet: bool) -> int:
@@ -152,7 +157,7 @@ def pair(text: str, written: str) -> None:
     for label, line in (("text      ", text), ("from its z", written)):
         shown = Text.assemble((f"  {label}  ", "cyan"), writable(one_line(line), stderr.encoding))
         cut: OverflowMethod = "crop" if stderr.options.ascii_only else "ellipsis"
-        _print(shown, no_wrap=True, overflow=cut if stderr.is_terminal else "ignore", crop=False)
+        _print(shown, no_wrap=True, overflow=cut if _is_watched() else "ignore", crop=False)
 
 
 def error(message: str, hint: str | None) -> None:

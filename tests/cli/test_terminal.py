@@ -182,17 +182,33 @@ def test_errors_spell_out_the_names_and_texts_in_them(
     assert "this should not have happened" not in shown
 
 
-@pytest.mark.parametrize(
-    ("terminal", "lines"),
-    [(True, ["the latent carries", "6.2 nats of 30.7"]), (False, ["the latent carries 6.2 nats of 30.7"])],
-)
+class Screen(io.StringIO):
+    """A string that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("forced", [None, True], ids=["", "FORCE_COLOR"])
 def test_a_note_breaks_between_words_on_a_terminal_and_a_command_nowhere(
-    monkeypatch: pytest.MonkeyPatch, terminal: bool, lines: list[str]
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, forced: bool | None
 ) -> None:
-    notes, commands = (Console(file=io.StringIO(), force_terminal=terminal, width=20, color_system=None) for _ in "ab")
-    monkeypatch.setattr(console, "stderr", notes)
+    """Nor does a note in a file, whatever is forced: it has no width."""
+    make = Screen if is_terminal else io.StringIO
+    said, shown, commands = (
+        Console(file=make(), force_terminal=forced, width=20, color_system=None, highlight=False) for _ in "abc"
+    )
+    monkeypatch.setattr(console, "stderr", said)
     console.note("the latent carries 6.2 nats of 30.7")
-    assert [line.rstrip() for line in written(notes)] == lines
+    broken = ["the latent carries", "6.2 nats of 30.7"]
+    assert [line.rstrip() for line in written(said)] == (broken if is_terminal else [" ".join(broken)])
+    monkeypatch.setattr(console, "stderr", shown)
+    console.pair("a long text of words", "another one")
+    lines = ["  text        a lon…", "  from its z  anoth…"]
+    assert written(shown) == (
+        lines if is_terminal else ["  text        a long text of words", "  from its z  another one"]
+    )
     monkeypatch.setattr(console, "stderr", commands)
     console.command("gptvae train --resume --out somewhere")
     assert written(commands) == ["gptvae train --resume --out somewhere"]
