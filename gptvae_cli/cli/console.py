@@ -161,10 +161,11 @@ def pair(text: str, written: str) -> None:
 
 
 def error(message: str, hint: str | None) -> None:
-    """Says what went wrong in one line, and in another what to do."""
-    _print(Text.assemble(("gptvae: error: ", "bold red"), (one_line(message), "red")), soft_wrap=True)
+    """Says what went wrong in one line, and in another what to do; on a terminal they break between words."""
+    whole = not _is_watched()
+    _print(Text.assemble(("gptvae: error: ", "bold red"), (one_line(message), "red")), soft_wrap=whole)
     if hint:
-        _print(Text(f"hint: {one_line(hint)}", style="dim"), soft_wrap=True)
+        _print(Text.assemble(("hint: ", "bold"), one_line(hint)), soft_wrap=whole)
 
 
 @contextmanager

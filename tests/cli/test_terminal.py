@@ -230,8 +230,9 @@ def test_a_display_that_is_stopped_leaves_room_for_a_shell(monkeypatch: pytest.M
                 os.write(follower, b"$ fg\n")
                 monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: group)
 
+            press = signal.raise_signal
             monkeypatch.setattr(signal, "raise_signal", stop)
-            os.kill(os.getpid(), signal.SIGTSTP)
+            press(signal.SIGTSTP)
             live.refresh()
             os.write(follower, b"|")
             monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: os.getpgrp())
@@ -243,6 +244,18 @@ def test_a_display_that_is_stopped_leaves_room_for_a_shell(monkeypatch: pytest.M
     again = "" if group == 2**30 else "\x1b[?25labove\nbelow"
     assert later.startswith(f"{again}|"), "below what was typed, if anybody sees it"
     assert signal.getsignal(signal.SIGTSTP) == before
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_to_do_is_as_plain_to_see_as_what_went_wrong(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    """Hints were the faintest of all, and both broke within words."""
+    shown = Console(file=Screen() if is_terminal else io.StringIO(), force_terminal=True, width=28, highlight=False)
+    monkeypatch.setattr(console, "stderr", shown)
+    console.error("a.txt cannot be read", "check its permissions, or ask")
+    between = "\n" if is_terminal else " "
+    wrong = f"\x1b[1;31mgptvae: error: \x1b[0m\x1b[31ma.txt cannot{between}be read\x1b[0m"
+    lines = "\n".join(written(shown)).replace("\x1b[0m\n\x1b[31m", "\n").replace(" \n", "\n")
+    assert lines == f"{wrong}\n\x1b[1mhint: \x1b[0mcheck its permissions,{between}or ask"
 
 
 def written(to: Console) -> list[str]:
