@@ -209,7 +209,8 @@ def _plain_line(report: StepReport, dim_latent: int | None) -> str:
     elif figures is not None:
         line += (
             f" | held out: {figures.nll_bound:.2f} nats/text (cross-entropy {figures.cross_entropy:.2f}"
-            f" + KL {figures.kl:.2f}), information {figures.mutual_information:.2f} nats,"
+            f" + KL {figures.kl:.2f}; with another text's z {figures.cross_entropy_shuffled:.2f}),"
+            f" information {figures.mutual_information:.2f} nats,"
             f" active {figures.active_001}/{dim_latent}"
         )
     return line

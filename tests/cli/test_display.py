@@ -246,7 +246,8 @@ def test_a_pipe_gets_a_plain_line_for_each_validation() -> None:
         display.update(REPORT)
     assert written(console).splitlines() == [
         " 50% 2:30 step 1,234 35,678 tokens/s cross-entropy 2.718 nats/token KL 14.9 nats/text"
-        " | held out: 46.65 nats/text (cross-entropy 31.40 + KL 15.25), information 6.81 nats, active 29/32"
+        " | held out: 46.65 nats/text (cross-entropy 31.40 + KL 15.25; with another text's z 48.10),"
+        " information 6.81 nats, active 29/32"
     ]
 
 
