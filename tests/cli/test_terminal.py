@@ -73,6 +73,7 @@ def on_terminal(hostile_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPTVAE_MODEL", str(hostile_model))
     monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "400")  # what is wrapped is not what is in a pipe
     (tmp_path / f"{NAME}.txt").write_text(f"{HOSTILE}\n" * 30, "utf-8", newline="\n")
 
     def run(*arguments: object, code: int = 0) -> str:
