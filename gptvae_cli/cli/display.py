@@ -103,27 +103,41 @@ class TrainingDisplay:
             ProgressBar(total=1.0, completed=report.progress),
             Text(f"{report.progress:4.0%}  {_clock(report.seconds)}{remaining}", style="bold"),
         )
-        body = Table.grid(padding=(0, 2))
-        body.add_column(style="cyan", no_wrap=True)
-        body.add_column()
-        body.add_row(
+        rows = list(self._rows(report))
+        while True:
+            body = Table.grid(padding=(0, 2))
+            body.add_column(style="cyan", no_wrap=True)
+            body.add_column()
+            for _, label, value in rows:
+                body.add_row(label, value)
+            panel = self._framed(Group(head, Text(), body), border_style="blue")
+            if not rows or len(self.console.render_lines(panel)) <= self.console.height:
+                return panel
+            least = min(weight for weight, _, _ in rows)
+            rows = [row for row in rows if row[0] > least]
+
+    def _rows(self, report: StepReport) -> Iterator[tuple[int, str, str | Text]]:
+        """The weight of a row, the least of which go first where a terminal is short, its label and value."""
+        yield (
+            0,
             "speed",
             f"step {report.step:,}  {report.tokens_per_second:,.0f} tokens/s  {report.texts_per_second:,.0f} texts/s"
             f"  lr {report.learning_rate:.1e}",
         )
-        body.add_row(
+        yield (
+            4,
             "training",
             f"cross-entropy {report.cross_entropy:.3f} nats/token  KL {report.kl:.1f} nats/text"
             f"  beta {report.beta:.2f}",
         )
         blocks = _ASCII_BLOCKS if self.console.options.ascii_only else _BLOCKS
-        body.add_row("", Text(sparkline(self.losses, 60, blocks), style="green"))
+        room = max(1, min(60, self._width() - _BESIDE))
+        yield 1, "", Text(sparkline(self.losses, room, blocks), style="green")
         if self.figures is not None:
-            _add_figures(body, self.figures, self.dim_latent, is_used=self.diagnosis is None)
+            yield from _figures(self.figures, self.dim_latent, is_used=self.diagnosis is None)
         if self.example is not None:
             for label, text in zip(("text", "from its z"), self.example, strict=True):
-                body.add_row(label, self._one_line(text))
-        return self._framed(Group(head, Text(), body), border_style="blue")
+                yield 3, label, self._one_line(text)
 
     def _width(self) -> int:
         return self.console.width - _ECHO
@@ -169,9 +183,9 @@ def _cells(char: str) -> int:
     return max(cell_len(char), is_mark, 2 * is_skin, char == "\ufe0f")
 
 
-def _add_figures(body: Table, figures: Figures, dim_latent: int | None, *, is_used: bool) -> None:
+def _figures(figures: Figures, dim_latent: int | None, *, is_used: bool) -> Iterator[tuple[int, str, str | Text]]:
     if dim_latent is None:
-        body.add_row("held out", f"{figures.cross_entropy_without:.2f} nats/text, without a latent")
+        yield 6, "held out", f"{figures.cross_entropy_without:.2f} nats/text, without a latent"
         return
     ceiling = min(figures.kl, figures.entropy)
     told, style = ("used", "green") if figures.mutual_information > 3 else ("carries little", "yellow")
@@ -181,16 +195,15 @@ def _add_figures(body: Table, figures: Figures, dim_latent: int | None, *, is_us
         (f"{told}: {figures.mutual_information:.2f} nats of information", f"bold {style}"),
         f" (at most {ceiling:.1f} shows)",
     )
-    body.add_row(
+    yield (
+        6,
         "held out",
         f"{figures.nll_bound:.2f} nats/text = cross-entropy {figures.cross_entropy:.2f} + KL {figures.kl:.2f}",
     )
-    body.add_row("latent", carried)
-    body.add_row(
-        "",
-        f"{figures.active_001} of {dim_latent} dimensions active, {figures.active_02} strongly",
-    )
-    body.add_row(
+    yield 7, "latent", carried
+    yield 2, "", f"{figures.active_001} of {dim_latent} dimensions active, {figures.active_02} strongly"
+    yield (
+        5,
         "use of z",
         f"right z {figures.cross_entropy:.1f}  another text's z {figures.cross_entropy_shuffled:.1f}"
         f"  no z {figures.cross_entropy_without:.1f} nats/text",

@@ -47,8 +47,8 @@ RICH_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\]8;[^\x1b]*\x1b\\")
 """What rich itself sends: colours and movements of the cursor."""
 
 
-def terminal(width: int = 110) -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=width, height=40, color_system="truecolor")
+def terminal(width: int = 110, height: int = 40) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system="truecolor")
 
 
 def pipe() -> Console:
@@ -165,6 +165,33 @@ def test_a_row_is_a_line_at_80_columns_however_large_its_numbers() -> None:
             display.update(report)
         heights.add(last_screen(written(console)).count("\n"))
     assert heights == {11}
+
+
+@pytest.mark.parametrize("width", [50, 80])
+@pytest.mark.parametrize("height", [7, 10, 12, 13, 40])
+def test_a_short_terminal_keeps_the_rows_that_matter(width: int, height: int) -> None:
+    """It kept those at the top, of which speed is one."""
+    console = terminal(width, height)
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        display.update(replace(REPORT, figures=FIGURES))
+        display.update(REPORT)
+        display.show_example("a plain text", "a plain test")
+    shown = f"╭{last_screen(written(console))}".splitlines()
+    assert len(shown) <= height
+    labels = re.findall(r"^│ (\w+(?: \w+)*) {2}", "\n".join(shown), re.MULTILINE)
+    if width == 80:
+        expected = ["speed", "training", "held out", "latent", "use of z", "text", "from its z"]
+        dropped = {7: ["speed", "training", "text", "from its z"], 10: ["speed"], 12: ["speed"]}.get(height, [])
+        assert labels == [label for label in expected if label not in dropped]
+    assert "latent" in labels
+
+
+def test_a_sparkline_shows_its_newest_values_on_a_narrow_terminal() -> None:
+    console = terminal(40)
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        for loss in range(61, 1, -1):
+            display.update(replace(REPORT, cross_entropy=float(loss)))
+    assert re.search(r"│ +█+[▇▆▅▄▃▂]+▁+ *│", last_screen(written(console)))
 
 
 def test_the_figures_of_the_last_validation_stay_on_the_screen() -> None:
