@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group, RenderableType
 from rich.control import Control
 from rich.live import Live
 from rich.panel import Panel
@@ -55,7 +55,7 @@ class TrainingDisplay:
         self.last_line = time.monotonic()
         self.live: Live | None = None
         if console.is_interactive and not quiet:
-            self.live = Live(self._panel(), console=console, refresh_per_second=4, redirect_stdout=False)
+            self.live = _Live(self._panel(), console=console, refresh_per_second=4, redirect_stdout=False)
 
     def __enter__(self) -> TrainingDisplay:
         if self.live:
@@ -156,6 +156,18 @@ class TrainingDisplay:
             dots = "…" if encoding.startswith("utf") else "..."
             line = line[: bisect(ends, room - len(dots))] + dots
         return Text(line, no_wrap=True, overflow="crop")
+
+
+class _Live(Live):
+    """A live display that finds its last frame again where the terminal has become narrower since, and has broken each
+    of its lines into several."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        with self._lock:
+            shape, width = self._live_render._shape, self.console.width
+            if shape is not None and shape[0] > width:
+                self._live_render._shape = width, shape[1] * -(-shape[0] // width)
+            return super().process_renderables(renderables)
 
 
 class _Frame:

@@ -194,6 +194,20 @@ def test_a_sparkline_shows_its_newest_values_on_a_narrow_terminal() -> None:
     assert re.search(r"│ +█+[▇▆▅▄▃▂]+▁+ *│", last_screen(written(console)))
 
 
+def test_a_terminal_that_becomes_narrower_is_left_no_torn_panel() -> None:
+    """It breaks the lines of the last frame in two: the next one has to begin as much higher."""
+    console = terminal(100)
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        display.update(REPORT)
+        assert display.live is not None
+        display.live.refresh()
+        height = last_screen(written(console)).count("\n") + 1
+        before = len(written(console))
+        console.width = 60
+        display.live.refresh()
+        assert written(console)[before:].count("\x1b[1A") == 2 * height - 1
+
+
 def test_the_figures_of_the_last_validation_stay_on_the_screen() -> None:
     console = terminal()
     with TrainingDisplay(console, "run", 32, quiet=False) as display:
