@@ -196,8 +196,10 @@ def completed(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], li
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("gptvae ", COMMANDS),
+        ("gptvae ", [*COMMANDS, "help"]),
         ("gptvae e", ["encode", "evaluate"]),
+        ("gptvae he", ["help"]),
+        ("gptvae help ev", ["evaluate"]),
         ("gptvae generate --to", ["--top-k", "--top-p"]),
         ("gptvae train --preset m", ["micro", "medium"]),
         ("gptvae train --tokenizer b", ["bytes", "bpe"]),
