@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import numpy  # noqa: F401 (before torch, as in `run`)
 import torch
 
 from gptvae_cli import machine, run

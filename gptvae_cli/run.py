@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+# Before torch, which would import it from C, and drop the interrupt of somebody who has changed their mind meanwhile.
+import numpy  # noqa: F401
 import torch
 
 from gptvae_cli import __version__

@@ -73,6 +73,14 @@ class _Commands(TyperGroup):
         """`gptvae help train` is `gptvae train --help`."""
         return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """The commands, and `help`, which is none of them."""
+        found = super().shell_complete(ctx, incomplete)
+        if "help".startswith(incomplete):
+            item = type(super().shell_complete(ctx, "")[0])  # Typer keeps its name private
+            found.append(item("help", help="Show how a command is used."))
+        return found
+
     def invoke(self, ctx: Any) -> Any:
         """Runs a command, and renders the errors that it meets. (`ctx` is of a class that Typer keeps private.)"""
         try:

@@ -8,27 +8,74 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.text import Text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rich.live import Live
+
     from gptvae_cli.checkpoint import Checkpoint
     from gptvae_cli.config import DType
+
+
+class Terminal(Console):
+    """A console whose live displays leave room for a shell: nothing moves in the background, and Ctrl-Z shows the
+    cursor and leaves a display as it is, which goes on below."""
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether something may move; Rich asks whenever it draws."""
+        try:
+            # 0 is a group that cannot be seen from inside a container.
+            return self._movable and os.tcgetpgrp(self.file.fileno()) in (0, os.getpgrp())
+        except (OSError, ValueError):  # a string, or another session's terminal
+            return self._movable
+
+    @is_interactive.setter
+    def is_interactive(self, movable: bool) -> None:
+        self._movable = movable
+
+    def set_live(self, live: Live) -> bool:
+        is_first = super().set_live(live)
+        if is_first and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+            signal.signal(signal.SIGTSTP, self._stop)
+        return is_first
+
+    def clear_live(self) -> None:
+        if len(self._live_stack) == 1 and signal.getsignal(signal.SIGTSTP) == self._stop:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        super().clear_live()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        live, descriptor = self._live_stack[0], self.file.fileno()
+        # Its thread does not draw meanwhile; it may be waiting for what this one was just printing.
+        held = live._lock.acquire(timeout=1)
+        os.write(descriptor, b"\n\x1b[?25h")  # not by the file, which this may have interrupted
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+        signal.signal(number, self._stop)
+        live._live_render._shape = None  # or it would go up, over what was typed
+        if self.is_interactive:
+            os.write(descriptor, b"\x1b[?25l")
+        if held:
+            live._lock.release()
 
 
 # FORCE_COLOR may colour a file, but nothing is to move there, nor in a notebook, which calls itself a terminal and does
 # not know how to move up. On a dumb terminal, Rich sees to that itself.
 _movable = None if sys.stderr is not None and sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ else False
-stderr = Console(stderr=True, highlight=False, force_interactive=_movable)
+stderr = Terminal(stderr=True, highlight=False, force_interactive=_movable)
 PLAIN_SECONDS = 30.0
 """Between lines of progress where there is no terminal."""
 _CONTROLS = re.compile(
@@ -46,6 +93,11 @@ def sanitize(text: str) -> str:
 def _spelled_out(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def writable(text: str, encoding: str) -> str:
+    r"""What a stream makes of a text, where that is not UTF-8: `\u4e2d` takes more cells than the character."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def one_line(text: str) -> str:
@@ -68,10 +120,15 @@ def _print(*lines: Text, **options: Any) -> None:
         discard(sys.stderr)
 
 
+def _is_watched() -> bool:
+    """Whether there is a terminal, with a width: FORCE_COLOR lets Rich take a file for one."""
+    return stderr.file.isatty()
+
+
 def note(text: str | None, *, quiet: bool = False) -> None:
     """A line for people, where there is something to say; on a terminal it breaks between words, in a file nowhere."""
     if text is not None and not quiet:
-        _print(Text(one_line(text)), soft_wrap=not stderr.is_terminal)
+        _print(Text(one_line(text)), soft_wrap=not _is_watched())
 
 
 def pick_seed(seed: int | None, *, quiet: bool) -> int:
@@ -98,15 +155,17 @@ def heading(text: str, *, quiet: bool = False) -> None:
 def pair(text: str, written: str) -> None:
     """A text, and below it what a model made of it; on a terminal as much as fits on a line each."""
     for label, line in (("text      ", text), ("from its z", written)):
-        shown = Text.assemble((f"  {label}  ", "cyan"), one_line(line))
-        _print(shown, no_wrap=True, overflow="ellipsis" if stderr.is_terminal else "ignore", crop=False)
+        shown = Text.assemble((f"  {label}  ", "cyan"), writable(one_line(line), stderr.encoding))
+        cut: OverflowMethod = "crop" if stderr.options.ascii_only else "ellipsis"
+        _print(shown, no_wrap=True, overflow=cut if _is_watched() else "ignore", crop=False)
 
 
 def error(message: str, hint: str | None) -> None:
-    """Says what went wrong in one line, and in another what to do."""
-    _print(Text.assemble(("gptvae: error: ", "bold red"), (one_line(message), "red")), soft_wrap=True)
+    """Says what went wrong in one line, and in another what to do; on a terminal they break between words."""
+    whole = not _is_watched()
+    _print(Text.assemble(("gptvae: error: ", "bold red"), (one_line(message), "red")), soft_wrap=whole)
     if hint:
-        _print(Text(f"hint: {one_line(hint)}", style="dim"), soft_wrap=True)
+        _print(Text.assemble(("hint: ", "bold"), one_line(hint)), soft_wrap=whole)
 
 
 @contextmanager
@@ -115,7 +174,7 @@ def waiting(label: str, *, quiet: bool) -> Iterator[None]:
     if quiet or not stderr.is_interactive:
         yield
         return
-    with stderr.status(label):
+    with stderr.status(label, spinner="line" if stderr.options.ascii_only else "dots"):
         yield
 
 

@@ -54,13 +54,13 @@ def _section(console: Console, name: str, rows: Iterable[tuple[str, str]]) -> No
     narrow = console.width < _NARROW
     indent = " " * (6 if narrow else _LEFT + 4)
     for names, text in rows:
-        label = Text(f"  {names}", style="cyan")
+        label = f"  {names}"
         body = _wrapped(text, console.width, indent)
         if narrow or len(names) > _LEFT:
             body = "\n" + body
         else:
             body = body[len(label) :]
-        console.print(label + body, soft_wrap=True)
+        console.print(Text.assemble((label, "cyan"), body), soft_wrap=True)
 
 
 def _wrapped(text: str, width: int, indent: str) -> str:

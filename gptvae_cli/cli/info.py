@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from gptvae_cli.cli import console, flags, streams
 from gptvae_cli.errors import ConfigError
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 _BUFFERS = (".inv_freq",)
 """Tensors that are stored and not learnt: the frequencies of rotary embeddings."""
+_LEFT = len("training  ")
+"""Columns of names."""
 
 EXAMPLES = """\
 gptvae info
@@ -49,7 +54,16 @@ def info(
         streams.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
     else:
         # A value may come from a stranger, and hold line breaks or worse.
-        streams.write_text("".join(f"{name:<8}  {console.one_line(text)}\n" for name, text in _rows(summary) if text))
+        rows = ((name, console.one_line(text)) for name, text in _rows(summary) if text)
+        streams.write_text("".join(f"{name:<8}  {_fitted(text)}\n" for name, text in rows))
+
+
+def _fitted(text: str) -> str:
+    """A value in lines that fit beside its name on a terminal, where words in several would be hard to read."""
+    if not sys.stdout.isatty():
+        return text
+    room = max(Console().width - _LEFT, 1)
+    return f"\n{' ' * _LEFT}".join(textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False))
 
 
 def _summary(path: str, layout: Layout) -> dict[str, Any]:

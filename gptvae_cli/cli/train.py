@@ -207,17 +207,18 @@ def train(
     if "-" in named:
         streams.refuse_terminal_stdin("gptvae train corpus.txt")
 
-    from gptvae_cli import run
-    from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
-    from gptvae_cli.doctor import advice, diagnosis
-    from gptvae_cli.folder import claimed
-    from gptvae_cli.sources import expand
-    from gptvae_cli.text import with_field
+    with console.waiting("getting ready", quiet=quiet):
+        from gptvae_cli import run
+        from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
+        from gptvae_cli.doctor import advice, diagnosis
+        from gptvae_cli.folder import claimed
+        from gptvae_cli.sources import expand
+        from gptvae_cli.text import with_field
 
-    with plan.naming():
-        where = resolve_device(plan.machine.device)
-        tune_cpu(plan.machine.threads)
-        precision = resolve_dtype(plan.machine.dtype, where.device, training=True)
+        with plan.naming():
+            where = resolve_device(plan.machine.device)
+            tune_cpu(plan.machine.threads)
+            precision = resolve_dtype(plan.machine.dtype, where.device, training=True)
     if not resume:
         expand(plan.run.corpus)  # before a run that is there is spoken of: a name may be mistyped
         if "field" in plan.flags.values or plan.data.field != DataConfig().field:

@@ -155,6 +155,16 @@ def test_help_fits_the_terminal_and_names_are_whole(command: str | None, width: 
     assert all(line.startswith("  ") and "gptvae" in line for line in examples.rstrip().splitlines())
 
 
+@pytest.mark.parametrize("width", [50, 80])
+def test_in_a_help_names_are_coloured_and_what_they_mean_is_not(width: int) -> None:
+    colours = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": str(width)}
+    for arguments, names in (([], COMMANDS), (["encode"], ["FILE...", "--out FILE", "-h, --help"])):
+        shown = CliRunner().invoke(app, [*arguments, "--help"], env=colours).stdout
+        coloured = [name.strip() for name in re.findall(r"\x1b\[36m(.*?)\x1b\[0m", shown, re.DOTALL)]
+        assert set(names) <= set(coloured)
+        assert all(name in COMMANDS or re.match(r"[A-Z.]+$|-", name) for name in coloured)
+
+
 # Completion -----------------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +196,10 @@ def completed(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], li
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("gptvae ", COMMANDS),
+        ("gptvae ", [*COMMANDS, "help"]),
         ("gptvae e", ["encode", "evaluate"]),
+        ("gptvae he", ["help"]),
+        ("gptvae help ev", ["evaluate"]),
         ("gptvae generate --to", ["--top-k", "--top-p"]),
         ("gptvae train --preset m", ["micro", "medium"]),
         ("gptvae train --tokenizer b", ["bytes", "bpe"]),
@@ -651,6 +663,38 @@ def test_an_interrupt_while_the_command_is_imported_is_no_traceback(monkeypatch:
     with pytest.raises(SystemExit) as ended:
         console_script()
     assert (raised, ended.value.code) == ([signal.SIGINT], 130)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "a.txt", "--steps", "1", "--preset", "nano"],
+        ["encode", "a.txt"],
+        ["generate", "--prior", "1", "--seed", "1"],
+        ["interpolate", "--from", "a", "--to", "b"],
+        ["evaluate", "a.txt"],
+        ["evaluate", "a.txt", "--with-baseline"],
+    ],
+    ids=["train", "encode", "generate", "interpolate", "evaluate", "baseline"],
+)
+def test_an_interrupt_while_numpy_is_imported_is_heard(here: Path, arguments: list[str]) -> None:
+    """Torch imports it from C and drops what is raised meanwhile: commands went on, with half of it."""
+    program = (
+        "import signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'numpy.exceptions': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+        "from gptvae_cli.__main__ import main\n"
+        "main()\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        capture_output=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (-signal.SIGINT, b"", b"")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

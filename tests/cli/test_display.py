@@ -47,8 +47,8 @@ RICH_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\]8;[^\x1b]*\x1b\\")
 """What rich itself sends: colours and movements of the cursor."""
 
 
-def terminal(width: int = 110) -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=width, height=40, color_system="truecolor")
+def terminal(width: int = 110, height: int = 40) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system="truecolor")
 
 
 def pipe() -> Console:
@@ -67,21 +67,37 @@ def last_screen(text: str) -> str:
 
 @pytest.mark.parametrize(
     "text",
-    ["मां बाप का नाम, " * 8, "দুইটা সময়ে আসেন " * 8, "വണക്കം മലയാളം " * 8, "ok 👍🏽👍🏽👍🏽", "日本語 " * 30, "plain " * 30],
+    [
+        *(
+            "मां बाप का नाम, " * 8,
+            "দুইটা সময়ে আসেন " * 8,
+            "വണക്കം മലയാളം " * 8,
+            "ok 👍🏽👍🏽👍🏽",
+            "日本語 " * 30,
+            "plain " * 30,
+        ),
+        *("ि" * 100, "👍🏽" * 30, "👨‍👩‍👧 " * 30, "tab\t" * 30),
+    ],
+    ids=["Hindi", "Bengali", "Malayalam", "skins", "Japanese", "English", "marks", "many skins", "joined", "tabs"],
 )
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_line_is_wider_than_the_terminal_takes_it_for(text: str, width: int) -> None:
-    """Terminals give room to marks that rich takes for none; a line that breaks is left behind at every refresh."""
+    """Terminals give room to marks that rich takes for none; a line that breaks is left behind at every refresh. The
+    panel is as wide as for any other text, and its edge is where it belongs."""
     console = terminal(width)
-    with TrainingDisplay(console, "gptvae train", 32, quiet=False) as display:
+    with TrainingDisplay(console, f"gptvae train {text}", 32, quiet=False) as display:
         display.update(replace(REPORT, figures=FIGURES))
         display.show_example(text, text)
-    lines = last_screen(written(console)).splitlines()[1:]
+    lines = f"╭{last_screen(written(console))}".splitlines()
     assert len(lines) > 8
+    assert len(lines[-1]) == width - len("^C")
     for line in lines:
         marks = sum(unicodedata.category(char) == "Mc" for char in line)
         skins = sum("\U0001f3fb" <= char <= "\U0001f3ff" for char in line)
-        assert cell_len(line) + marks + 2 * skins <= width, line
+        joined = sum(map(cell_len, line))
+        assert max(cell_len(line), joined) + marks + 2 * skins <= width - len("^C"), line
+    edge = rf"\x1b\[({width - len('^C')}|{width - len('─^C')})G"  # of a row, and of the title
+    assert all(re.search(edge, line) for line in written(console).splitlines() if "ि" in line)
 
 
 def test_a_terminal_has_room_for_the_echo_of_ctrl_c() -> None:
@@ -110,13 +126,13 @@ def test_a_terminal_sees_everything_in_named_units() -> None:
         "35,678 tokens/s",
         "2,950 texts/s",
         "step 1,234",
-        "learning rate 1.5e-03",
+        "lr 1.5e-03",
         "cross-entropy 2.718 nats/token",
         "KL 14.9 nats/text",
         "beta 0.83",
         "46.65 nats/text = cross-entropy 31.40 + KL 15.25",
         "6.81 nats of information",
-        "at most 6.9 shows on 1,000 texts",
+        "at most 6.9 shows",
         "29 of 32 dimensions active, 17 strongly",
         "right z 31.4",
         "another text's z 48.1",
@@ -127,6 +143,69 @@ def test_a_terminal_sees_everything_in_named_units() -> None:
         assert part in screen, part
     assert "█" in screen
     assert "▁" in screen
+
+
+def test_a_row_is_a_line_at_80_columns_however_large_its_numbers() -> None:
+    """Or the panel grows and shrinks by it."""
+    grown = replace(REPORT, step=999_999, tokens_per_second=1.2e6, texts_per_second=123_456, cross_entropy=10.5, kl=123)
+    figures = replace(
+        FIGURES,
+        cross_entropy=456.78,
+        cross_entropy_shuffled=481.0,
+        cross_entropy_without=479.0,
+        kl=123.4,
+        entropy=123.4,
+        mutual_information=12.3,
+    )
+    heights = set()
+    for report in (REPORT, grown):
+        console = terminal(80)
+        with TrainingDisplay(console, "run", 512, quiet=False) as display:
+            display.update(replace(report, figures=figures, cross_entropy=5.0, diagnosis="it is not used"))
+            display.update(report)
+        heights.add(last_screen(written(console)).count("\n"))
+    assert heights == {11}
+
+
+@pytest.mark.parametrize("width", [50, 80])
+@pytest.mark.parametrize("height", [7, 10, 12, 13, 40])
+def test_a_short_terminal_keeps_the_rows_that_matter(width: int, height: int) -> None:
+    """It kept those at the top, of which speed is one."""
+    console = terminal(width, height)
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        display.update(replace(REPORT, figures=FIGURES))
+        display.update(REPORT)
+        display.show_example("a plain text", "a plain test")
+    shown = f"╭{last_screen(written(console))}".splitlines()
+    assert len(shown) <= height
+    labels = re.findall(r"^│ (\w+(?: \w+)*) {2}", "\n".join(shown), re.MULTILINE)
+    if width == 80:
+        expected = ["speed", "training", "held out", "latent", "use of z", "text", "from its z"]
+        dropped = {7: ["speed", "training", "text", "from its z"], 10: ["speed"], 12: ["speed"]}.get(height, [])
+        assert labels == [label for label in expected if label not in dropped]
+    assert "latent" in labels
+
+
+def test_a_sparkline_shows_its_newest_values_on_a_narrow_terminal() -> None:
+    console = terminal(40)
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        for loss in range(61, 1, -1):
+            display.update(replace(REPORT, cross_entropy=float(loss)))
+    assert re.search(r"│ +█+[▇▆▅▄▃▂]+▁+ *│", last_screen(written(console)))
+
+
+def test_a_terminal_that_becomes_narrower_is_left_no_torn_panel() -> None:
+    """It breaks the lines of the last frame in two: the next one has to begin as much higher."""
+    console = terminal(100)
+    with TrainingDisplay(console, "run", 32, quiet=False) as display:
+        display.update(REPORT)
+        assert display.live is not None
+        display.live.refresh()
+        height = last_screen(written(console)).count("\n") + 1
+        before = len(written(console))
+        console.width = 60
+        display.live.refresh()
+        assert written(console)[before:].count("\x1b[1A") == 2 * height - 1
 
 
 def test_the_figures_of_the_last_validation_stay_on_the_screen() -> None:
@@ -172,6 +251,31 @@ def test_long_texts_take_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert height("word " * 500) == height("word") == height("a\nb\nc")
 
 
+@pytest.mark.parametrize(
+    ("encoding", "text", "shown"),
+    [
+        ("ascii", "café 中" * 20, "caf\\xe9 \\u4e2d" * 3),
+        ("latin-1", "café 中" * 20, "café \\u4e2d" * 5),
+        ("utf-8", "café 中", "café 中 "),
+    ],
+    ids=["ASCII", "Latin-1", "UTF-8"],
+)
+def test_a_terminal_that_is_not_utf8_gets_what_it_can_show(encoding: str, text: str, shown: str) -> None:
+    """Measured as the stream spells it: a line that is longer breaks, and is left behind at every refresh."""
+    screen = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace", write_through=True)
+    console = Console(file=screen, force_terminal=True, width=80, height=40, color_system=None)
+    with TrainingDisplay(console, f"run {text}", 32, quiet=False) as display:
+        for loss in (9.0, 8, 7, 6, 5, 4, 3, 2):
+            display.update(replace(REPORT, cross_entropy=loss, figures=FIGURES))
+        display.show_example(text, text)
+    assert isinstance(screen.buffer, io.BytesIO)
+    lines = RICH_SEQUENCE.sub("", screen.buffer.getvalue().decode(encoding)).splitlines()
+    assert {cell_len(line) for line in lines if line} == {78}
+    assert any(("█▇▆▅▄▃▂▁" if encoding == "utf-8" else "@#*+=-:.") in line for line in lines)
+    for label in ("run", "text       ", "from its z "):
+        assert any(f" {label} {shown}" in line for line in lines)
+
+
 def test_a_pipe_gets_a_plain_line_for_each_validation() -> None:
     """And none for the reports between, which come twice a second."""
     console = pipe()
@@ -183,7 +287,8 @@ def test_a_pipe_gets_a_plain_line_for_each_validation() -> None:
         display.update(REPORT)
     assert written(console).splitlines() == [
         " 50% 2:30 step 1,234 35,678 tokens/s cross-entropy 2.718 nats/token KL 14.9 nats/text"
-        " | held out: 46.65 nats/text (cross-entropy 31.40 + KL 15.25), information 6.81 nats, active 29/32"
+        " | held out: 46.65 nats/text (cross-entropy 31.40 + KL 15.25; with another text's z 48.10),"
+        " information 6.81 nats, active 29/32"
     ]
 
 
@@ -216,18 +321,26 @@ def test_the_screen_is_given_back_when_training_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("information", "diagnosis", "colour"),
-    [(0.5, "it is not used", "1;31"), (5.0, "it is not used", "1;31"), (0.7, None, "1;33"), (3.01, None, "1;32")],
+    ("information", "diagnosis", "colour", "word"),
+    [
+        (0.5, "it is not used", "1;31", "not used"),
+        (5.0, "it is not used", "1;31", "not used"),
+        (0.7, None, "1;33", "carries little"),
+        (3.01, None, "1;32", "used"),
+    ],
     ids=["red", "red, though it carries much", "yellow", "green"],
 )
-def test_a_latent_that_is_not_used_is_red(information: float, diagnosis: str | None, colour: str) -> None:
-    """As the run says: of a target rate of 1, 0.7 nats are enough."""
+def test_a_latent_that_is_not_used_is_red_and_called_so(
+    information: float, diagnosis: str | None, colour: str, word: str
+) -> None:
+    """As the run says: of a target rate of 1, 0.7 nats are enough. A word says it to those who see no colours."""
     console = Console(file=io.StringIO(), force_terminal=True, width=110, color_system="standard")
     with TrainingDisplay(console, "run", 32, quiet=False) as display:
         found = replace(FIGURES, mutual_information=information)
         display.update(replace(REPORT, figures=found, diagnosis=diagnosis))
         display.update(REPORT)  # no look of its own
-    assert f"\x1b[{colour}m{information:.2f} nats of information" in written(console)
+    said = f"{word}: {information:.2f} nats of information"
+    assert f"\x1b[{colour}m{said}\x1b[0m (at most 6.9 shows)" in written(console)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +371,6 @@ def test_a_sparkline_of_too_little_or_nothing_new_is_flat() -> None:
 def test_a_sparkline_fits_its_width_and_keeps_the_ends(count: int) -> None:
     """Of a falling curve the first block is the highest and the last one the lowest, however long it is."""
     line = sparkline(range(count, 0, -1), 60)
-    assert 2 <= len(line) <= 60
+    assert len(line) == min(count, 60)
     assert (line[0], line[-1]) == ("█", "▁")
     assert list(line) == sorted(line, reverse=True)

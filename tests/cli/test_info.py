@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -123,6 +124,20 @@ def test_people_see_what_a_model_is(tmp_path: Path) -> None:
         "treated   from 7% of the run on: \\x1b[31mbeta",
         "verdict   dead",
     ]
+
+
+def test_on_a_terminal_words_are_whole_and_names_alone_at_the_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_model(tmp_path / f"{'long' * 20}.safetensors", **TRAINING)
+    lines = info(path).stdout.splitlines()
+    monkeypatch.setattr("gptvae_cli.cli.info.sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    for width in (80, 40, 5):
+        monkeypatch.setenv("COLUMNS", str(width))
+        shown = info(path).stdout
+        assert re.sub(r"\n {10}(?! )", " ", shown) == re.sub(r"\n {10}(?! )", " ", "\n".join(lines) + "\n")
+        for line in shown.splitlines():
+            assert len(line) <= width or " " not in line[10:].strip()
 
 
 @pytest.mark.parametrize(("share", "shown_as"), [(0.431, ", 43% of the run"), (1.0, ""), ("all", "")])

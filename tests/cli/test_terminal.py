@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from rich.console import Console
+from rich.live import Live
 from tokenizers import models as library_models
 from typer.testing import CliRunner
 
@@ -71,6 +73,7 @@ def on_terminal(hostile_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPTVAE_MODEL", str(hostile_model))
     monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "400")  # what is wrapped is not what is in a pipe
     (tmp_path / f"{NAME}.txt").write_text(f"{HOSTILE}\n" * 30, "utf-8", newline="\n")
 
     def run(*arguments: object, code: int = 0) -> str:
@@ -180,20 +183,80 @@ def test_errors_spell_out_the_names_and_texts_in_them(
     assert "this should not have happened" not in shown
 
 
-@pytest.mark.parametrize(
-    ("terminal", "lines"),
-    [(True, ["the latent carries", "6.2 nats of 30.7"]), (False, ["the latent carries 6.2 nats of 30.7"])],
-)
+class Screen(io.StringIO):
+    """A string that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("forced", [None, True], ids=["", "FORCE_COLOR"])
 def test_a_note_breaks_between_words_on_a_terminal_and_a_command_nowhere(
-    monkeypatch: pytest.MonkeyPatch, terminal: bool, lines: list[str]
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, forced: bool | None
 ) -> None:
-    notes, commands = (Console(file=io.StringIO(), force_terminal=terminal, width=20, color_system=None) for _ in "ab")
-    monkeypatch.setattr(console, "stderr", notes)
+    """Nor does a note in a file, whatever is forced: it has no width."""
+    make = Screen if is_terminal else io.StringIO
+    said, shown, commands = (
+        Console(file=make(), force_terminal=forced, width=20, color_system=None, highlight=False) for _ in "abc"
+    )
+    monkeypatch.setattr(console, "stderr", said)
     console.note("the latent carries 6.2 nats of 30.7")
-    assert [line.rstrip() for line in written(notes)] == lines
+    broken = ["the latent carries", "6.2 nats of 30.7"]
+    assert [line.rstrip() for line in written(said)] == (broken if is_terminal else [" ".join(broken)])
+    monkeypatch.setattr(console, "stderr", shown)
+    console.pair("a long text of words", "another one")
+    lines = ["  text        a lon…", "  from its z  anoth…"]
+    assert written(shown) == (
+        lines if is_terminal else ["  text        a long text of words", "  from its z  another one"]
+    )
     monkeypatch.setattr(console, "stderr", commands)
     console.command("gptvae train --resume --out somewhere")
     assert written(commands) == ["gptvae train --resume --out somewhere"]
+
+
+@pytest.mark.parametrize("group", [0, os.getpgrp(), 2**30], ids=["unseen", "foreground", "background"])
+def test_a_display_that_is_stopped_leaves_room_for_a_shell(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    """It was drawn over what was typed meanwhile, without a cursor, and went on in the background."""
+    leader, follower = pty.openpty()
+    before = signal.getsignal(signal.SIGTSTP)
+    with os.fdopen(follower, "w", encoding="utf-8", newline="") as screen:
+        shown = console.Terminal(file=screen, force_terminal=True, width=40, color_system=None)
+        monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: os.getpgrp())
+        with Live("above\nbelow", console=shown, auto_refresh=False) as live:
+            live.refresh()
+
+            def stop(number: int) -> None:
+                assert (number, signal.getsignal(number)) == (signal.SIGTSTP, signal.SIG_DFL)
+                os.write(follower, b"$ fg\n")
+                monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: group)
+
+            press = signal.raise_signal
+            monkeypatch.setattr(signal, "raise_signal", stop)
+            press(signal.SIGTSTP)
+            live.refresh()
+            os.write(follower, b"|")
+            monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: os.getpgrp())
+            live.refresh()
+    sent = b"".join(iter(lambda: _read(leader), b""))
+    os.close(leader)
+    shown_then, _, later = sent.decode().replace("\r\n", "\n").partition("$ fg\n")
+    assert shown_then.endswith("above\nbelow\n\x1b[?25h"), "the cursor is back, below"
+    again = "" if group == 2**30 else "\x1b[?25labove\nbelow"
+    assert later.startswith(f"{again}|"), "below what was typed, if anybody sees it"
+    assert signal.getsignal(signal.SIGTSTP) == before
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_to_do_is_as_plain_to_see_as_what_went_wrong(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    """Hints were the faintest of all, and both broke within words."""
+    shown = Console(file=Screen() if is_terminal else io.StringIO(), force_terminal=True, width=28, highlight=False)
+    monkeypatch.setattr(console, "stderr", shown)
+    console.error("a.txt cannot be read", "check its permissions, or ask")
+    between = "\n" if is_terminal else " "
+    wrong = f"\x1b[1;31mgptvae: error: \x1b[0m\x1b[31ma.txt cannot{between}be read\x1b[0m"
+    lines = "\n".join(written(shown)).replace("\x1b[0m\n\x1b[31m", "\n").replace(" \n", "\n")
+    assert lines == f"{wrong}\n\x1b[1mhint: \x1b[0mcheck its permissions,{between}or ask"
 
 
 def written(to: Console) -> list[str]:

@@ -641,7 +641,14 @@ def test_termination_saves_too_and_gives_the_terminal_back(tmp_path: Path, names
     assert spawned.process.returncode == -signal.SIGTERM, shown
     assert stdout == b""
     assert (out / "state.safetensors").exists()
-    for part in (b"nats/token", b"dimensions active", b"from its z", b"\x1b[?25h", b"the state is saved"):
+    for part in (
+        b"getting ready",
+        b"nats/token",
+        b"dimensions active",
+        b"from its z",
+        b"\x1b[?25h",
+        b"the state is saved",
+    ):
         assert part in shown, part
     assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
 
