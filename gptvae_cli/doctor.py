@@ -92,8 +92,8 @@ def verdict(figures: Figures, config: TrainConfig) -> str:
             f" as well from another text's, within {abs(lost):.2f} nats"
         )
     carries = (
-        f"the latent carries {figures.mutual_information:.1f} nats of information per text, {figures.texts:,} of which"
-        f" can show at most {figures.entropy:.1f}"
+        f"the latent carries {figures.mutual_information:.1f} nats of information per text, of the"
+        f" {figures.entropy:.1f} that {figures.texts:,} texts can show at most"
     )
     if config.latents_dropout_prob == 0:  # the decoder never learnt to write without one, however badly it does
         return f"{carries}; for a KL of {figures.kl:.1f} the cross-entropy is {figures.cross_entropy:.1f}"

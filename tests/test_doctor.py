@@ -229,7 +229,7 @@ def test_a_treatment_that_fails_does_not_cost_the_model_from_before(
 def test_the_verdict_says_what_the_latent_carries() -> None:
     text = verdict(HEALTHY, TrainConfig())
     assert text == (
-        "the latent carries 6.0 nats of information per text, 1,000 of which can show at most 6.9;"
+        "the latent carries 6.0 nats of information per text, of the 6.9 that 1,000 texts can show at most;"
         " for a KL of 8.0 it lowers the cross-entropy from 24.0 to 20.0"
     )
 
