@@ -226,7 +226,7 @@ class Model:
             prior: how many to draw; None is 1.
             copies: texts from each latent; a greedy one is always the same.
             prompt: what every text begins with; it is part of the text.
-            guidance: above 1, such as 2, a text keeps closer to its latent, in twice the time (classifier-free
+            guidance: above 1, such as 2, a text keeps closer to its latent, for twice the work (classifier-free
                 guidance, arXiv 2306.17806).
             temperature: below 1 is safer, above 1 is wilder.
             top_k, top_p, min_p: cut the tokens to draw from: to the k likeliest, to those that share p of the

@@ -211,7 +211,7 @@ def importance_weighted(
         seed: of the latents' noise.
         dtype: bfloat16 computes under autocast; weights are always summed in float64.
         widths: of the proposals, in standard deviations of the posterior.
-        on_progress: called with the texts measured so far.
+        on_progress: called with the texts measured so far; half of the latents of some are half of these.
 
     Source: Burda et al. 2015 (arXiv 1509.00519), eq. 8; the balance heuristic is of Veach and Guibas 1995, "Optimally
     combining sampling techniques for Monte Carlo rendering".
@@ -226,7 +226,7 @@ def importance_weighted(
             random = [stream(seed, Purpose.IMPORTANCE, int(key)) for key in keys_of(batch, model.pad_id)]
             batch = batch.to(model.device)
             posterior = model.posterior(batch.encoder_BT).in_float32()
-            rows = len(batch.tokens_BT)
+            done, rows = sum(map(len, nll)), len(batch.tokens_BT)
             together = max(1, tokens_together(model.device) // batch.tokens_BT.numel())
             log_weights: list[Tensor] = []
             for first in range(0, samples, together):
@@ -242,8 +242,8 @@ def importance_weighted(
                 half_KBZ = 0.5 * (posterior.log_var_BZ.double() - latents_KBZ.double().square())
                 ratio_KB = half_KBZ.sum(-1) - log_proposals_KB
                 log_weights.append(ratio_KB - nats_N.view(count, rows))
+                on_progress(done + rows * (first + count) // samples)
             nll.append(math.log(samples) - torch.cat(log_weights).logsumexp(dim=0).cpu())
-            on_progress(sum(map(len, nll)))
     return torch.cat(nll)
 
 

@@ -314,6 +314,15 @@ def test_importance_weighting_does_not_depend_on_how_samples_are_split(
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
 
 
+def test_progress_counts_what_is_done_of_a_batch(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred latents of a batch take ten seconds, in which people would wonder."""
+    model, batches = tiny_model(), batches_of(rows_of(8), 4)
+    monkeypatch.setattr("gptvae_cli.evaluation.tokens_together", lambda device: 0)  # one latent a text at a time
+    told: list[int] = []
+    importance_weighted(model, batches, 4, on_progress=told.append)
+    assert told == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_what_is_measured_of_a_text_depends_neither_on_order_nor_on_batches(tiny_model: TinyModel) -> None:
     """Also of texts that occur twice: another text's latent is never that of an equal one."""
     model, rows = tiny_model(), rows_of()

@@ -216,7 +216,7 @@ def progress(
     elif stderr.is_interactive and not (beside_data and _into_a_pipe()):
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        counted = TextColumn("{task.completed:,} " + things)
+        counted = TextColumn("{task.completed:,} " + ("of {task.total:,} " if total else "") + things)
         columns = (TextColumn("{task.description}"), BarColumn(), counted, TimeElapsedColumn())
         with Progress(*columns, console=stderr, transient=True, redirect_stdout=False) as bar:
             task = bar.add_task(label, total=total)

@@ -24,7 +24,7 @@ _SOURCES, _TOKENS, _OUTPUT = "What to write from, one of these", "How to choose 
 
 EXAMPLES = """\
 gptvae generate --prior 5 --latents-out z.npy
-gptvae generate --text "the food was great" -n 3 --temperature 0.7
+gptvae generate --text "the food was great" -n 3 --temperature 0.7 --guidance 2
 gptvae encode a.txt | gptvae generate --latent - --greedy
 gptvae generate --ref a.txt --sample --greedy -n 10 --format jsonl | jq -r .text
 """
@@ -66,7 +66,7 @@ def generate(
         float,
         typer.Option(
             metavar="W",
-            help="Above 1, such as 2, keeps a text closer to its latent, in twice the time.",
+            help="Above 1, such as 2, keeps a text closer to its latent, for twice the work.",
             rich_help_panel=_TOKENS,
         ),
     ] = 1.0,
