@@ -298,6 +298,13 @@ def test_cached_logits_on_cuda_equal_the_plain_path_on_a_cpu(tiny_model: TinyMod
         assert tokens == expected[row][0]
 
 
+@pytest.mark.requires_cuda
+def test_guided_texts_on_cuda_are_those_of_a_cpu(tiny_model: TinyModel) -> None:
+    requests, guided = some_requests(9), replace(GREEDY, guidance=2)
+    expected = list(decode(tiny_model(), requests, guided, cached=False))
+    assert list(decode(tiny_model().to("cuda"), requests, guided, batch_size=4)) == expected
+
+
 # Independence and order -----------------------------------------------------------------------------------------------
 
 

@@ -57,7 +57,7 @@ def kept(model: Model, texts: Sequence[str], found: Sequence[str], z_NZ: npt.NDA
     said, meant = tokens(model, found), tokens(model, texts)
     in_place = sum(a == b for one, other in zip(said, meant, strict=True) for a, b in zip(one, other, strict=False))
     whole = np.mean([one == other for one, other in zip(found, texts, strict=True)])
-    bleu = sacrebleu.corpus_bleu(list(found), [list(texts)], tokenize="none").score
+    bleu = sacrebleu.corpus_bleu(list(found), [list(texts)], tokenize="none", force=True).score
     other_NZ = model.encode(found)
     norms_N = np.linalg.norm(z_NZ, axis=1) * np.linalg.norm(other_NZ, axis=1)
     cosine = float(((z_NZ * other_NZ).sum(1) / norms_N).mean())
