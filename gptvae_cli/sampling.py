@@ -236,6 +236,15 @@ def encoded(pools: Iterable[Sequence[Encoding]], copies: int, seed: int | None) 
                 yield from (Request(row, copy, draw_Z) for copy, draw_Z in enumerate(draws))
 
 
+def shifted(requests: Iterable[Request | None], offset_Z: Floats) -> Iterator[Request | None]:
+    """The same texts from latents that are moved by as much."""
+    for request in requests:
+        if request is not None:
+            assert request.latent is not None, "the model has a latent"
+            request = replace(request, latent=request.latent + torch.tensor(offset_Z))
+        yield request
+
+
 def _copied(row: int, latent_Z: Floats | None, copies: int) -> Iterator[Request]:
     tensor_Z = None if latent_Z is None else torch.tensor(latent_Z)
     return (Request(row, copy, tensor_Z) for copy in range(copies))

@@ -150,8 +150,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "test.labels.txt").write_text("".join(f"{i % 2}\n" for i in range(len(names))))
     for name in ("a", "b"):
         (folder / f"{name}.txt").write_text(f"{name}nna\n")
-    for name in ("a", "b", "c"):
-        np.save(folder / f"{name}.npy", np.full(WIDTH, ord(name) % 7, np.float32))
+    for name in ("a", "b", "c", "direction"):
+        np.save(folder / f"{name}.npy", np.full(WIDTH, ord(name[0]) % 7, np.float32))
     np.save(folder / "z.npy", np.ones((2, WIDTH), np.float32))
     (folder / "reviews.csv").write_text("review,stars\n" + "".join(f'"{name}",5\n' for name in names))
     (folder / "reviews.jsonl").write_text("".join(f'{{"review": "{name}"}}\n' for name in names))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +15,7 @@ import typer
 from gptvae_cli.cli import console, flags, streams
 from gptvae_cli.cli.encode import latents_to
 from gptvae_cli.config import SampleConfig
-from gptvae_cli.errors import ConfigError
+from gptvae_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from gptvae_cli.decoding import Request
@@ -26,6 +27,7 @@ EXAMPLES = """\
 gptvae generate --prior 5 --latents-out z.npy
 gptvae generate --text "the food was great" -n 3 --temperature 0.7 --guidance 2
 gptvae encode a.txt | gptvae generate --latent - --greedy
+gptvae generate --ref a.txt --add direction.npy=0.5 --greedy --guidance 2
 gptvae generate --ref a.txt --sample --greedy -n 10 --format jsonl | jq -r .text
 """
 
@@ -56,6 +58,14 @@ def generate(
             rich_help_panel=_SOURCES,
         ),
     ] = False,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[=W]",
+            help="Add W times (once, if left out) the latent in a file to every latent; several are added up.",
+            rich_help_panel=_SOURCES,
+        ),
+    ] = None,
     copies: Annotated[int, typer.Option("-n", "--copies", min=1, help="Texts from each latent.")] = 1,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What every text begins with.")] = "",
     max_tokens: Annotated[
@@ -120,6 +130,7 @@ def generate(
         greedy=greedy,
         max_tokens=max_tokens,
     )
+    directions = _weighed(add or [])
     _check_sources({"--latent": latent, "--ref": ref, "--text": text, "--prior": prior}, sample=sample)
     if field is not None and ref is None:
         raise ConfigError("--field is of the texts of --ref, and there are none", hint="leave it out")
@@ -131,13 +142,15 @@ def generate(
         (ref,) = with_field([ref], field)
     path = locate_model(model)
     header = read_header(path)
-    if (latent, ref, text, latents_out) != (None, None, None, None):
+    if (latent, ref, text, latents_out) != (None, None, None, None) or directions:
         header.require_latent(path)
     if guidance != 1:
         header.require_guidance(path)
     streams.refuse_stdout("--latents-out", latents_out)
-    streams.refuse_input("--latents-out", latents_out, [*filter(None, [latent, ref]), str(path)])
+    inputs = [*filter(None, [latent, ref]), *(name for name, _ in directions), str(path)]
+    streams.refuse_input("--latents-out", latents_out, inputs)
     data = header.data.overridden(unit=unit, field=field, errors=errors)
+    offset_Z = _sum(directions, header.model.dim_latent) if directions else None
     printer = streams.TextWriter(format, data.unit, null=null)
     if stream and format == "jsonl":
         raise ConfigError("--stream and --format jsonl exclude each other", hint="leave one of them out")
@@ -172,6 +185,8 @@ def generate(
         else:
             total = (prior or 1) * copies
             requests = sampling.repeated(sampling.unconditioned(checkpoint, config.seed, prior or 1), copies)
+        if offset_Z is not None:
+            requests = sampling.shifted(requests, offset_Z)
         if latents_out is not None:
             write = stack.enter_context(latents_to(latents_out, "npy", header.model.dim_latent))
             requests = _noted(requests, write)
@@ -194,6 +209,51 @@ def generate(
             advance(done + 1)
     console.note(encoder.note, quiet=quiet)
     console.note(repairs.note, quiet=quiet)
+
+
+def _weighed(asked: Sequence[str]) -> list[tuple[str, float]]:
+    """The files and weights of `FILE=W`, or `FILE` for a weight of 1.
+
+    Raises:
+        ConfigError: for a weight that is no number, and for standard input.
+    """
+    found = []
+    for each in asked:
+        name, equals, weight = each.rpartition("=")
+        if not equals or Path(each).exists():
+            name, weight = each, "1"
+        if name == "-":
+            raise ConfigError("--add needs a file, standard input is for what is written from", hint="name one")
+        try:
+            found.append((name, float(weight)))
+        except ValueError:
+            message = f"--add {each} asks for {weight!r} times {name}, which is no number"
+            raise ConfigError(message, hint=f"--add {name}=0.5") from None
+    return found
+
+
+def _sum(directions: Sequence[tuple[str, float]], width: int) -> Floats:
+    """The weighted sum of the latents in files of one each [Z].
+
+    Raises:
+        DataError: for a file that does not hold one latent of this width, and for what is too large for a latent.
+    """
+    import numpy as np
+
+    from gptvae_cli.latent_file import checked_latents, read_latents
+
+    sum_1Z = np.zeros((1, width))
+    for name, weight in directions:
+        with streams.source(name) as source:
+            latents_NZ = read_latents(source, name, width=width)
+        if len(latents_NZ) != 1:
+            raise DataError(
+                f"{name} holds {len(latents_NZ)} latents, --add takes a file of one",
+                hint="numpy.save('direction.npy', these.mean(axis=0) - those.mean(axis=0)) writes one",
+            )
+        sum_1Z += weight * latents_NZ.astype(np.float64)
+    sum_Z: Floats = checked_latents(sum_1Z, "the sum of --add", width=width)[0]
+    return sum_Z
 
 
 def _named(requests: Iterator[Request | None], names: deque[tuple[int, int]]) -> Iterator[Request | None]:

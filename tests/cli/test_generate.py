@@ -419,6 +419,45 @@ def test_a_stream_shows_its_first_piece_before_the_text_is_done(generate: Genera
 
 
 @pytest.mark.parametrize("source", [["--prior", "3"], ["--ref", "texts.txt", "--sample"], ["--latent", "z.npy"]])
+def test_directions_are_added_to_every_latent(generate: Generate, source: list[str]) -> None:
+    one, other = np.random.default_rng(5).standard_normal((2, WIDTH))
+    np.save("one.npy", one)
+    np.save("a=b.npy", other.astype("f4")[None])
+    options = (*source, "-n", "2", "--seed", "1", "--greedy", "--latents-out")
+    lines(generate(*options, "plain.npy"))
+    texts = lines(generate(*options, "moved.npy", "--add", "one.npy=-1.5", "--add", "a=b.npy", "--add", "a=b.npy=0.25"))
+    moved = np.load("moved.npy")
+    np.testing.assert_allclose(moved, np.load("plain.npy") - 1.5 * one + 1.25 * other, atol=1e-5)
+    assert lines(generate("--latent", "moved.npy", "--greedy")) == texts
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "words"),
+    [
+        ("z.npy", 3, ["z.npy holds", "latents, --add takes a file of one"]),
+        ("wide.npy", 3, ["the shape (9,)"]),
+        ("one.npy=much", 2, ["asks for 'much' times one.npy, which is no number", "--add one.npy=0.5"]),
+        ("one.npy=nan", 3, ["the sum of --add", "not a finite number"]),
+        ("one.npy=1e30", 3, ["the sum of --add", "too large for a latent"]),
+        ("none.npy=2", 3, ["cannot read none.npy"]),
+        ("-=2", 2, ["--add needs a file"]),
+    ],
+)
+def test_a_direction_that_cannot_be_added_is_told_of(
+    generate: Generate, asked: str, code: int, words: list[str]
+) -> None:
+    np.save("one.npy", np.ones(WIDTH))
+    np.save("wide.npy", np.ones(WIDTH + 1))
+    assert_fails(generate("--prior", "1", "--add", asked), code, *words)
+
+
+def test_a_direction_is_not_replaced(generate: Generate) -> None:
+    np.save("one.npy", np.ones(WIDTH))
+    result = generate("--prior", "1", "--add", "one.npy=2", "--latents-out", "one.npy")
+    assert_fails(result, 2, "--latents-out one.npy is what is read")
+
+
+@pytest.mark.parametrize("source", [["--prior", "3"], ["--ref", "texts.txt", "--sample"], ["--latent", "z.npy"]])
 def test_the_latent_of_every_text_may_be_kept(generate: Generate, source: list[str]) -> None:
     """Of those that are drawn nothing else tells."""
     options = (*source, "-n", "2", "--seed", "1", "--greedy")
@@ -497,6 +536,7 @@ def baseline(tmp_path: Path) -> Path:
         ["generate", "--ref", "texts.txt", "--sample"],
         ["generate", "--text", ""],
         ["generate", "--prior", "1", "--guidance", "2"],
+        ["generate", "--prior", "1", "--add", "z.npy"],
         ["interpolate", "--from", "a", "--to", "b"],
     ],
     ids=" ".join,
