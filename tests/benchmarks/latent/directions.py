@@ -13,7 +13,6 @@ the cosine; 4.5 is chance.
 from __future__ import annotations
 
 import argparse
-import os
 from itertools import permutations
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
 from gptvae_cli import load
+from tests.benchmarks.latent.uses import split
 
 PAIRS, TEXTS, TRAIN = 20, 100, 20_000
 
@@ -66,14 +66,6 @@ def near(z_NZ: npt.NDArray[np.float32], other_NZ: npt.NDArray[np.float32]) -> fl
         [cosine_NN[i, i] > cosine_NN[i, (i + j) % len(cosine_NN)] for j in range(1, 10)] for i in range(len(z_NZ))
     ]
     return float(np.mean(np.sum(further, axis=1)))
-
-
-def split(corpus: str, name: str) -> tuple[list[str], npt.NDArray[np.str_]]:
-    data = Path(os.environ["GPTVAE_TEST_DATA"])
-    texts, labels = (
-        (data / f"{corpus}_{name}{end}").read_text("utf-8").splitlines() for end in (".txt", ".labels.txt")
-    )
-    return texts, np.array(labels)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     asked = parser.parse_args()
     model = load(asked.model, device="cpu")
-    texts, labels_N = split("train")
-    test, truth_N = split("test")
+    texts, labels_N = split("clinc150", "train")
+    test, truth_N = split("clinc150", "test")
     words = vectorizer().fit(texts)
     svd = TruncatedSVD(model.dim_latent, random_state=0).fit(words.transform(texts))
     latents, latents_test = model.encode(texts), model.encode(test)
@@ -86,11 +86,11 @@ def main() -> None:
         )
 
 
-def split(name: str) -> tuple[list[str], npt.NDArray[np.str_]]:
+def split(corpus: str, name: str) -> tuple[list[str], npt.NDArray[np.str_]]:
+    """Texts of a corpus and their labels."""
     data = Path(os.environ["GPTVAE_TEST_DATA"])
-    texts, labels = (
-        (data / f"clinc150_{name}{ending}").read_text("utf-8").splitlines() for ending in (".txt", ".labels.txt")
-    )
+    files = (data / f"{corpus}_{name}{ending}" for ending in (".txt", ".labels.txt"))
+    texts, labels = (file.read_text("utf-8").splitlines() for file in files)
     return texts, np.array(labels)
 
 
