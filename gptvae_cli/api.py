@@ -255,8 +255,7 @@ class Model:
             max_tokens=max_tokens,
             seed=_seed(seed),
         )
-        if config.guidance != 1:
-            self.header.require_guidance("the model")
+        self.header.require_guidance(config.guidance, "the model")
         copies = _whole("copies", copies, least=1)
         if not isinstance(prompt, str):
             raise ConfigError(f"prompt is of type {type(prompt).__name__}, expected a string")
@@ -295,8 +294,7 @@ class Model:
         """
         config = SampleConfig(guidance=guidance, greedy=True)
         self.header.require_latent("the model")
-        if config.guidance != 1:
-            self.header.require_guidance("the model")
+        self.header.require_guidance(config.guidance, "the model")
         steps, points_NZ = _whole("steps", steps, least=2), []
         for place, point in enumerate(points):  # no comprehension, which is a line of its own to a warning
             points_NZ.append(self._point(point, f"points[{place}]"))

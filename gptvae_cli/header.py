@@ -107,15 +107,18 @@ class ModelHeader:
                 hint="name another model; this one writes texts of its own: gptvae generate --prior N",
             )
 
-    def require_guidance(self, name: str | Path) -> None:
+    def require_guidance(self, guidance: float, name: str | Path) -> None:
         """Keeps guidance away from a model whose decoder has not learnt to write without a latent.
 
         Args:
+            guidance: see `SampleConfig`; 1 is none, which every model takes.
             name: what the error calls the model.
 
         Raises:
             CheckpointError: for a model that was trained without one, or always with one.
         """
+        if guidance == 1:
+            return
         self.require_latent(name)
         train = self.training.get("train")
         if isinstance(train, dict) and train.get("latents_dropout_prob") == 0:

@@ -238,10 +238,11 @@ def encoded(pools: Iterable[Sequence[Encoding]], copies: int, seed: int | None) 
 
 def shifted(requests: Iterable[Request | None], offset_Z: Floats) -> Iterator[Request | None]:
     """The same texts from latents that are moved by as much."""
+    offset = torch.tensor(offset_Z)
     for request in requests:
         if request is not None:
             assert request.latent is not None, "the model has a latent"
-            request = replace(request, latent=request.latent + torch.tensor(offset_Z))
+            request = replace(request, latent=request.latent + offset)
         yield request
 
 

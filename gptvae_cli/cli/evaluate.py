@@ -124,9 +124,9 @@ def evaluate(
             units = f"{paths[1]} was trained on texts of unit {other}, {path} on {own}"
             console.note(f"{units}: one of them knows no end of a text", quiet=quiet)
     _check(headers, data.unit, texts, labels=labels, latents_from=latents_from)
-    if SampleConfig(guidance=guidance).guidance != 1:
-        for name, each in zip(paths, headers, strict=True):
-            each.require_guidance(name)
+    for name, each in zip(paths, headers, strict=True):
+        if each is header or each.has_latent:  # a baseline reconstructs nothing
+            each.require_guidance(SampleConfig(guidance=guidance).guidance, name)
     files = expand(read)
     streams.refuse_input("--per-text", per_text, [*files, *filter(None, [labels, latents_from]), *map(str, paths)])
     repairs = Repairs()

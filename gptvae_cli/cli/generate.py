@@ -144,8 +144,7 @@ def generate(
     header = read_header(path)
     if (latent, ref, text, latents_out) != (None, None, None, None) or directions:
         header.require_latent(path)
-    if guidance != 1:
-        header.require_guidance(path)
+    header.require_guidance(guidance, path)
     streams.refuse_stdout("--latents-out", latents_out)
     inputs = [*filter(None, [latent, ref]), *(name for name, _ in directions), str(path)]
     streams.refuse_input("--latents-out", latents_out, inputs)

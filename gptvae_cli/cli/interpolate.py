@@ -87,8 +87,7 @@ def interpolate(
     streams.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else []), str(path)])
     header = read_header(path)
     header.require_latent(path)
-    if guidance != 1:
-        header.require_guidance(path)
+    header.require_guidance(guidance, path)
     data, width = header.data.overridden(unit=unit, field=field, errors=errors), header.model.dim_latent
     printer = streams.TextWriter(format, data.unit, null=null)
     repairs = Repairs()

@@ -340,6 +340,18 @@ def test_a_reconstruction_may_be_guided(evaluate: Evaluate, models: Path) -> Non
     assert_fails(evaluate("--guidance", "-1"), 2, "guidance is -1")
 
 
+def test_a_baseline_without_a_latent_is_beside_a_guided_reconstruction(evaluate: Evaluate, tmp_path: Path) -> None:
+    """It reconstructs nothing. One that always had a latent cannot be guided, and neither can a baseline alone."""
+    alone = make_model(tmp_path / "alone.safetensors", train={"latents_dropout_prob": 1.0})
+    always = make_model(tmp_path / "always.safetensors", train={"latents_dropout_prob": 0.0})
+    found = figures(evaluate("--json", "--guidance", "2", "--baseline", alone))
+    plain = figures(evaluate("--json", "--baseline", alone))
+    assert found["baseline_nll_nats_per_text"] == plain["baseline_nll_nats_per_text"]
+    assert_fails(evaluate("--guidance", "2", "--baseline", always), 3, f"{always} has always had one")
+    refused = evaluate("--guidance", "2", model=str(alone).removesuffix(".safetensors"))
+    assert_fails(refused, 3, f"{alone} has no latent")
+
+
 def test_texts_and_labels_may_be_columns_of_one_table(evaluate: Evaluate, labelled: list[str]) -> None:
     expected = figures(evaluate("--json", "--labels", "labels.txt", corpus="labelled.txt"))
     texts = Path("labelled.txt").read_text("utf-8").splitlines()
