@@ -124,7 +124,6 @@ def train(
     session = seconds or (lambda: time.monotonic() - began)
     earlier = counters.seconds
     held_out = fixed_batches(valid, tokens_together(model.device, dtype), VALIDATION_TEXTS)
-    micro_tokens = max(1, config.batch_tokens // config.accumulate)
     weights_per_token = model.decoder.get_parameter("token_emb.emb.weight").numel() / rows.store.count
     furthest = 0.0
 
@@ -140,58 +139,68 @@ def train(
     sums = _Sums(time.monotonic())
     done = progress() >= 1
     validated, rested = bisect_right(VALIDATIONS, progress()), 0.0
-    while not done:
+    if done:
+        return
+    for micro_batches in _batches_of_steps(learner, rows):
+        now = progress()
+        dropout = dropout_shares(config.dropout, counters.texts / len(rows), weights_per_token)
+        beta, learning_rate, norm = _step(learner, micro_batches, now, dropout, dtype, sums)
+        counters.seconds = earlier + session()
+        done, stop = progress() >= 1, should_stop()
+        due = (bisect_right(VALIDATIONS, progress()) > validated and counters.seconds >= rested) or done
+        if not (due or stop or time.monotonic() - sums.began >= REPORT_SECONDS):
+            continue
+        values = _read(sums, norm, counters.step)
+        elapsed = max(1e-9, time.monotonic() - sums.began)
+        counters.seconds = earlier + session()
+        figures, improved, wrong, cure = None, False, None, None
+        if due:
+            start = session()
+            figures = _validate(learner, held_out, dtype)
+            improved = _is_best(learner, figures, progress())
+            counters.validation = session() - start
+            counters.seconds = earlier + session()
+            if config.max_time is not None:  # or what a run comes to would depend on its speed
+                rested = counters.seconds + REST * counters.validation
+            # Not `validated + 1`: where validating takes long, validations that were missed are not made up for.
+            validated = bisect_right(VALIDATIONS, progress())
+            wrong = None if config.without_latent else diagnosis(figures, config)
+            if wrong is not None and not done and treatable(config, counters.step, progress(), counters.treated_at):
+                cure = treatment(config, again=counters.treated_at != UNTREATED)
+                counters.treated_at = progress()
+        yield StepReport(
+            step=counters.step,
+            progress=progress(),
+            seconds=counters.seconds,
+            tokens_per_second=sums.tokens / elapsed,
+            texts_per_second=sums.texts / elapsed,
+            learning_rate=learning_rate,
+            beta=beta,
+            cross_entropy=values[0] / sums.tokens,
+            kl=values[1] / sums.texts,
+            bag_of_words=values[2] / sums.tokens,
+            gradient_norm=values[3],
+            figures=figures,
+            diagnosis=wrong,
+            treatment=cure,
+            improved=improved,
+            done=done,
+        )
+        sums = _Sums(time.monotonic())
+        if done or stop:
+            return
+
+
+def _batches_of_steps(learner: Learner, rows: Rows) -> Iterator[list[Batch]]:
+    """The micro-batches of each step from where the run stands, epoch after epoch without end. The last step of an
+    epoch may have fewer of them than the others."""
+    config, counters = learner.config, learner.counters
+    micro_tokens = max(1, config.batch_tokens // config.accumulate)
+    while True:
         epoch = Epoch(rows, micro_tokens, config.seed, counters.epoch)
         batches = epoch.batches(counters.texts - counters.epoch * len(rows))
-        # The last step of an epoch may have fewer parts than the others.
         while micro_batches := list(islice(batches, config.accumulate)):
-            now = progress()
-            dropout = dropout_shares(config.dropout, counters.texts / len(rows), weights_per_token)
-            beta, learning_rate, norm = _step(learner, micro_batches, now, dropout, dtype, sums)
-            counters.seconds = earlier + session()
-            done, stop = progress() >= 1, should_stop()
-            due = (bisect_right(VALIDATIONS, progress()) > validated and counters.seconds >= rested) or done
-            if not (due or stop or time.monotonic() - sums.began >= REPORT_SECONDS):
-                continue
-            values = _read(sums, norm, counters.step)
-            elapsed = max(1e-9, time.monotonic() - sums.began)
-            counters.seconds = earlier + session()
-            figures, improved, wrong, cure = None, False, None, None
-            if due:
-                start = session()
-                figures = _validate(learner, held_out, dtype)
-                improved = _is_best(learner, figures, progress())
-                counters.validation = session() - start
-                counters.seconds = earlier + session()
-                if config.max_time is not None:  # or what a run comes to would depend on its speed
-                    rested = counters.seconds + REST * counters.validation
-                # Not `validated + 1`: where validating takes long, validations that were missed are not made up for.
-                validated = bisect_right(VALIDATIONS, progress())
-                wrong = None if config.without_latent else diagnosis(figures, config)
-                if wrong is not None and not done and treatable(config, counters.step, progress(), counters.treated_at):
-                    cure = treatment(config, again=counters.treated_at != UNTREATED)
-                    counters.treated_at = progress()
-            yield StepReport(
-                step=counters.step,
-                progress=progress(),
-                seconds=counters.seconds,
-                tokens_per_second=sums.tokens / elapsed,
-                texts_per_second=sums.texts / elapsed,
-                learning_rate=learning_rate,
-                beta=beta,
-                cross_entropy=values[0] / sums.tokens,
-                kl=values[1] / sums.texts,
-                bag_of_words=values[2] / sums.tokens,
-                gradient_norm=values[3],
-                figures=figures,
-                diagnosis=wrong,
-                treatment=cure,
-                improved=improved,
-                done=done,
-            )
-            sums = _Sums(time.monotonic())
-            if done or stop:
-                return
+            yield micro_batches
         counters.epoch += 1
 
 
