@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from statistics import median
 
@@ -121,74 +120,42 @@ def train(
     """
     config, counters, model = learner.config, learner.counters, learner.model
     began = time.monotonic()
-    session = seconds or (lambda: time.monotonic() - began)
-    earlier = counters.seconds
     held_out = fixed_batches(valid, tokens_together(model.device, dtype), VALIDATION_TEXTS)
+    clock = _Clock(learner, len(rows), seconds or (lambda: time.monotonic() - began))
     weights_per_token = model.decoder.get_parameter("token_emb.emb.weight").numel() / rows.store.count
-    furthest = 0.0
-
-    def progress() -> float:
-        # It never goes back, though a validation may turn out faster than the one before.
-        nonlocal furthest
-        furthest = max(furthest, share_done(config, counters, len(rows)))
-        return furthest
-
     model.train()
-    if counters.step == 0:
-        counters.start_up = session()
-    sums = _Sums(time.monotonic())
-    done = progress() >= 1
-    validated, rested = bisect_right(VALIDATIONS, progress()), 0.0
-    if done:
+    if clock.progress >= 1:
         return
+    sums = _Sums(time.monotonic())
     for micro_batches in _batches_of_steps(learner, rows):
-        now = progress()
         dropout = dropout_shares(config.dropout, counters.texts / len(rows), weights_per_token)
-        beta, learning_rate, norm = _step(learner, micro_batches, now, dropout, dtype, sums)
-        counters.seconds = earlier + session()
-        done, stop = progress() >= 1, should_stop()
-        due = (bisect_right(VALIDATIONS, progress()) > validated and counters.seconds >= rested) or done
+        beta, learning_rate, norm = _step(learner, micro_batches, clock.progress, dropout, dtype, sums)
+        clock.tick()
+        done, stop = clock.progress >= 1, should_stop()
+        due = done or clock.validation_is_due()
         if not (due or stop or time.monotonic() - sums.began >= REPORT_SECONDS):
             continue
-        values = _read(sums, norm, counters.step)
+        cross_entropy, kl, bag_of_words, gradient_norm = _read(sums, norm, counters.step)
         elapsed = max(1e-9, time.monotonic() - sums.began)
-        counters.seconds = earlier + session()
-        figures, improved, wrong, cure = None, False, None, None
-        if due:
-            start = session()
-            figures = _validate(learner, held_out, dtype)
-            improved = _is_best(learner, figures, progress())
-            counters.validation = session() - start
-            counters.seconds = earlier + session()
-            if config.max_time is not None:  # or what a run comes to would depend on its speed
-                rested = counters.seconds + REST * counters.validation
-            # Not `validated + 1`: where validating takes long, validations that were missed are not made up for.
-            validated = bisect_right(VALIDATIONS, progress())
-            wrong = None if config.without_latent else diagnosis(figures, config)
-            if wrong is not None and not done and treatable(config, counters.step, progress(), counters.treated_at):
-                cure = treatment(config, again=counters.treated_at != UNTREATED)
-                counters.treated_at = progress()
-        yield StepReport(
+        clock.tick()
+        report = StepReport(
             step=counters.step,
-            progress=progress(),
+            progress=clock.progress,
             seconds=counters.seconds,
             tokens_per_second=sums.tokens / elapsed,
             texts_per_second=sums.texts / elapsed,
             learning_rate=learning_rate,
             beta=beta,
-            cross_entropy=values[0] / sums.tokens,
-            kl=values[1] / sums.texts,
-            bag_of_words=values[2] / sums.tokens,
-            gradient_norm=values[3],
-            figures=figures,
-            diagnosis=wrong,
-            treatment=cure,
-            improved=improved,
+            cross_entropy=cross_entropy / sums.tokens,
+            kl=kl / sums.texts,
+            bag_of_words=bag_of_words / sums.tokens,
+            gradient_norm=gradient_norm,
             done=done,
         )
-        sums = _Sums(time.monotonic())
+        yield _validated(report, learner, held_out, dtype, clock) if due else report
         if done or stop:
             return
+        sums = _Sums(time.monotonic())
 
 
 def _batches_of_steps(learner: Learner, rows: Rows) -> Iterator[list[Batch]]:
@@ -204,13 +171,75 @@ def _batches_of_steps(learner: Learner, rows: Rows) -> Iterator[list[Batch]]:
         counters.epoch += 1
 
 
-def _validate(learner: Learner, held_out: Sequence[Batch], dtype: torch.dtype) -> Figures:
-    """Figures of the held-out texts; raises a `DivergedError` where one is not finite."""
-    seed, without = learner.config.seed, learner.config.without_latent
-    figures = measure(learner.model, held_out, seed=seed, dtype=dtype, without_latent=without)
+class _Clock:
+    """The time of a run: its seconds, all sessions counted, its progress, and when it is validated next.
+
+    Args:
+        learner: whose counters keep the seconds.
+        texts: of a pass over the corpus.
+        session: seconds since this session began.
+    """
+
+    def __init__(self, learner: Learner, texts: int, session: Callable[[], float]) -> None:
+        self.config, self.counters, self.texts, self.session = learner.config, learner.counters, texts, session
+        if self.counters.step == 0:
+            self.counters.start_up = session()
+        self.earlier = self.counters.seconds
+        self.progress = share_done(self.config, self.counters, texts)
+        self.next, self.rested = self._next(), 0.0
+
+    def tick(self) -> None:
+        """Looks at the time."""
+        self.counters.seconds = self.earlier + self.session()
+        # It never goes back, though a validation may turn out faster than the one before.
+        self.progress = max(self.progress, share_done(self.config, self.counters, self.texts))
+
+    def validation_is_due(self) -> bool:
+        """Whether the next of `VALIDATIONS` is reached, and the last one long enough ago."""
+        return self.progress >= self.next and self.counters.seconds >= self.rested
+
+    def validated(self) -> None:
+        """Looks at the time after a validation, which has taken all of it since the last look."""
+        self.counters.validation = self.earlier + self.session() - self.counters.seconds
+        self.tick()
+        self.next = self._next()
+        if self.config.max_time is not None:  # or what a run comes to would depend on its speed
+            self.rested = self.counters.seconds + REST * self.counters.validation
+
+    def _next(self) -> float:
+        # Where validating takes long, validations that were missed are not made up for.
+        return min((progress for progress in VALIDATIONS if progress > self.progress), default=math.inf)
+
+
+def _validated(
+    report: StepReport, learner: Learner, held_out: Sequence[Batch], dtype: torch.dtype, clock: _Clock
+) -> StepReport:
+    """A report of this moment, and what the held-out texts say; a latent that is not being used is treated.
+
+    Raises:
+        DivergedError: where a figure is not finite.
+    """
+    config, counters = learner.config, learner.counters
+    without = config.without_latent
+    figures = measure(learner.model, held_out, seed=config.seed, dtype=dtype, without_latent=without)
     if not all(math.isfinite(value) for value in asdict(figures).values()):
-        raise diverged("validation is not finite", learner.counters.step)
-    return figures
+        raise diverged("validation is not finite", counters.step)
+    improved = _is_best(learner, figures, clock.progress)
+    clock.validated()
+    wrong = None if without else diagnosis(figures, config)
+    cure = None
+    if wrong is not None and not report.done and treatable(config, counters.step, clock.progress, counters.treated_at):
+        cure = treatment(config, again=counters.treated_at != UNTREATED)
+        counters.treated_at = clock.progress
+    return replace(
+        report,
+        progress=clock.progress,
+        seconds=counters.seconds,
+        figures=figures,
+        diagnosis=wrong,
+        treatment=cure,
+        improved=improved,
+    )
 
 
 def _is_best(learner: Learner, figures: Figures, progress: float) -> bool:
