@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, repeat, tee, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +35,6 @@ from gptvae_cli.evaluation import (
 from gptvae_cli.sampling import Encoder
 
 Columns = dict[str, npt.NDArray[np.float64]]
-Arrays = dict[str, npt.NDArray[Any]]
 Row = Sequence[int]
 Item = tuple[tuple[int, Row], Row | None]
 """The place of a text, the text, and what the encoder reads in its stead."""
@@ -58,17 +57,35 @@ _PER_TEXT = {
 """Columns of nats, and what they are called of one text."""
 
 
+class Posteriors(NamedTuple):
+    """Texts and their posteriors.
+
+    Args:
+        places_N: in the corpus.
+        texts_N: strings.
+        read_N: numbers of what the encoder read, see `read_keys_of`.
+        mean_NZ, log_var_NZ: float32.
+        sample_NZ: the latent that was drawn from each, float32.
+    """
+
+    places_N: npt.NDArray[Any]
+    texts_N: npt.NDArray[Any]
+    read_N: npt.NDArray[Any]
+    mean_NZ: npt.NDArray[Any]
+    log_var_NZ: npt.NDArray[Any]
+    sample_NZ: npt.NDArray[Any]
+
+
 @dataclass(frozen=True, eq=False)
 class Piece:
     """What was measured of some consecutive texts: columns and hashes of the texts [N], and for a model with a latent
-    their `posteriors`: places in the corpus, texts, and numbers of what the encoder read [N], means, log-variances and
-    a sample of each [N Z]. Their `places` count the texts that have nothing to measure, too."""
+    their posteriors. Their `places` count the texts that have nothing to measure, too."""
 
     places: list[int]
     columns: Columns
     keys_N: Keys
-    texts_N: Keys
-    posteriors: Arrays | None
+    hashes_N: Keys
+    posteriors: Posteriors | None
 
 
 def measured_together(
@@ -167,12 +184,12 @@ def measured(
         texts = [tokenizer.decode(ids) for ids in plain]
         ends_N = np.array([row[-1] == config.eos_id for row in targets])
         columns = tally(plain, texts, ends_N)
-        texts_N = np.array([hash(each) for each in zip(texts, columns["bytes"].tolist(), strict=True)])
+        hashes_N = np.array([hash(each) for each in zip(texts, columns["bytes"].tolist(), strict=True)])
         if not checkpoint.header.has_latent:
             columns["nll"] = measure_without_latent(model, batches, dtype=dtype).numpy()[back]
             done += len(targets)
             on_progress(done)
-            yield Piece(places, columns, keys_N, texts_N, None)
+            yield Piece(places, columns, keys_N, hashes_N, None)
             continue
         found = measure_texts(model, batches, seed=seed, dtype=dtype)
         nll_N = importance_weighted(
@@ -197,16 +214,16 @@ def measured(
             "exact": np.array([a == b for a, b in zip(plain, written, strict=True)], float),
             **dict(zip(NGRAMS, np.array(ngrams, float).T, strict=True)),
         }
-        posteriors = {
-            "place": np.array(places),
-            "text": np.array(texts, dtype=object),
-            "read": read_keys_of(batches, config.pad_id)[back],
-            "mean": mean_NZ.numpy(),
-            "log_var": found.posterior.log_var_BZ[back].numpy(),
-            "sample": found.sample_NZ[back].numpy(),
-        }
+        posteriors = Posteriors(
+            places_N=np.array(places),
+            texts_N=np.array(texts, dtype=object),
+            read_N=read_keys_of(batches, config.pad_id)[back],
+            mean_NZ=mean_NZ.numpy(),
+            log_var_NZ=found.posterior.log_var_BZ[back].numpy(),
+            sample_NZ=found.sample_NZ[back].numpy(),
+        )
         done += len(targets)
-        yield Piece(places, columns, keys_N, texts_N, posteriors)
+        yield Piece(places, columns, keys_N, hashes_N, posteriors)
 
 
 class _Tally:
@@ -268,9 +285,11 @@ class Gathered:
     keys: list[Keys] = field(default_factory=list)
     hashes: list[Keys] = field(default_factory=list)
     means: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    sample: Arrays | None = None
-    """Posteriors of the texts whose rank is among the lowest, in order of rank. Ranks are as good as random, so these
-    are a random sample of the texts, the same one in whatever order the texts come."""
+    sample: Posteriors | None = None
+    """Of the texts whose rank is among the lowest, in order of rank. Ranks are as good as random, so these are a random
+    sample of the texts, the same one in whatever order the texts come."""
+    ranks: Keys = field(default_factory=lambda: np.array([], dtype=np.int64))
+    """Of the sample."""
     seen: Counter[int] = field(default_factory=Counter)
 
     def add(self, piece: Piece) -> None:
@@ -278,14 +297,14 @@ class Gathered:
         self.places += piece.places
         self.columns.append(piece.columns)
         self.keys.append(piece.keys_N)
-        self.hashes.append(piece.texts_N)
+        self.hashes.append(piece.hashes_N)
         if piece.posteriors is not None:
-            self.means.append(piece.posteriors["mean"])
-            ranked = {"rank": self._ranks(piece.keys_N), **piece.posteriors}
+            self.means.append(piece.posteriors.mean_NZ)
+            both, ranks_N = piece.posteriors, np.append(self.ranks, self._ranks(piece.keys_N))
             if self.sample is not None:
-                ranked = {name: np.concatenate([self.sample[name], ranked[name]]) for name in ranked}
-            lowest = np.argsort(ranked["rank"], kind="stable")[:SAMPLE_TEXTS]
-            self.sample = {name: values[lowest] for name, values in ranked.items()}
+                both = Posteriors(*(np.concatenate(pair) for pair in zip(self.sample, both, strict=True)))
+            lowest = np.argsort(ranks_N, kind="stable")[:SAMPLE_TEXTS]
+            self.ranks, self.sample = ranks_N[lowest], Posteriors(*(values[lowest] for values in both))
 
     def _ranks(self, keys_N: Keys) -> Keys:
         """Of texts with these keys, which are hashes: equal texts have one key, and each time another rank."""

@@ -17,7 +17,7 @@ import torch
 from gptvae_cli import bleu, bootstrap
 from gptvae_cli.errors import CheckpointError, ConfigError
 from gptvae_cli.latent import LEAST_NATS, active_dimensions, entropy, has_collapsed, pointwise_information
-from gptvae_cli.measuring import NGRAMS, Arrays, Gathered
+from gptvae_cli.measuring import NGRAMS, Gathered, Posteriors
 from gptvae_cli.probe import PROTOCOL, probe
 
 _COUNTS = ("texts", "empty", "tokens", "words", "bytes")
@@ -88,7 +88,7 @@ def report(
         values["bleu"] = None
         del intervals["bleu"]
     values |= {"nll_samples": samples, "bleu_signature": bleu.SIGNATURE}
-    information_N = pointwise_information(*(torch.from_numpy(sample[name]) for name in ("mean", "log_var", "sample")))
+    information_N = pointwise_information(*map(torch.from_numpy, (sample.mean_NZ, sample.log_var_NZ, sample.sample_NZ)))
     # An estimate of nothing may be below it.
     values |= _information(model, sample, max(0.0, float(information_N.mean())), values["kl_nats_per_text"])
     lost = values["cross_entropy_shuffled_nats_per_text"] - values["cross_entropy_nats_per_text"]
@@ -146,9 +146,9 @@ def figures(sums: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _information(model: Gathered, sample: Arrays, information: float, kl: float) -> dict[str, Any]:
+def _information(model: Gathered, sample: Posteriors, information: float, kl: float) -> dict[str, Any]:
     """What the latent carries."""
-    texts, most = len(sample["text"]), entropy(sample["read"])
+    texts, most = len(sample.texts_N), entropy(sample.read_N)
     mean_NZ = torch.from_numpy(np.concatenate(model.means))
     return {
         "mutual_information_nats": information,
@@ -163,11 +163,11 @@ def _information(model: Gathered, sample: Arrays, information: float, kl: float)
 
 
 def _probe(
-    sample: Arrays, labels: Sequence[str], seed: int
+    sample: Posteriors, labels: Sequence[str], seed: int
 ) -> tuple[dict[str, Any], tuple[float, float], tuple[float, float]]:
     """The probes' figures, and the intervals of both accuracies over the held-out texts."""
-    texts, read = sample["text"].tolist(), sample["read"].tolist()
-    found = probe(sample["mean"], texts, [labels[place] for place in sample["place"]], seed=seed, read=read)
+    texts, read = sample.texts_N.tolist(), sample.read_N.tolist()
+    found = probe(sample.mean_NZ, texts, [labels[place] for place in sample.places_N], seed=seed, read=read)
     held_out = len(found.latent)
     latent, words = (bootstrap.of_share(int(flags.sum()), held_out) for flags in (found.latent, found.words))
     values = {

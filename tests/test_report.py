@@ -21,7 +21,7 @@ from gptvae_cli.data import batches_of, padded
 from gptvae_cli.errors import CheckpointError, ConfigError
 from gptvae_cli.evaluation import importance_weighted, measure, reconstruct
 from gptvae_cli.latent import mutual_information
-from gptvae_cli.measuring import Gathered, Piece, measured
+from gptvae_cli.measuring import Gathered, Piece, Posteriors, measured
 from gptvae_cli.objective import Noise, objective
 from gptvae_cli.probe import Probe
 from gptvae_cli.sampling import Encoder
@@ -132,16 +132,16 @@ def test_information_is_that_of_a_random_sample_where_there_are_many(
     found, gathered = values_of(checkpoint, TEXTS), gather(checkpoint, TEXTS)
     sample = gathered.sample
     assert sample is not None
-    assert found["mutual_information_texts"] == len(sample["text"]) == 6
+    assert found["mutual_information_texts"] == len(sample.texts_N) == 6
     assert found["mutual_information_nats"] <= math.log(6)
     # Those with the lowest ranks, each beside its own posterior.
-    places_M = sample["place"]
-    assert sample["rank"].tolist() == sorted(sample["rank"])
+    places_M = sample.places_N
+    assert gathered.ranks.tolist() == sorted(gathered.ranks)
     assert len(set(places_M)) == 6
-    assert sample["text"].tolist() == [TEXTS[i][:23] for i in places_M]
+    assert sample.texts_N.tolist() == [TEXTS[i][:23] for i in places_M]
     means_NZ = np.concatenate(gathered.means)
-    assert np.array_equal(sample["mean"], means_NZ[places_M])
-    tensors = [torch.from_numpy(sample[name]) for name in ("mean", "log_var", "sample")]
+    assert np.array_equal(sample.mean_NZ, means_NZ[places_M])
+    tensors = map(torch.from_numpy, (sample.mean_NZ, sample.log_var_NZ, sample.sample_NZ))
     assert found["mutual_information_nats"] == pytest.approx(mutual_information(*tensors))
     assert values_of(checkpoint, TEXTS[::-1])["mutual_information_nats"] == pytest.approx(
         found["mutual_information_nats"], rel=1e-4
@@ -156,7 +156,7 @@ def test_of_a_sample_too_it_is_known_which_texts_are_equal(
     texts = ["a", "bcdefg", "a", "hi", "bcdefg", "jklmno pqrs", "a", "t", "uv", "wxyz wxyz", "hi", "a"]
     found = gather(checkpoint, texts)
     assert found.sample is not None
-    shares = np.array([*Counter(found.sample["text"].tolist()).values()]) / 8
+    shares = np.array([*Counter(found.sample.texts_N.tolist()).values()]) / 8
     assert 1 < len(shares) < 8
     values = report.report(found, samples=SAMPLES, seed=2).values
     assert values["mutual_information_most_nats"] == pytest.approx(-(shares * np.log(shares)).sum())
@@ -214,10 +214,11 @@ def test_a_text_that_is_there_often_is_as_often_in_the_sample(monkeypatch: pytes
         keys_N = random.permutation(np.append(np.random.default_rng(1).integers(0, 2**63, 7000), [12345] * 3000))
         found = Gathered()
         for part_N in np.array_split(keys_N, count):
-            found.add(Piece([], {}, part_N, part_N, {"mean": np.zeros((len(part_N), 1)), "key": part_N}))
+            none_NZ, texts_N = np.zeros((len(part_N), 1), dtype="float32"), np.full(len(part_N), "", dtype=object)
+            found.add(Piece([], {}, part_N, part_N, Posteriors(part_N, texts_N, part_N, none_NZ, none_NZ, none_NZ)))
         assert found.sample is not None
-        assert 0.25 < np.mean(found.sample["key"] == 12345) < 0.35
-        samples.append(found.sample["key"].tolist())
+        assert 0.25 < np.mean(found.sample.read_N == 12345) < 0.35
+        samples.append(found.sample.read_N.tolist())
     assert samples[0] == samples[1]
 
 
