@@ -47,14 +47,8 @@ NGRAMS = [f"bleu_{i}" for i in range(bleu.COUNTS)]
 _GOLDEN = 0x4F1BBCDCBFA53E0B
 """2^63 over the golden ratio: multiples of it, modulo 2^63, are spread as evenly as can be."""
 _PIECE_TEXTS, _PIECE_TOKENS = 4096, 2**21
-_PER_TEXT = {
-    "nll": "nll_nats",
-    "right": "cross_entropy_nats",
-    "shuffled": "cross_entropy_shuffled_nats",
-    "without": "cross_entropy_without_nats",
-    "kl": "kl_nats",
-}
-"""Columns of nats, and what they are called of one text."""
+_NATS = ("nll", "cross_entropy", "cross_entropy_shuffled", "cross_entropy_without", "kl")
+"""Columns of nats."""
 
 
 class Posteriors(NamedTuple):
@@ -206,9 +200,9 @@ def measured(
         ngrams = [bleu.counts(a, tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
         columns |= {
             "nll": nll_N.numpy()[back],
-            "right": found.cross_entropy_N.numpy()[back],
-            "shuffled": found.cross_entropy_shuffled_N.numpy()[back],
-            "without": found.cross_entropy_without_N.numpy()[back],
+            "cross_entropy": found.cross_entropy_N.numpy()[back],
+            "cross_entropy_shuffled": found.cross_entropy_shuffled_N.numpy()[back],
+            "cross_entropy_without": found.cross_entropy_without_N.numpy()[back],
             "kl": found.kl_N.numpy()[back],
             "correct": np.array([correct_tokens(*each) for each in zip(plain, written, ends_N, strict=True)], float),
             "exact": np.array([a == b for a, b in zip(plain, written, strict=True)], float),
@@ -328,7 +322,7 @@ class Gathered:
         for columns in self.columns:
             for i in range(len(columns["nll"])):
                 counts = {name: round(columns[name][i]) for name in ("tokens", "bytes")}
-                nats = {name: float(columns[key][i]) for key, name in _PER_TEXT.items() if key in columns}
+                nats = {f"{name}_nats": float(columns[name][i]) for name in _NATS if name in columns}
                 whole = {"exact_match": bool(columns["exact"][i])} if "exact" in columns else {}
                 yield {"row": next(places), **counts, **nats, **whole}
 

@@ -133,12 +133,12 @@ def figures(sums: Mapping[str, float]) -> dict[str, float]:
     if "kl" not in sums:
         return found
     if "baseline" in sums:
-        found["efficiency_nats_per_nat"] = (sums["baseline"] - sums["right"]) / max(1e-9, sums["kl"])
+        found["efficiency_nats_per_nat"] = (sums["baseline"] - sums["cross_entropy"]) / max(1e-9, sums["kl"])
     return found | {
-        "nll_bound_nats_per_text": (sums["right"] + sums["kl"]) / texts,
-        "cross_entropy_nats_per_text": sums["right"] / texts,
-        "cross_entropy_shuffled_nats_per_text": sums["shuffled"] / texts,
-        "cross_entropy_without_nats_per_text": sums["without"] / texts,
+        "nll_bound_nats_per_text": (sums["cross_entropy"] + sums["kl"]) / texts,
+        "cross_entropy_nats_per_text": sums["cross_entropy"] / texts,
+        "cross_entropy_shuffled_nats_per_text": sums["cross_entropy_shuffled"] / texts,
+        "cross_entropy_without_nats_per_text": sums["cross_entropy_without"] / texts,
         "kl_nats_per_text": sums["kl"] / texts,
         "token_accuracy": sums["correct"] / sums["tokens"],
         "exact_match": sums["exact"] / texts,

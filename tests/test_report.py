@@ -185,8 +185,8 @@ def test_everything_is_computed_in_the_type_that_was_asked_for(checkpoint: Check
     found = measure(checkpoint.model, batches, seed=2, dtype=torch.bfloat16)
     (columns,) = [piece.columns for piece in rounded]
     assert columns["nll"].mean() == pytest.approx(float(nll_N.mean()), rel=1e-6)
-    assert columns["right"].mean() == pytest.approx(found.cross_entropy, rel=1e-6)
-    for name in ("nll", "right", "shuffled", "without", "kl"):
+    assert columns["cross_entropy"].mean() == pytest.approx(found.cross_entropy, rel=1e-6)
+    for name in ("nll", "cross_entropy", "cross_entropy_shuffled", "cross_entropy_without", "kl"):
         assert not np.allclose(columns[name], exact[0].columns[name], rtol=1e-6, atol=0), name
 
 
@@ -300,10 +300,7 @@ def test_a_latent_that_the_decoder_does_not_hear_is_not_used(
     """Whatever it carries: another text's does as well, within a nat."""
     found = gather(checkpoint, ["the quick fox", "日本"] * 50)
     for columns in found.columns:
-        columns["right"], columns["shuffled"] = (
-            np.full_like(columns["right"], 3.0),
-            np.full_like(columns["right"], shuffled),
-        )
+        columns["cross_entropy"][:], columns["cross_entropy_shuffled"][:] = 3.0, shuffled
     values = report.report(found, samples=SAMPLES, seed=2).values
     assert (values["collapsed"], values["latent_used"]) == (False, used)
 
