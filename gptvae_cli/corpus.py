@@ -152,18 +152,7 @@ class Corpus:
             ConfigError: for a validation file where the encoder reads other texts: it has none of those.
             GPTVAEError: where a process that tokenises was killed.
         """
-        if config.latents_from is not None and config.valid_file is not None:
-            raise ConfigError(
-                f"valid is {config.valid!r}, it must be a share of the corpus where latents-from names a file",
-                hint="leave --valid out, or say for example --valid 0.05",
-            )
-        if config.latents_from is not None and [config.latents_from] == list(sources):
-            raise ConfigError(
-                f"latents-from is {config.latents_from}, the corpus itself, which the encoder reads anyway",
-                hint="leave it out, or give each side a file of its own",
-            )
-        if config.valid_file is not None:
-            expand([config.valid_file])  # it is read last, and a wrong name need not cost hours
+        _check_files(sources, config)
         folder.mkdir(parents=True, exist_ok=True)
         for stale in [_FACTS_NAME, *_sizes(folder)]:
             (folder / stale).unlink(missing_ok=True)
@@ -235,6 +224,22 @@ class Corpus:
     def _is_marked_by(self, sources: Sequence[str], config: DataConfig) -> bool:
         """Whether it has the fingerprint of these sources, and so is known to be of them."""
         return self.fingerprint is not None and self.fingerprint == fingerprint(sources, config)
+
+
+def _check_files(sources: Sequence[str], config: DataConfig) -> None:
+    """Raises a `ConfigError` for files that do not go together, a `DataError` for a validation file that is missing."""
+    if config.latents_from is not None and config.valid_file is not None:
+        raise ConfigError(
+            f"valid is {config.valid!r}, it must be a share of the corpus where latents-from names a file",
+            hint="leave --valid out, or say for example --valid 0.05",
+        )
+    if config.latents_from is not None and [config.latents_from] == list(sources):
+        raise ConfigError(
+            f"latents-from is {config.latents_from}, the corpus itself, which the encoder reads anyway",
+            hint="leave it out, or give each side a file of its own",
+        )
+    if config.valid_file is not None:
+        expand([config.valid_file])  # it is read last, and a wrong name need not cost hours
 
 
 def is_cache_file(name: str) -> bool:
