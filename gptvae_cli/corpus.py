@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -165,24 +166,24 @@ class Corpus:
         reason = "that of the run"
         if tokenizer is None:
             # A corpus may be sorted; but what comes through a pipe is gone.
-            sample = pairs_from_all(sources, config) if rest and mark is not None else iter(beginning)
-            tokenizer, reason = make_tokenizer(config, sample)
-            del sample  # or it would stay in memory until all is read, as would the beginning
+            again = bool(rest) and mark is not None
+            tokenizer, reason = make_tokenizer(config, pairs_from_all(sources, config) if again else iter(beginning))
         share = None if config.unit == "window" else config.valid_share
         salt = 0 if share is None else even_salt([text for text, _ in beginning], share)
-        all_pairs = chain(beginning, rest, pairs)
-        del beginning
-        ingest = Ingest(folder, tokenizer, config, repairs, salt)
         try:
-            ingest.all(all_pairs, on_progress)
+            with closing(Ingest(folder, tokenizer, config, repairs, salt)) as ingest:
+                ingest.all(chain(beginning, rest, pairs), on_progress)
         except BrokenProcessPool as error:
             raise GPTVAEError("a process that tokenises was killed", hint="there may be too little memory") from error
-        finally:
-            ingest.close()
         (folder / _TOKENIZER_NAME).write_text(tokenizer.to_json(), "utf-8")
-        digest = ingest.digest.hexdigest()
         facts = CorpusFacts(
-            ingest.texts, pairs.empty, ingest.characters, digest, reason, repairs.count, repairs.records
+            texts=ingest.texts,
+            empty=pairs.empty,
+            characters=ingest.characters,
+            digest=ingest.digest.hexdigest(),
+            tokenizer_reason=reason,
+            replaced=repairs.count,
+            records=repairs.records,
         )
         content = {"format": _CACHE_FORMAT, "fingerprint": mark, "facts": asdict(facts), "sizes": _sizes(folder)}
         part = folder / f"{_FACTS_NAME}.part"
