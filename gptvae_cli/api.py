@@ -129,7 +129,9 @@ class Model:
         """What a text is: `line`, `paragraph`, `file` or `window`. A `line` that is written has no line break."""
         return self.header.data.unit
 
-    def encode(self, texts: Iterable[str], *, sample: bool = False, seed: int | None = None) -> Floats:
+    def encode(
+        self, texts: Iterable[str], *, sample: bool = False, refine: bool = False, seed: int | None = None
+    ) -> Floats:
         """The latents of texts, in their order, float32 [N Z]; no texts give (0, Z).
 
         Warns (UserWarning) of texts that are longer than the model; their beginning counts.
@@ -138,16 +140,21 @@ class Model:
             texts: each is one row; where the unit is `window`, a row for each of its consecutive windows. Line breaks
                 become spaces where the unit is `line`.
             sample: a random draw of each posterior instead of its mean.
-            seed: of these draws; None is a new one.
+            refine: fit each latent to its text by gradient descent, so that the text comes back more closely, which
+                takes many times as long.
+            seed: of the draws; None is a new one.
 
         Raises:
-            CheckpointError: for a model that was trained without a latent.
-            ConfigError: for one string in place of a list, or a seed below 0.
+            CheckpointError: for a model that was trained without a latent, or to refine one that writes other texts
+                than it encodes.
+            ConfigError: for one string in place of a list, a seed below 0, or `sample` together with `refine`.
             DataError: for what is not a string, or not valid Unicode.
         """
+        if sample and refine:
+            raise ConfigError("sample draws from posteriors, which refine leaves alone", hint="leave one of them out")
         seed = _seed(seed)
-        encodings = enumerate(self._encoded(texts))
-        return self._stack([e.sample(seed, row) if sample else e.mean_Z for row, e in encodings])
+        encodings = enumerate(self._encoded(texts, refine=refine))
+        return self._stack([e.sample(seed, row) if sample else e.latent_Z for row, e in encodings])
 
     def posterior(self, texts: Iterable[str]) -> Posteriors:
         """Mean and standard deviation of the posteriors of texts, rows as in `encode`.
@@ -274,7 +281,12 @@ class Model:
         return self._write(rows, copies, config, prompt)
 
     def interpolate(
-        self, *points: str | npt.ArrayLike, steps: int = 7, path: PathKind = "slerp", guidance: float = 1.0
+        self,
+        *points: str | npt.ArrayLike,
+        steps: int = 7,
+        path: PathKind = "slerp",
+        refine: bool = False,
+        guidance: float = 1.0,
     ) -> list[str]:
         """Texts along a path from one point to the next, greedily.
 
@@ -282,29 +294,34 @@ class Model:
             points: N of them, each a text or a latent [Z].
             steps: from one point to the next, both counted.
             path: `slerp`, along an arc around the origin with the norm in between, or `lerp`, straight.
+            refine: of the points that are texts, as in `encode`.
             guidance: as in `generate`.
 
         Returns:
             (N - 1) x (steps - 1) + 1 texts. Those at the points are what the model makes of the latents that went in.
 
         Raises:
-            CheckpointError: for a model that was trained without a latent.
+            CheckpointError: for a model that was trained without a latent, or to refine as in `encode`.
             ConfigError: for fewer than two points or steps, or another kind of path.
             DataError: for a point that is not one text or one latent of this model.
         """
         config = SampleConfig(guidance=guidance, greedy=True)
         self.header.require_latent("the model")
         self.header.require_guidance(config.guidance, "the model")
+        if refine:
+            self.header.require_refinement("the model")
         steps, points_NZ = _whole("steps", steps, least=2), []
         for place, point in enumerate(points):  # no comprehension, which is a line of its own to a warning
-            points_NZ.append(self._point(point, f"points[{place}]"))
+            points_NZ.append(self._point(point, f"points[{place}]", refine=refine))
         with _default_cpu():
             path_KZ = sampling.walk(self._stack(points_NZ), steps, path)
         return self._write(path_KZ, 1, config, "")
 
-    def _encoded(self, texts: Iterable[str]) -> list[Encoding]:
+    def _encoded(self, texts: Iterable[str], *, refine: bool = False) -> list[Encoding]:
         self.header.require_latent("the model")
-        encoder = Encoder(self._checkpoint, self.header.data.unit)
+        if refine:
+            self.header.require_refinement("the model")
+        encoder = Encoder(self._checkpoint, self.header.data.unit, refine=refine)
         with _default_cpu():
             encodings = list(encoder.encode(self._checked(texts)))
         _warn(encoder)
@@ -337,9 +354,9 @@ class Model:
     def _stack(self, rows: Sequence[Floats]) -> Floats:
         return np.stack(rows) if rows else np.empty((0, self.dim_latent), np.float32)
 
-    def _point(self, point: str | npt.ArrayLike, name: str) -> Floats:
+    def _point(self, point: str | npt.ArrayLike, name: str, *, refine: bool) -> Floats:
         if isinstance(point, str):
-            encoder = Encoder(self._checkpoint, self.header.data.unit)
+            encoder = Encoder(self._checkpoint, self.header.data.unit, refine=refine)
             with _default_cpu():
                 latent_Z = encoder.point(of_unit(point, self.header.data.unit))
             _warn(encoder)

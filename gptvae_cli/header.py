@@ -88,6 +88,12 @@ class ModelHeader:
         return not (isinstance(train, dict) and train.get("latents_dropout_prob") == 1)
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether the decoder has learnt to write both with a latent and without one."""
+        train = self.training.get("train")
+        return self.has_latent and not (isinstance(train, dict) and train.get("latents_dropout_prob") == 0)
+
+    @property
     def reads_other_texts(self) -> bool:
         """Whether the latents come from other texts than the model writes: it was trained with `--latents-from`."""
         return self.has_latent and self.data.latents_from is not None
@@ -120,11 +126,26 @@ class ModelHeader:
         if guidance == 1:
             return
         self.require_latent(name)
-        train = self.training.get("train")
-        if isinstance(train, dict) and train.get("latents_dropout_prob") == 0:
+        if not self.takes_guidance:
             raise CheckpointError(
                 f"guidance compares with no latent, and {name} has always had one: --latents-dropout-prob was 0",
                 hint="leave guidance out, or train with --latents-dropout-prob 0.1",
+            )
+
+    def require_refinement(self, name: str | Path) -> None:
+        """Keeps texts that only an encoder reads from being written.
+
+        Args:
+            name: what the error calls the model.
+
+        Raises:
+            CheckpointError: for a model without a latent, and for one that writes other texts than it encodes.
+        """
+        self.require_latent(name)
+        if self.reads_other_texts:
+            raise CheckpointError(
+                f"a latent is refined so that its text comes back, and {name} writes other texts than it encodes",
+                hint="leave refining out",
             )
 
     def to_metadata(self) -> dict[str, str]:

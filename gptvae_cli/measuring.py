@@ -16,12 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from gptvae_cli import bleu
 from gptvae_cli.checkpoint import Checkpoint
 from gptvae_cli.config import Unit
 from gptvae_cli.data import batches_of
-from gptvae_cli.device import tokens_together
+from gptvae_cli.device import autocast, tokens_together
 from gptvae_cli.evaluation import (
     Keys,
     correct_tokens,
@@ -32,6 +34,9 @@ from gptvae_cli.evaluation import (
     read_keys_of,
     write_greedily,
 )
+from gptvae_cli.model import Posterior
+from gptvae_cli.objective import Batch
+from gptvae_cli.refinement import refined
 from gptvae_cli.sampling import Encoder
 
 Columns = dict[str, npt.NDArray[np.float64]]
@@ -91,6 +96,7 @@ def measured_together(
     most: int | None,
     samples: int,
     guidance: float,
+    refine: bool,
     seed: int,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> tuple[list[Gathered], int, list[str]]:
@@ -101,7 +107,7 @@ def measured_together(
         models: side by side, so that no model's share of the texts has to wait in memory for another's.
         texts: as `read_texts` gives them.
         sources: what the encoder of a model reads that was trained so, one for each text.
-        unit, samples, guidance, seed: as in `measured`.
+        unit, samples, guidance, refine, seed: as in `measured`.
         most: texts, or windows of them; None is all.
         on_progress: called with the texts that the first model has measured so far.
     """
@@ -124,6 +130,7 @@ def measured_together(
                 unit=unit,
                 samples=samples,
                 guidance=guidance,
+                refine=refine,
                 seed=seed,
                 on_progress=told,
             )
@@ -145,6 +152,7 @@ def measured(
     unit: Unit,
     samples: int,
     guidance: float = 1.0,
+    refine: bool = False,
     seed: int = 0,
     on_progress: Callable[[int], None] = lambda texts: None,
 ) -> Iterator[Piece]:
@@ -157,6 +165,7 @@ def measured(
         unit: what a text is; of `window` they are windows of running ones.
         samples: K of the importance-weighted likelihood.
         guidance: of the reconstruction, see `SampleConfig`.
+        refine: reconstruct from latents that are fitted to the texts, not from the means.
         seed: of the latents that are drawn.
         on_progress: called with the texts measured so far.
     """
@@ -195,8 +204,8 @@ def measured(
             on_progress=lambda texts, before=done: on_progress(before + texts),  # type: ignore[misc]
         )
         mean_NZ = found.posterior.mean_BZ[back]
-        means_NZ = mean_NZ.to(model.device)
-        written = write_greedily(model, means_NZ, constraint=constraint, guidance=guidance, dtype=dtype)
+        latents_NZ = _refined(checkpoint, batches, found.posterior)[back] if refine else mean_NZ.to(model.device)
+        written = write_greedily(model, latents_NZ, constraint=constraint, guidance=guidance, dtype=dtype)
         ngrams = [bleu.counts(a, tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
         columns |= {
             "nll": nll_N.numpy()[back],
@@ -218,6 +227,19 @@ def measured(
         )
         done += len(targets)
         yield Piece(places, columns, keys_N, hashes_N, posteriors)
+
+
+def _refined(checkpoint: Checkpoint, batches: Sequence[Batch], posterior: Posterior) -> Tensor:
+    """Latents of all texts, in the order of the batches, that are fitted to them [N Z]."""
+    model, guided = checkpoint.model, checkpoint.header.takes_guidance
+    means = torch.split(posterior.mean_BZ.to(model.device), [len(batch.tokens_BT) for batch in batches])
+    with model.evaluating(), autocast(model.device, checkpoint.dtype):
+        return torch.cat(
+            [
+                refined(model, batch.to(model.device).tokens_BT, mean_BZ, guided=guided)
+                for batch, mean_BZ in zip(batches, means, strict=True)
+            ]
+        )
 
 
 class _Tally:

@@ -28,6 +28,7 @@ from gptvae_cli.device import autocast, resolve_device, resolve_dtype, tokens_to
 from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 from gptvae_cli.healing import take_back
 from gptvae_cli.noise import latent_noise
+from gptvae_cli.refinement import refined
 from gptvae_cli.text import Part, with_line_feeds
 from gptvae_cli.tokenizer import Tokenizer, pieces
 
@@ -69,13 +70,15 @@ def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto") -> Op
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """The posterior of one text: mean and standard deviation of every dimension of its latent, float32 [Z]."""
+    """The posterior of one text, mean and standard deviation of every dimension, and the latent that stands for the
+    text: this mean, or what it was refined to. All float32 [Z]."""
 
     mean_Z: Floats
     std_Z: Floats
+    latent_Z: Floats
 
     def sample(self, seed: int, row: int, copy: int = 0) -> Floats:
-        """A draw of the latent; the noise is that of a draw from the prior of the same name [Z]."""
+        """A draw of the posterior; the noise is that of a draw from the prior of the same name [Z]."""
         return self.mean_Z + self.std_Z * latent_noise(seed, row, copy, len(self.mean_Z))
 
 
@@ -85,10 +88,11 @@ class Encoder:
     Args:
         checkpoint: the model.
         unit: what a text is. A `window` text is cut into consecutive windows, each with a latent of its own.
+        refine: give latents from which the texts come back more closely in place of the means, see `refinement`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, unit: Unit) -> None:
-        self.checkpoint, self.unit = checkpoint, unit
+    def __init__(self, checkpoint: Checkpoint, unit: Unit, *, refine: bool = False) -> None:
+        self.checkpoint, self.unit, self.refine = checkpoint, unit, refine
         self.config = checkpoint.header.model
         self.cut = self.changed = 0
 
@@ -117,7 +121,7 @@ class Encoder:
             yield [encodings[tuple(row)] for row in rows]
 
     def point(self, text: str) -> Floats:
-        """The mean of the one posterior of a text, as a point of a path [Z].
+        """The one latent of a text, as a point of a path [Z].
 
         Raises:
             DataError: for a text that has none or several, windows.
@@ -128,7 +132,7 @@ class Encoder:
                 f"a point of the path is one window of {self.config.max_seq_len} tokens, a text has {len(encodings)}",
                 hint="shorten it, or --unit file takes its beginning",
             )
-        return encodings[0].mean_Z
+        return encodings[0].latent_Z
 
     def rows(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """What the model reads of texts: their tokens with BOS and EOS, or those of their windows.
@@ -173,20 +177,23 @@ class Encoder:
                     ids.clear()
             yield rows
 
-    @torch.inference_mode()
     def _posteriors(self, rows: Sequence[Sequence[int]]) -> list[Encoding]:
         """The posteriors of rows of tokens, computed in batches of rows about equally long."""
         model, dtype = self.checkpoint.model, self.checkpoint.dtype
         encodings: dict[int, Encoding] = {}
-        with autocast(model.device, dtype), model.frozen():
+        # Decoding, in inference mode, may be what asks for the next texts; refining needs gradients.
+        with torch.inference_mode(False), torch.no_grad(), autocast(model.device, dtype), model.frozen():
             for index in plan_batches(np.array([*map(len, rows)]), tokens_together(model.device, dtype)):
-                tokens_BT = padded([rows[i] for i in index], self.config.pad_id)
-                posterior = model.posterior(tokens_BT.to(model.device)).in_float32()
-                mean_BZ = posterior.mean_BZ.cpu().numpy()
-                std_BZ = (0.5 * posterior.log_var_BZ).exp().cpu().numpy()
-                if not (np.isfinite(mean_BZ).all() and np.isfinite(std_BZ).all()):
+                tokens_BT = padded([rows[i] for i in index], self.config.pad_id).to(model.device)
+                posterior = model.posterior(tokens_BT).in_float32()
+                found = [posterior.mean_BZ, (0.5 * posterior.log_var_BZ).exp()]
+                guided = self.checkpoint.header.takes_guidance
+                found.append(refined(model, tokens_BT, found[0], guided=guided) if self.refine else found[0])
+                mean_BZ, std_BZ, latent_BZ = (each_BZ.cpu().numpy() for each_BZ in found)
+                if not all(np.isfinite(each_BZ).all() for each_BZ in (mean_BZ, std_BZ, latent_BZ)):
                     raise CheckpointError("a latent is not a finite number: the weights of the model are too large")
-                encodings |= {int(i): Encoding(*both) for i, *both in zip(index, mean_BZ, std_BZ, strict=True)}
+                every = zip(index.tolist(), mean_BZ, std_BZ, latent_BZ, strict=True)
+                encodings |= {i: Encoding(*each) for i, *each in every}
         return [encodings[i] for i in range(len(rows))]
 
 
@@ -222,7 +229,7 @@ def numbered(pools: Iterable[Sequence[tuple[int, Floats]]], copies: int) -> Iter
 
 
 def encoded(pools: Iterable[Sequence[Encoding]], copies: int, seed: int | None) -> Iterator[Request | None]:
-    """The same of the means of posteriors; with a seed, of fresh draws of every posterior."""
+    """The same of the latents of texts; with a seed, of fresh draws of every posterior."""
     rows = count()
     for pool in pools:
         if not pool:
@@ -230,7 +237,7 @@ def encoded(pools: Iterable[Sequence[Encoding]], copies: int, seed: int | None) 
         for encoding in pool:
             row = next(rows)
             if seed is None:
-                yield from _copied(row, encoding.mean_Z, copies)
+                yield from _copied(row, encoding.latent_Z, copies)
             else:
                 draws = (torch.tensor(encoding.sample(seed, row, copy)) for copy in range(copies))
                 yield from (Request(row, copy, draw_Z) for copy, draw_Z in enumerate(draws))

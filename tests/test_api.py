@@ -86,6 +86,11 @@ def test_latents_are_those_of_gptvae_encode(model: Model, command: Callable[...,
     assert_array_equal(posterior.std_NZ, np.load("std.npy"))
     command("encode", "texts.txt", "--sample", "--seed", "7")
     assert_array_equal(model.encode(TEXTS, sample=True, seed=7), np.load("out"))
+    command("encode", "texts.txt", "--refine")
+    assert_array_equal(model.encode(TEXTS, refine=True), np.load("out"))
+    assert not np.allclose(latents, np.load("out"), atol=1e-2)
+    with pytest.raises(ConfigError, match="sample draws from posteriors, which refine leaves alone"):
+        model.encode(TEXTS, sample=True, refine=True)
 
 
 def test_tokens_are_those_of_gptvae_evaluate(model: Model, command: Callable[..., None]) -> None:
@@ -161,6 +166,8 @@ def test_a_path_is_that_of_gptvae_interpolate(model: Model, command: Callable[..
     guided = model.interpolate(*LATENTS[:3], steps=4, guidance=2.5)
     assert guided == written() != model.interpolate(*LATENTS[:3], steps=4)
     assert guided[0] == model.generate(LATENTS[0], greedy=True, guidance=2.5)[0]
+    command("interpolate", "--from", "naïve", "--to", "quite another", "--refine", "--format", "jsonl")
+    assert model.interpolate("naïve", "quite another", refine=True) == written()
     assert model.interpolate("naïve", LATENTS[0], steps=2) == [
         *model.generate(model.encode(["naïve"]), greedy=True),
         *model.generate(LATENTS[0], greedy=True),
@@ -566,7 +573,11 @@ def test_a_decoder_that_always_had_a_latent_cannot_be_guided(tmp_path: Path) -> 
 
 
 def test_a_text_alone_has_no_likelihood_where_latents_come_from_others(tmp_path: Path) -> None:
+    """And no latent can be fitted to it."""
     aligned = load(make_model(tmp_path / "aligned.safetensors", latents_from="train.txt"), device="cpu")
+    for use in (lambda: aligned.encode(["a"], refine=True), lambda: aligned.interpolate("a", "b", refine=True)):
+        with pytest.raises(CheckpointError, match="writes other texts than it encodes"):
+            use()
     with pytest.raises(ConfigError, match="come from other texts than it writes") as caught:
         aligned.nll(["a"])
     assert "--latents-from --per-text" in str(caught.value.hint)

@@ -30,7 +30,7 @@ ROWS: list[set[str]] = [
     {"model"},
     {"objective"},
     {"checkpoint", "data", "latent_file"},
-    {"evaluation"},
+    {"evaluation", "refinement"},
     {"doctor", "learner"},
     {"training", "sampling", "events", "hub", "folder"},
     {"fitting"},

@@ -298,7 +298,7 @@ def test_sampled_copies_differ_and_are_reproducible(checkpoint: Checkpoint) -> N
 
 
 def test_an_empty_list_asks_for_what_was_begun_to_be_written_first() -> None:
-    means = [Encoding(latent_Z, latent_Z) for latent_Z in rows_of(3)]
+    means = [Encoding(latent_Z, latent_Z, latent_Z) for latent_Z in rows_of(3)]
     for seed in (None, 1):
         found = sampling.encoded([[], means[:2], [], [], means[2:]], 2, seed)
         assert [each and (each.row, each.copy) for each in found] == [
@@ -311,7 +311,8 @@ def test_an_empty_list_asks_for_what_was_begun_to_be_written_first() -> None:
 
 
 def test_draws_of_a_posterior_have_its_mean_and_deviation() -> None:
-    encoding = Encoding(np.array([5, -1], np.float32), np.array([0.1, 2], np.float32))
+    mean_Z = np.array([5, -1], np.float32)
+    encoding = Encoding(mean_Z, np.array([0.1, 2], np.float32), mean_Z)
     drawn = np.stack([encoding.sample(0, row) for row in range(4000)])
     assert_allclose(drawn.mean(0), encoding.mean_Z, atol=5 * 2 / 4000**0.5)
     assert_allclose(drawn.std(0), encoding.std_Z, rtol=5 / (2 * 4000) ** 0.5)

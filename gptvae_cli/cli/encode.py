@@ -22,6 +22,7 @@ Write = Callable[["Floats"], object]
 EXAMPLES = """\
 gptvae encode reviews.txt > z.npy
 gptvae encode a.txt b.txt --out z.npy --std-out std.npy
+gptvae encode a.txt --refine | gptvae generate --latent - --greedy --guidance 2
 gptvae encode - < a.txt | gptvae generate --latent -
 gptvae encode reviews.jsonl --field review --format jsonl | jq .latent
 """
@@ -38,6 +39,7 @@ def encode(
     sample: Annotated[
         bool, typer.Option("--sample", help="A random draw of each posterior instead of its mean.")
     ] = False,
+    refine: flags.RefineOption = False,
     std_out: Annotated[
         str | None, typer.Option(metavar="FILE", help="Also write the posteriors' standard deviations, a .npy file.")
     ] = None,
@@ -60,7 +62,8 @@ def encode(
 ) -> None:
     """Turn texts into latents, in their order: a NumPy file, one row a text.
 
-    A latent is the mean of the text's posterior. A text of unit window has one for each of its windows.
+    A latent is the mean of the text's posterior, unless you --sample or --refine. A text of unit window has one for
+    each of its windows.
     """
     from gptvae_cli.header import locate_model, read_header
     from gptvae_cli.sources import expand
@@ -81,6 +84,12 @@ def encode(
     streams.refuse_input("--std-out", std_out, [*sources, str(path)])
     header = read_header(path)
     header.require_latent(path)
+    if refine:
+        if sample:
+            raise ConfigError(
+                "--sample draws from posteriors, which --refine leaves alone", hint="leave one of them out"
+            )
+        header.require_refinement(path)
     config = header.data.overridden(unit=unit, field=field, errors=errors)
     repairs = Repairs()
     texts = read_texts(sources, config, repairs=repairs)
@@ -88,7 +97,7 @@ def encode(
     checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
     from gptvae_cli.sampling import Encoder
 
-    encoder = Encoder(checkpoint, config.unit)
+    encoder = Encoder(checkpoint, config.unit, refine=refine)
     encodings = chain.from_iterable(encoder.encode_pools(streams.pools(texts, sources)))
     with ExitStack() as stack:
         write = stack.enter_context(latents_to(out, format, header.model.dim_latent))
@@ -97,7 +106,7 @@ def encode(
             write_std = stack.enter_context(latents_to(std_out, "npy", header.model.dim_latent))
         advance = stack.enter_context(console.progress("encoding", "texts", quiet=quiet, beside_data=on_stdout))
         for row, encoding in enumerate(encodings):
-            write(encoding.mean_Z if seed is None else encoding.sample(seed, row))
+            write(encoding.latent_Z if seed is None else encoding.sample(seed, row))
             if write_std is not None:
                 write_std(encoding.std_Z)
             advance(row + 1)

@@ -53,6 +53,10 @@ def evaluate(
     guidance: Annotated[
         float, typer.Option(metavar="W", help="Of the reconstruction, as generate --greedy takes it.")
     ] = 1.0,
+    refine: Annotated[
+        bool,
+        typer.Option("--refine", help="Reconstruct from latents that are fitted to the texts, as generate --refine."),
+    ] = False,
     labels: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="One label a line, for each text: how well z tells them apart."),
@@ -127,6 +131,8 @@ def evaluate(
     for name, each in zip(paths, headers, strict=True):
         if each is header or each.has_latent:  # a baseline reconstructs nothing
             each.require_guidance(SampleConfig(guidance=guidance).guidance, name)
+            if refine:
+                each.require_refinement(name)
     files = expand(read)
     streams.refuse_input("--per-text", per_text, [*files, *filter(None, [labels, latents_from]), *map(str, paths)])
     repairs = Repairs()
@@ -166,6 +172,7 @@ def evaluate(
                 most=texts or None,
                 samples=samples,
                 guidance=guidance,
+                refine=refine,
                 seed=seed,
                 on_progress=advance,
             )
@@ -186,6 +193,7 @@ def evaluate(
         "unit": data.unit,
         "latents_from": latents_from,
         "guidance": guidance,
+        "refine": refine,
         "labels": labels,
         "baseline": str(paths[1]) if len(paths) > 1 else None,
         "texts_cut": cut,

@@ -79,6 +79,14 @@ DebugOption = Annotated[
     bool,
     typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug, rich_help_panel=COMMON),
 ]
+RefineOption = Annotated[
+    bool,
+    typer.Option(
+        "--refine",
+        help="Fit every text's latent to it by gradient descent, so that the text comes back more closely; takes many"
+        " times as long as encoding.",
+    ),
+]
 UnitOption = Annotated[Unit | None, typer.Option(help="What one text is. [default: as the model was trained]")]
 FieldOption = Annotated[
     str | None,

@@ -58,6 +58,14 @@ def generate(
             rich_help_panel=_SOURCES,
         ),
     ] = False,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine",
+            help="With --ref and --text: fit every latent to its text, which then comes back more closely.",
+            rich_help_panel=_SOURCES,
+        ),
+    ] = False,
     add: Annotated[
         list[str] | None,
         typer.Option(
@@ -131,7 +139,7 @@ def generate(
         max_tokens=max_tokens,
     )
     directions = _weighed(add or [])
-    _check_sources({"--latent": latent, "--ref": ref, "--text": text, "--prior": prior}, sample=sample)
+    _check_sources({"--latent": latent, "--ref": ref, "--text": text, "--prior": prior}, sample=sample, refine=refine)
     if field is not None and ref is None:
         raise ConfigError("--field is of the texts of --ref, and there are none", hint="leave it out")
     if (latent, ref, text, prior) == (None, None, None, None) and streams.is_fed():
@@ -145,6 +153,8 @@ def generate(
     if (latent, ref, text, latents_out) != (None, None, None, None) or directions:
         header.require_latent(path)
     header.require_guidance(guidance, path)
+    if refine:
+        header.require_refinement(path)
     streams.refuse_stdout("--latents-out", latents_out)
     inputs = [*filter(None, [latent, ref]), *(name for name, _ in directions), str(path)]
     streams.refuse_input("--latents-out", latents_out, inputs)
@@ -174,7 +184,7 @@ def generate(
         checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
         from gptvae_cli import sampling
 
-        encoder = sampling.Encoder(checkpoint, data.unit)
+        encoder = sampling.Encoder(checkpoint, data.unit, refine=refine)
         total = None
         requests: Iterator[Request | None]
         if latents is not None:
@@ -272,14 +282,18 @@ def _noted(requests: Iterator[Request | None], write: Callable[[Floats], object]
         yield request
 
 
-def _check_sources(sources: dict[str, str | int | None], *, sample: bool) -> None:
+def _check_sources(sources: dict[str, str | int | None], *, sample: bool, refine: bool) -> None:
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} exclude each other", hint="leave all but one out")
-    if sample and given not in (["--ref"], ["--text"]):
-        raise ConfigError(
-            "--sample draws from the posterior of a text, and there is none", hint="use it with --ref or --text"
-        )
+    for option, asked, does in (
+        ("--sample", sample, "draws from the posterior of a text"),
+        ("--refine", refine, "fits a latent to its text"),
+    ):
+        if asked and given not in (["--ref"], ["--text"]):
+            raise ConfigError(f"{option} {does}, and there is none", hint="use it with --ref or --text")
+    if sample and refine:
+        raise ConfigError("--sample draws from posteriors, which --refine leaves alone", hint="leave one of them out")
 
 
 def _begun(latents: Iterator[tuple[int, Floats]]) -> Iterator[tuple[int, Floats]]:

@@ -50,6 +50,7 @@ def interpolate(
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Texts from one point to the next, both counted.")] = 7,
     kind: Annotated[PathKind, typer.Option("--path", help="Along an arc around the origin, or straight.")] = "slerp",
+    refine: flags.RefineOption = False,
     guidance: Annotated[
         float, typer.Option(metavar="W", help="Above 1, such as 2, keeps a text closer to its latent.")
     ] = 1.0,
@@ -88,6 +89,8 @@ def interpolate(
     header = read_header(path)
     header.require_latent(path)
     header.require_guidance(guidance, path)
+    if refine:
+        header.require_refinement(path)
     data, width = header.data.overridden(unit=unit, field=field, errors=errors), header.model.dim_latent
     printer = streams.TextWriter(format, data.unit, null=null)
     repairs = Repairs()
@@ -99,12 +102,15 @@ def interpolate(
     else:
         found = [_point(name, data, width, repairs) for name in points or []]
 
+    if refine and not any(isinstance(point, str) for point in found):
+        raise ConfigError("--refine fits latents to texts, and there are none", hint="leave it out")
+
     checkpoint = console.load_model(path, device=device, dtype=dtype, threads=threads, quiet=quiet)
     import numpy as np
 
     from gptvae_cli import sampling
 
-    encoder = sampling.Encoder(checkpoint, data.unit)
+    encoder = sampling.Encoder(checkpoint, data.unit, refine=refine)
     points_NZ = np.stack([encoder.point(point) if isinstance(point, str) else point for point in found])
     path_KZ = sampling.walk(points_NZ, steps, kind)
     if latents_out is not None:

@@ -71,7 +71,8 @@ def table(about: dict[str, Any], report: Report) -> Iterator[str]:
     )
     yield line("dimensions active", "active_001", "{:d}", f"{values['active_02']} strongly")
     guided = "" if about["guidance"] == 1 else f", guidance {about['guidance']:g}"
-    yield f"greedy reconstruction from the mean{guided}"
+    source = "a refined latent" if about["refine"] else "the mean"
+    yield f"greedy reconstruction from {source}{guided}"
     yield line("tokens in place", "token_accuracy", "{:.1%}")
     yield line("texts whole", "exact_match", "{:.1%}")
     if values["bleu"] is not None:

@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 from gptvae_cli.checkpoint import load, save_model
 from gptvae_cli.cli import streams
 from gptvae_cli.cli.app import app
+from gptvae_cli.objective import cross_entropy_BT
 from tests.cli.conftest import LONGEST, WIDTH, make_model
 from tests.cli.test_train import assert_fails
 
@@ -226,6 +227,45 @@ def test_a_draw_is_named_by_its_seed_and_its_row(encode: Encode, texts: Path) ->
     assert np.abs(latents(first)[0] - latents(first)[4]).min() > 0, "equal texts have draws of their own"
     fewer = encode("--sample", "--seed", "1", stdin="\n".join(TEXTS[:2]).encode() + b"\n")
     assert_allclose(latents(fewer), latents(first)[:2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_latent_may_be_fitted_to_its_text(encode: Encode, texts: Path, models: Path, tmp_path: Path) -> None:
+    """From which the text is then likelier than from the mean; the deviations stay those of the posterior."""
+    refined = latents(encode(texts, "--refine", "--std-out", tmp_path / "std.npy"))
+    means, stds = posteriors(models / "line.safetensors", TEXTS)
+    assert_allclose(array(tmp_path / "std.npy"), stds, atol=1e-5, rtol=1e-5)
+    assert_array_equal(refined[0], refined[4])
+    checkpoint = load(models / "line.safetensors", device=torch.device("cpu"))
+    config = checkpoint.header.model
+    for text, *both in zip(TEXTS, means, refined, strict=True):
+        tokens_1T = torch.tensor([[config.bos_id, *text.encode(), config.eos_id]])
+        with torch.no_grad():
+            mean_nats, nats = (
+                cross_entropy_BT(checkpoint.model, tokens_1T, torch.tensor(latent_Z[None])).sum() for latent_Z in both
+            )
+        assert nats < mean_nats
+    assert np.linalg.norm(refined, axis=1).max() <= max(WIDTH**0.5, np.linalg.norm(means, axis=1).max()) + 1e-4
+    windows = latents(encode(texts, "--refine", model="window"))
+    assert windows.shape == latents(encode(texts, model="window")).shape
+    assert not np.allclose(windows, latents(encode(texts, model="window")), atol=1e-2)
+
+
+def test_what_is_not_written_is_no_guide_for_its_latent(encode: Encode, texts: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "aligned.safetensors", latents_from="train.txt")
+    aligned = encode(texts, "--refine", model=str(tmp_path / "aligned"))
+    assert_fails(aligned, 3, "writes other texts than it encodes")
+    make_model(tmp_path / "alone.safetensors", train={"latents_dropout_prob": 1.0})
+    assert_fails(encode(texts, "--refine", model=str(tmp_path / "alone")), 3, "has no latent")
+    assert_fails(encode(texts, "--refine", "--sample"), 2, "--sample draws from posteriors, which --refine leaves")
+
+
+def test_a_decoder_that_always_had_a_latent_is_asked_without_guidance(
+    encode: Encode, texts: Path, models: Path, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "always.safetensors", train={"latents_dropout_prob": 0.0})
+    refined = latents(encode(texts, "--refine", model=str(tmp_path / "always")))
+    assert not np.allclose(refined, latents(encode(texts, "--refine")), atol=1e-2)
+    assert not np.allclose(refined, latents(encode(texts)), atol=1e-2)
 
 
 def test_a_seed_that_was_picked_is_told_and_gives_the_same_again(encode: Encode, texts: Path) -> None:

@@ -340,6 +340,28 @@ def test_a_reconstruction_may_be_guided(evaluate: Evaluate, models: Path) -> Non
     assert_fails(evaluate("--guidance", "-1"), 2, "guidance is -1")
 
 
+def test_a_reconstruction_may_be_from_refined_latents(evaluate: Evaluate, models: Path) -> None:
+    """Those that `encode --refine` gives; all other figures stay."""
+    texts = [chr(97 + i % 26) * (1 + i % 19) for i in range(40)]
+    Path("short.txt").write_text("".join(f"{text}\n" for text in texts))
+    plain, refined = (figures(evaluate("--json", *options, corpus="short.txt")) for options in ((), ("--refine",)))
+    kept = [key for key in plain if not key.startswith(("refine", "token_acc", "exact", "bleu", "intervals"))]
+    assert {key: plain[key] for key in kept} == {key: refined[key] for key in kept}
+    assert (plain["refine"], refined["refine"]) == (False, True)
+    checkpoint = load(models / "line.safetensors", device=torch.device("cpu"))
+    encodings = list(Encoder(checkpoint, "line", refine=True).encode(texts))
+    requests = [Request(row, 0, torch.tensor(encoding.latent_Z)) for row, encoding in enumerate(encodings)]
+    rule = checkpoint.tokenizer.constraint("line")
+    written = decode(checkpoint.model, requests, SampleConfig(greedy=True), constraint=rule, cached=False)
+    ended = [[*text.encode(), -1] for text in texts]
+    pairs = zip(ended, ([*ids, -1] for ids in written), strict=True)
+    right = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
+    assert refined["token_accuracy"] == pytest.approx(right / sum(map(len, ended)))
+    assert plain["token_accuracy"] != refined["token_accuracy"]
+    table = evaluate("--refine", "--guidance", "2").stdout
+    assert "greedy reconstruction from a refined latent, guidance 2\n" in table
+
+
 def test_a_baseline_without_a_latent_is_beside_a_guided_reconstruction(evaluate: Evaluate, tmp_path: Path) -> None:
     """It reconstructs nothing. One that always had a latent cannot be guided, and neither can a baseline alone."""
     alone = make_model(tmp_path / "alone.safetensors", train={"latents_dropout_prob": 1.0})

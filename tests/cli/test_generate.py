@@ -161,6 +161,15 @@ def test_a_reference_is_written_from_its_mean(generate: Generate, models: Path) 
     assert [lines(generate("--text", text, "--greedy"))[0] for text in TEXTS] == expected
 
 
+def test_a_reference_may_be_written_from_what_encode_refines(generate: Generate, models: Path) -> None:
+    arguments = ["encode", "texts.txt", "--refine", "--out", "refined.npy", "--model", str(models / "line.safetensors")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    expected = lines(generate("--latent", "refined.npy", "--greedy"))
+    assert lines(generate("--ref", "texts.txt", "--refine", "--greedy")) == expected
+    assert lines(generate("--text", TEXTS[0], "--refine", "--greedy")) == expected[:1]
+    assert expected != lines(generate("--ref", "texts.txt", "--greedy"))
+
+
 def test_a_reference_may_be_a_record_or_of_another_unit(generate: Generate) -> None:
     Path("a.jsonl").write_text('{"text": "no", "review": "one"}\n{"text": "no", "review": "two"}\n')
     assert lines(generate("--ref", "a.jsonl", "--field", "review", "--greedy")) == lines(
@@ -203,6 +212,9 @@ def test_the_prior_differs_by_its_latents_even_when_greedy(generate: Generate) -
         (["--ref", "texts.txt", "--prior", "2"], ["--ref and --prior exclude each other"]),
         (["--sample"], ["--sample", "--ref or --text"]),
         (["--sample", "--latent", "z.npy"], ["--sample", "--ref or --text"]),
+        (["--refine"], ["--refine fits a latent to its text", "--ref or --text"]),
+        (["--refine", "--latent", "z.npy"], ["--refine", "--ref or --text"]),
+        (["--refine", "--sample", "--text", "a"], ["--sample", "--refine", "leave one of them out"]),
         (["--stream", "--format", "jsonl"], ["--stream and --format jsonl exclude each other"]),
         (["-0", "--format", "jsonl"], ["-0 and --format jsonl exclude each other"]),
         (["--prompt", "a\nb"], ["prompt", "line break", "--unit paragraph"]),

@@ -84,6 +84,19 @@ def test_a_point_is_a_text_or_a_latent_in_a_file(run: Interpolate) -> None:
     assert found == expected
 
 
+def test_points_that_are_texts_may_be_refined(run: Interpolate) -> None:
+    """Latents stay as they are."""
+    assert run("ab.txt", "--refine", "--out", "z.npy", command="encode").exit_code == 0
+    expected = lines(run("--latent", "z.npy"))
+    assert lines(run("a.txt", "b.txt", "--refine")) == expected
+    assert (
+        lines(run("--from", "the quick fox", "--to", "never", "--refine")) == expected != lines(run("a.txt", "b.txt"))
+    )
+    np.save("first.npy", np.load("z.npy")[0])
+    assert lines(run("first.npy", "b.txt", "--refine")) == expected
+    assert_fails(run("a.npy", "b.npy", "--refine"), 2, "--refine fits latents to texts, and there are none")
+
+
 def test_texts_themselves_are_points(run: Interpolate) -> None:
     expected = lines(run("a.txt", "b.txt"))
     assert lines(run("--from", "the quick fox", "--to", "never")) == expected

@@ -33,6 +33,9 @@ FEW, COPIES = 10, 4
 WAYS: dict[str, dict[str, Any]] = {
     "the mean, greedy": {"greedy": True},
     "the mean, greedy, guidance 2": {"greedy": True, "guidance": 2},
+    "refined, greedy": {"greedy": True},
+    "refined, greedy, guidance 2": {"greedy": True, "guidance": 2},
+    "refined, temperature 0.7, guidance 2": {"copies": COPIES, "temperature": 0.7, "guidance": 2},
     "the mean, temperature 0.7": {"copies": COPIES, "temperature": 0.7},
     "the mean, temperature 0.7, guidance 2": {"copies": COPIES, "temperature": 0.7, "guidance": 2},
     "samples, greedy": {"greedy": True},
@@ -51,8 +54,10 @@ def main() -> None:
     words = vectorizer().fit(texts)
     svd = TruncatedSVD(model.dim_latent, random_state=0).fit(words.transform(texts))
     latents, latents_test = model.encode(texts), model.encode(test)
+    refined, refined_test = model.encode(texts, refine=True), model.encode(test, refine=True)
     features: dict[str, tuple[Any, ...]] = {
         "latents": (latents, latents_test),
+        "refined latents": (refined, refined_test),
         "TF-IDF + SVD": (svd.transform(words.transform(texts)), svd.transform(words.transform(test))),
         "TF-IDF": (words.transform(texts), words.transform(test)),
     }
@@ -63,7 +68,7 @@ def main() -> None:
         of_few = [
             LinearSVC().fit(train[few], labels_N[few]).score(other, truth_N) for few in fews(labels_N, asked.seeds)
         ]
-        print(f"{name:<14} nearest five {nearest:.1%}  ten an intent {spread(of_few)}", flush=True)
+        print(f"{name:<15} nearest five {nearest:.1%}  ten an intent {spread(of_few)}", flush=True)
     judge = LinearSVC().fit(words.transform(texts), labels_N)
     print(f"the judge {judge.score(words.transform(test), truth_N):.1%}")
     for way, options in WAYS.items():
@@ -105,6 +110,8 @@ def fews(labels_N: npt.NDArray[np.str_], seeds: int) -> list[npt.NDArray[np.int6
 
 def company(model: Model, own: Sequence[str], way: str, options: dict[str, Any], seed: int) -> list[str]:
     """Texts that the model makes of others, as many of each."""
+    if way.startswith("refined"):
+        return model.generate(model.encode(own, refine=True), seed=seed, **options)
     mean_NZ, std_NZ = model.posterior(own)
     if way.startswith("samples"):
         mean_NZ, std_NZ = (np.repeat(each, COPIES, axis=0) for each in (mean_NZ, std_NZ))
