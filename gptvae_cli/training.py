@@ -57,9 +57,8 @@ class StepReport:
         seconds: since the run began, all sessions counted.
         tokens_per_second, texts_per_second: trained since the report before; validation is not counted.
         learning_rate, beta: of the last step.
-        cross_entropy: nats per token.
+        cross_entropy_per_token, bag_of_words_per_token: nats.
         kl: raw, nats per text.
-        bag_of_words: nats per token.
         gradient_norm: of the last step, before clipping.
         figures: of the held-out texts, when this report ends with a validation.
         diagnosis: what these say is wrong with the use of the latent, see `doctor.py`.
@@ -75,9 +74,9 @@ class StepReport:
     texts_per_second: float
     learning_rate: float
     beta: float
-    cross_entropy: float
+    cross_entropy_per_token: float
     kl: float
-    bag_of_words: float
+    bag_of_words_per_token: float
     gradient_norm: float
     figures: Figures | None = None
     diagnosis: str | None = None
@@ -146,9 +145,9 @@ def train(
             texts_per_second=sums.texts / elapsed,
             learning_rate=learning_rate,
             beta=beta,
-            cross_entropy=cross_entropy / sums.tokens,
+            cross_entropy_per_token=cross_entropy / sums.tokens,
             kl=kl / sums.texts,
-            bag_of_words=bag_of_words / sums.tokens,
+            bag_of_words_per_token=bag_of_words / sums.tokens,
             gradient_norm=gradient_norm,
             done=done,
         )

@@ -52,7 +52,7 @@ def test_tensorboard_reads_what_metrics_hold(folder: Path, corpus: str) -> None:
     finish(job)
     found, lines = logged(folder), metrics(folder)
     assert len(lines) >= 5
-    for name in ("cross_entropy", "kl", "bag_of_words", "gradient_norm", "learning_rate", "beta"):
+    for name in ("cross_entropy_per_token", "kl", "bag_of_words_per_token", "gradient_norm", "learning_rate", "beta"):
         assert found[f"training/{name}"] == pytest.approx({line["step"]: line[name] for line in lines}), name
     for name in ("nll_bound", "cross_entropy", "cross_entropy_shuffled", "kl", "mutual_information", "active_02"):
         expected = {line["step"]: line["figures"][name] for line in lines if "figures" in line}

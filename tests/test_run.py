@@ -416,7 +416,7 @@ def test_metrics_are_one_json_object_a_line(folder: Path, corpus: str) -> None:
     for entry in entries:
         figures = entry["figures"]
         assert figures["nll_bound"] == figures["cross_entropy"] + figures["kl"]
-        assert {"time", "cross_entropy", "kl", "beta", "learning_rate", "seconds"} <= entry.keys()
+        assert {"time", "cross_entropy_per_token", "kl", "beta", "learning_rate", "seconds"} <= entry.keys()
 
 
 def test_the_log_has_a_line_for_every_few_seconds_too(

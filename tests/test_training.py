@@ -149,7 +149,7 @@ def test_a_tiny_model_learns_ten_sentences_by_heart(make_rows: MakeRows) -> None
     rows = make_rows(**sizes)
     learner = learner_of(config(steps=240, batch_tokens=512, lr=5e-3, vae_kl_loss_weight=0.02, dropout=0.0), **sizes)
     reports = run(learner, rows)
-    assert reports[-1].cross_entropy < 0.1 < reports[0].cross_entropy
+    assert reports[-1].cross_entropy_per_token < 0.1 < reports[0].cross_entropy_per_token
     figures = reports[-1].figures
     assert figures is not None
     assert figures.mutual_information == pytest.approx(math.log(10), abs=0.1)
@@ -172,9 +172,9 @@ def test_the_first_report_is_the_objective_of_the_first_batch(make_rows: MakeRow
     noise = training_noise(recipe(train_config, 0.0), 0, *whole(batch), shape(), Dropout(0.0, 0.0))
     assert same.bag_of_words is not None
     terms = objective(same.model, same.bag_of_words, batch, noise, Weights("elbo", 0.0, 0.5, 1.0))
-    assert report.cross_entropy == pytest.approx(terms.cross_entropy.item() / batch.target_tokens)
+    assert report.cross_entropy_per_token == pytest.approx(terms.cross_entropy.item() / batch.target_tokens)
     assert report.kl == pytest.approx(terms.kl.item() / len(batch.tokens_BT))
-    assert report.bag_of_words == pytest.approx(terms.bag_of_words.item() / batch.target_tokens)
+    assert report.bag_of_words_per_token == pytest.approx(terms.bag_of_words.item() / batch.target_tokens)
     parameters = [*same.model.parameters(), *same.bag_of_words.parameters()]
     gradients = torch.autograd.grad(terms.total, parameters, allow_unused=True)
     norm = sum(float(gradient.square().sum()) for gradient in gradients if gradient is not None) ** 0.5
@@ -191,14 +191,14 @@ def test_reports_average_over_every_step_since_the_one_before(
     learner = learner_of(train_config)
     losses, tokens = [], [0]
     for report in train(learner, rows, rows, dtype=torch.float32):
-        losses.append(report.cross_entropy)
+        losses.append(report.cross_entropy_per_token)
         tokens.append(learner.counters.tokens)
     monkeypatch.setattr("gptvae_cli.training.REPORT_SECONDS", 1e9)
     monkeypatch.setattr("gptvae_cli.training.VALIDATIONS", (1.0,))
     (whole,) = run(learner_of(train_config), rows)
     assert len(losses) == 8
     assert len(set(np.diff(tokens))) > 1, "batches of unequal numbers of tokens"
-    assert whole.cross_entropy == pytest.approx(float(np.average(losses, weights=np.diff(tokens))), rel=1e-5)
+    assert whole.cross_entropy_per_token == pytest.approx(float(np.average(losses, weights=np.diff(tokens))), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_embeddings_learn_faster_than_the_rest(make_rows: MakeRows) -> None:
 def test_weights_stay_float32_under_bfloat16(make_rows: MakeRows) -> None:
     learner, rows = learner_of(config(steps=3)), make_rows()
     reports = list(train(learner, rows, rows, dtype=torch.bfloat16))
-    assert math.isfinite(reports[-1].cross_entropy)
+    assert math.isfinite(reports[-1].cross_entropy_per_token)
     assert {tensor.dtype for tensor in learner.tensors().values()} == {torch.float32}
 
 
@@ -298,8 +298,8 @@ def test_a_step_in_bfloat16_is_computed_in_it(make_rows: MakeRows) -> None:
     exact = objective(same.model, None, batch, noise, Weights("elbo", 0.0, 0.0, 0.0)).cross_entropy
     with torch.autocast("cpu", torch.bfloat16):
         rounded = objective(same.model, None, batch, noise, Weights("elbo", 0.0, 0.0, 0.0)).cross_entropy
-    assert report.cross_entropy == pytest.approx(rounded.item() / batch.target_tokens, rel=1e-6)
-    assert report.cross_entropy != pytest.approx(exact.item() / batch.target_tokens, rel=1e-6)
+    assert report.cross_entropy_per_token == pytest.approx(rounded.item() / batch.target_tokens, rel=1e-6)
+    assert report.cross_entropy_per_token != pytest.approx(exact.item() / batch.target_tokens, rel=1e-6)
 
 
 @pytest.mark.requires_cuda
@@ -308,7 +308,7 @@ def test_a_gpu_learns_what_the_cpu_learns(make_rows: MakeRows) -> None:
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         learner = Learner(GPTVAE.from_config(shape()).to(device), config(steps=20))
-        losses.append(run(learner, rows)[-1].cross_entropy)
+        losses.append(run(learner, rows)[-1].cross_entropy_per_token)
         again = Learner(GPTVAE.from_config(shape()).to(device), config(steps=20))
         again.restore({name: tensor.cpu() for name, tensor in learner.tensors().items()}, {"step": 20})
         for name, tensor in learner.tensors().items():
@@ -806,7 +806,7 @@ def test_a_loss_that_is_no_number_ends_the_run(make_rows: MakeRows, name: str) -
     assert caught.value.exit_code == ExitCode.DIVERGED
     assert good[-1].step >= 20
     for report in good:
-        assert all(math.isfinite(value) for value in (report.cross_entropy, report.kl, report.gradient_norm))
+        assert all(math.isfinite(value) for value in (report.cross_entropy_per_token, report.kl, report.gradient_norm))
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_anything_is_reported(make_rows: MakeRows) -> None:

@@ -75,7 +75,7 @@ class TrainingDisplay:
         self.began = self.began or (report.seconds, report.progress)
         if report.figures is not None:
             self.figures, self.diagnosis = report.figures, report.diagnosis
-        self.losses.append(report.cross_entropy)
+        self.losses.append(report.cross_entropy_per_token)
         if self.live:
             self.live.update(self._panel())
         elif not self.quiet and (report.figures is not None or time.monotonic() - self.last_line > PLAIN_SECONDS):
@@ -127,7 +127,7 @@ class TrainingDisplay:
         yield (
             4,
             "training",
-            f"cross-entropy {report.cross_entropy:.3f} nats/token  KL {report.kl:.1f} nats/text"
+            f"cross-entropy {report.cross_entropy_per_token:.3f} nats/token  KL {report.kl:.1f} nats/text"
             f"  beta {report.beta:.2f}",
         )
         blocks = _ASCII_BLOCKS if self.console.options.ascii_only else _BLOCKS
@@ -225,7 +225,7 @@ def _figures(figures: Figures, dim_latent: int | None, *, is_used: bool) -> Iter
 def _plain_line(report: StepReport, dim_latent: int | None) -> str:
     line = (
         f"{report.progress:4.0%} {_clock(report.seconds)} step {report.step:,}"
-        f" {report.tokens_per_second:,.0f} tokens/s cross-entropy {report.cross_entropy:.3f} nats/token"
+        f" {report.tokens_per_second:,.0f} tokens/s cross-entropy {report.cross_entropy_per_token:.3f} nats/token"
         f" KL {report.kl:.1f} nats/text"
     )
     figures = report.figures

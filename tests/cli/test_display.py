@@ -36,9 +36,9 @@ REPORT = StepReport(
     texts_per_second=2_950.2,
     learning_rate=1.5e-3,
     beta=0.83,
-    cross_entropy=2.718,
+    cross_entropy_per_token=2.718,
     kl=14.9,
-    bag_of_words=3.1,
+    bag_of_words_per_token=3.1,
     gradient_norm=0.7,
 )
 HOSTILE = "[red]a[/b] \x1b]0;owned\x07 \x1b[2J \x9b31m b\u202ec\x7f \x00 d\re\nf"
@@ -113,7 +113,7 @@ def test_a_terminal_has_room_for_the_echo_of_ctrl_c() -> None:
 def test_a_terminal_sees_everything_in_named_units() -> None:
     console = terminal()
     with TrainingDisplay(console, "gptvae train, names-run", 32, quiet=False) as display:
-        display.update(replace(REPORT, cross_entropy=4.0, progress=0.0, seconds=10.0))
+        display.update(replace(REPORT, cross_entropy_per_token=4.0, progress=0.0, seconds=10.0))
         display.update(replace(REPORT, figures=FIGURES))
         display.show_example("a plain text", "a plain test")
         display.update(REPORT)
@@ -147,7 +147,9 @@ def test_a_terminal_sees_everything_in_named_units() -> None:
 
 def test_a_row_is_a_line_at_80_columns_however_large_its_numbers() -> None:
     """Or the panel grows and shrinks by it."""
-    grown = replace(REPORT, step=999_999, tokens_per_second=1.2e6, texts_per_second=123_456, cross_entropy=10.5, kl=123)
+    grown = replace(
+        REPORT, step=999_999, tokens_per_second=1.2e6, texts_per_second=123_456, cross_entropy_per_token=10.5, kl=123
+    )
     figures = replace(
         FIGURES,
         cross_entropy=456.78,
@@ -161,7 +163,7 @@ def test_a_row_is_a_line_at_80_columns_however_large_its_numbers() -> None:
     for report in (REPORT, grown):
         console = terminal(80)
         with TrainingDisplay(console, "run", 512, quiet=False) as display:
-            display.update(replace(report, figures=figures, cross_entropy=5.0, diagnosis="it is not used"))
+            display.update(replace(report, figures=figures, cross_entropy_per_token=5.0, diagnosis="it is not used"))
             display.update(report)
         heights.add(last_screen(written(console)).count("\n"))
     assert heights == {11}
@@ -190,7 +192,7 @@ def test_a_sparkline_shows_its_newest_values_on_a_narrow_terminal() -> None:
     console = terminal(40)
     with TrainingDisplay(console, "run", 32, quiet=False) as display:
         for loss in range(61, 1, -1):
-            display.update(replace(REPORT, cross_entropy=float(loss)))
+            display.update(replace(REPORT, cross_entropy_per_token=float(loss)))
     assert re.search(r"│ +█+[▇▆▅▄▃▂]+▁+ *│", last_screen(written(console)))
 
 
@@ -266,7 +268,7 @@ def test_a_terminal_that_is_not_utf8_gets_what_it_can_show(encoding: str, text: 
     console = Console(file=screen, force_terminal=True, width=80, height=40, color_system=None)
     with TrainingDisplay(console, f"run {text}", 32, quiet=False) as display:
         for loss in (9.0, 8, 7, 6, 5, 4, 3, 2):
-            display.update(replace(REPORT, cross_entropy=loss, figures=FIGURES))
+            display.update(replace(REPORT, cross_entropy_per_token=loss, figures=FIGURES))
         display.show_example(text, text)
     assert isinstance(screen.buffer, io.BytesIO)
     lines = RICH_SEQUENCE.sub("", screen.buffer.getvalue().decode(encoding)).splitlines()
