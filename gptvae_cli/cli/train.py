@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 _PROCESS_BEGAN = time.monotonic()
 _SAME_WISH_SECONDS = 1.0
+_SHORT = 60
+"""Characters of a text that is shown in a command to paste."""
 _TEXTS, _SIZES, _LEARNING, _RUN = "The texts", "The model", "Learning", "The run"
 
 EXAMPLES = """\
@@ -321,12 +323,17 @@ def _finish(job: Job, *, quiet: bool) -> None:
         console.command(f"gptvae evaluate test.txt --baseline {shlex.quote(str(job.folder))}")
         return
     console.heading("Held-out texts, and what the model writes from their latents")
-    for text, written in job.reconstructions(3):
+    pairs = job.reconstructions(3)
+    for text, written in pairs:
         console.pair(text, written)
     found_without = job.folder == Path(DEFAULT_RUN) and not os.environ.get("GPTVAE_MODEL")
     model = "" if found_without else f" --model {shlex.quote(str(job.folder))}"
     console.heading("Next")
     console.command(f"gptvae generate --prior 5{model}")
+    ends = list(dict.fromkeys(text for text, _ in pairs if text.isprintable() and 0 < len(text) <= _SHORT))[:2]
+    if len(ends) == 2 and job.data.latents_from is None:
+        start, end = map(shlex.quote, ends)
+        console.command(f"gptvae interpolate --from {start} --to {end} --refine{model}")
 
 
 @contextmanager

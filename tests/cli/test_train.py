@@ -155,17 +155,38 @@ def test_the_next_command_is_about_this_model(
     """Also in a shell whose $GPTVAE_MODEL is another one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GPTVAE_MODEL", variable)
-    result = CliRunner().invoke(app, ["train", str(names), "--steps", "3", "--preset", "nano", *QUICK])
+    result = CliRunner().invoke(app, ["train", str(names), "--steps", "3", "--valid", "0.4", *QUICK])
     assert result.exit_code == 0, result.stderr
-    assert result.stderr.rstrip().endswith(f"gptvae generate --prior 5{model}")
+    *_, first, second = result.stderr.rstrip().split("\n")
+    assert first == f"gptvae generate --prior 5{model}"
+    assert re.fullmatch(rf"gptvae interpolate --from \w+ --to \w+ --refine{model}", second)
+    start, end = second.split()[3:6:2]
+    assert {f"text        {name}" for name in (start, end)} <= {line.strip() for line in result.stderr.split("\n")}
+
+
+def test_texts_that_are_long_or_are_not_read_are_not_in_the_next_command(train: Train, tmp_path: Path) -> None:
+    names, longer = tmp_path / "names.txt", tmp_path / "longer.txt"
+    names.write_text("".join(f"name {i}\n" for i in range(60)))
+    longer.write_text("".join(f"{i} {'x' * 61}\n" for i in range(60)))
+    for options in (["--latents-from", names], []):
+        result = train(longer, *options, "--force", "--max-seq-len", "80")
+        assert result.exit_code == 0, result.stderr
+        assert result.stderr.rstrip().split("\n")[-1].startswith("gptvae generate --prior 5")
+    result = train(names, "--latents-from", longer, "--force")
+    assert result.stderr.rstrip().split("\n")[-1].startswith("gptvae generate --prior 5")
 
 
 def test_the_next_command_can_be_pasted(train: Train, names: Path, tmp_path: Path) -> None:
     """A folder with a space in its name was printed as it is."""
-    result = train(names, "--out", str(tmp_path / "my run"))
+    names.write_text("".join(f"it's {name}\n" for name in NAMES))
+    result = train(names, "--out", str(tmp_path / "my run"), "--valid", "0.4")
     assert result.exit_code == 0, result.stderr
-    words = shlex.split(result.stderr.splitlines()[-1])
+    words, path = (shlex.split(line) for line in result.stderr.splitlines()[-2:])
     assert words == ["gptvae", "generate", "--prior", "5", "--model", str(tmp_path / "my run")]
+    assert {path[3].removeprefix("it's "), path[5].removeprefix("it's ")} <= set(NAMES)
+    texts = CliRunner().invoke(app, path[1:])
+    assert texts.exit_code == 0, texts.stderr
+    assert texts.stdout.count("\n") == 7
 
 
 def test_a_second_run_needs_to_be_told_what_to_do_with_the_first(train: Train, names: Path, out: Path) -> None:
