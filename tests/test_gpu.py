@@ -46,8 +46,8 @@ def test_every_command_runs_on_it(corpus: Path, tmp_path: Path, dtype: str) -> N
         written = gptvae("generate", "--latent", latents, "--greedy", *model)
         gptvae("generate", "--prior", 3, "--prompt", "the sm", "--top-k", 9, "--top-p", 0.9, "--min-p", 0.01, *model)
         gptvae("generate", "--ref", corpus, "--sample", "-n", 2, "--max-tokens", 5, *model)
-        gptvae("interpolate", "--from", WORDS[0], "--to", WORDS[-1], *model)
-        gptvae("evaluate", corpus, "--with-baseline", "--labels", labels, "--texts", 40, "--samples", 2, *model)
+        gptvae("interpolate", "--from", WORDS[0], "--to", WORDS[-1], "--refine", *model)
+        gptvae("evaluate", corpus, "--with-baseline", "--labels", labels, "--texts", 40, "--samples", 2, "--refine", *model)
     assert len(np.load(latents)) == len(WORDS)
     if dtype == "float32":
         assert written == gptvae("generate", "--latent", latents, "--greedy", *model, device="cpu")
@@ -63,6 +63,11 @@ def test_nothing_waits_for_it_without_need(corpus: Path, tmp_path: Path) -> None
     with pretended_gpu() as gpu:
         gptvae("generate", "--prior", 9, "--seed", 1, "--max-tokens", 20, "--model", run)
     assert gpu.waits == {"_failure": 1, "decode": 1, "run": 20}, "once a token, for all texts together"
+    with pretended_gpu() as gpu:
+        gptvae("encode", corpus, "--out", tmp_path / "z.npy", "--model", run)
+    with pretended_gpu() as more:
+        gptvae("encode", corpus, "--refine", "--out", tmp_path / "z.npy", "--model", run)
+    assert more.waits == gpu.waits == {"_failure": 1, "_posteriors": 3}, "a step of refining does not wait"
 
 
 # The pretence itself --------------------------------------------------------------------------------------------------

@@ -123,9 +123,14 @@ def main() -> None:
         print(f"{len(texts):,} test molecules, greedily")
         print("from their means        ", made_from(texts, model.generate(mean, greedy=True)))
         print("the same, guidance 2    ", made_from(texts, model.generate(mean, greedy=True, guidance=2)))
+        refined = model.encode(texts, refine=True)
+        print("refined                 ", made_from(texts, model.generate(refined, greedy=True)))
+        print("the same, guidance 2    ", made_from(texts, model.generate(refined, greedy=True, guidance=2)))
         print("from their posteriors   ", made_from(texts, model.generate(near, greedy=True)))
         print("half-way to the next    ", made_from(texts[:-1], model.generate(middle, greedy=True)))
         print("the same, guidance 2    ", made_from(texts[:-1], model.generate(middle, greedy=True, guidance=2)))
+        middle = walk(refined, 3, "slerp")[1::2]
+        print("the same, refined       ", made_from(texts[:-1], model.generate(middle, greedy=True, guidance=2)))
         print(f"another test molecule     likeness {likeness(texts, shuffled):.3f}")
         for name, (latent, words) in readable(model, texts).items():
             print(f"R2 of {name:<18} {latent:5.2f}  characters {words:5.2f}")
