@@ -186,14 +186,14 @@ class Encoder:
             for index in plan_batches(np.array([*map(len, rows)]), tokens_together(model.device, dtype)):
                 tokens_BT = padded([rows[i] for i in index], self.config.pad_id).to(model.device)
                 posterior = model.posterior(tokens_BT).in_float32()
-                found = [posterior.mean_BZ, (0.5 * posterior.log_var_BZ).exp()]
-                guided = self.checkpoint.header.takes_guidance
-                found.append(refined(model, tokens_BT, found[0], guided=guided) if self.refine else found[0])
-                mean_BZ, std_BZ, latent_BZ = (each_BZ.cpu().numpy() for each_BZ in found)
-                if not all(np.isfinite(each_BZ).all() for each_BZ in (mean_BZ, std_BZ, latent_BZ)):
+                latent_BZ = mean_BZ = posterior.mean_BZ
+                if self.refine:
+                    latent_BZ = refined(model, tokens_BT, mean_BZ, guided=self.checkpoint.header.takes_guidance)
+                tensors = (mean_BZ, (0.5 * posterior.log_var_BZ).exp(), latent_BZ)
+                arrays = [tensor_BZ.cpu().numpy() for tensor_BZ in tensors]
+                if not all(np.isfinite(array_BZ).all() for array_BZ in arrays):
                     raise CheckpointError("a latent is not a finite number: the weights of the model are too large")
-                every = zip(index.tolist(), mean_BZ, std_BZ, latent_BZ, strict=True)
-                encodings |= {i: Encoding(*each) for i, *each in every}
+                encodings |= {i: Encoding(*each) for i, *each in zip(index.tolist(), *arrays, strict=True)}
         return [encodings[i] for i in range(len(rows))]
 
 

@@ -72,6 +72,7 @@ def read_texts(
     *,
     repairs: Repairs | None = None,
     stdin: BinaryIO | None = None,
+    labels: bool = False,
 ) -> Iterator[str]:
     r"""The texts of files, folders, patterns and stdin, in order; see `sources.expand` for what a name stands for.
 
@@ -98,6 +99,8 @@ def read_texts(
             puts it, and where a JSON string holds half of a surrogate pair.
         repairs: counts these.
         stdin: stands for standard input; None is the process's own.
+        labels: these are no texts, but labels of texts: in JSON and Parquet they may be whole numbers and truth values,
+            which count as JSON writes them, and null, which is an empty one.
 
     Raises:
         DataError: at once for a source that is missing or stands for no file; while reading for one that cannot be
@@ -109,7 +112,7 @@ def read_texts(
         stdin = getattr(sys.stdin, "buffer", None)
         if stdin is None:
             raise DataError("cannot read stdin: it is closed", hint="name a file")
-    form = _Form(config, Repairs() if repairs is None else repairs)
+    form = _Form(config, Repairs() if repairs is None else repairs, labels)
     return chain.from_iterable(_read_file(file, form, stdin) for file in files)
 
 
@@ -148,6 +151,7 @@ class _Form:
 
     config: TextConfig
     repairs: Repairs
+    labels: bool
 
     def replaced(self, text: str) -> str:
         """A text whose bytes that are not UTF-8 arrive as lone surrogates, decoded with U+FFFD."""
@@ -321,7 +325,7 @@ def _records(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
         if not line or line.isspace():
             continue
         place = f"{name}, line {number}"
-        text = _record_text(line, place, form.config.field)
+        text = _record_text(line, place, form)
         if surrogate := SURROGATE.search(text):
             if form.config.errors == "strict":
                 raise DataError(
@@ -337,7 +341,8 @@ def _records(lines: Iterator[str], name: str, form: _Form) -> Iterator[str]:
 _OTHERS = "to leave such records out: jq -rR 'fromjson? | .{field} | strings' FILE | gptvae ..."
 
 
-def _record_text(line: str, place: str, field: str) -> str:
+def _record_text(line: str, place: str, form: _Form) -> str:
+    field = form.config.field
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -351,6 +356,8 @@ def _record_text(line: str, place: str, field: str) -> str:
     if field not in record:
         raise DataError(f"{place} has no field {field!r}", hint=f"--field names it; this line has {_some(record)}")
     text = record[field]
+    if form.labels and (text is None or isinstance(text, int)):
+        text = "" if text is None else json.dumps(text)
     if not isinstance(text, str):
         raise DataError(
             f"{place}: the field {field!r} is {_json_type(text)}, expected a string",
@@ -425,14 +432,21 @@ def _rows(file: str, form: _Form) -> Iterator[str]:
                 )
             kind = table.schema_arrow.types[names.index(field)]
             kind = kind.value_type if types.is_dictionary(kind) else kind
-            if str(kind) not in _STRINGS:
-                raise DataError(f"{file}: the column {field!r} is of {kind}, expected strings")
+            names_a_class = types.is_integer(kind) or types.is_boolean(kind) or types.is_null(kind)
+            if not (str(kind) in _STRINGS or (form.labels and names_a_class)):
+                raise DataError(
+                    f"{file}: the column {field!r} is of {kind}, expected strings",
+                    hint=f"--field names another; this file has {_some(names)}",
+                )
             batches = table.iter_batches(_PARQUET_ROWS, columns=[field], use_threads=False)
             # As bytes, because Arrow believes a file that says it holds UTF-8.
-            columns = (batch.column(0).cast(kind).cast("large_binary") for batch in batches)
+            written = "string" if names_a_class else kind
+            columns = (batch.column(0).cast(kind).cast(written).cast("large_binary") for batch in batches)
             for number, scalar in enumerate(chain.from_iterable(columns), 1):
                 value = scalar.as_py()
                 place = f"{file}, row {number}"
+                if value is None and form.labels:
+                    value = b""
                 if value is None:
                     raise DataError(f"{place}: the column {field!r} is null, expected a string")
                 yield _valid(value.decode("utf-8", "surrogateescape"), place, None, form)

@@ -47,7 +47,9 @@ def test_every_command_runs_on_it(corpus: Path, tmp_path: Path, dtype: str) -> N
         gptvae("generate", "--prior", 3, "--prompt", "the sm", "--top-k", 9, "--top-p", 0.9, "--min-p", 0.01, *model)
         gptvae("generate", "--ref", corpus, "--sample", "-n", 2, "--max-tokens", 5, *model)
         gptvae("interpolate", "--from", WORDS[0], "--to", WORDS[-1], "--refine", *model)
-        gptvae("evaluate", corpus, "--with-baseline", "--labels", labels, "--texts", 40, "--samples", 2, "--refine", *model)
+        gptvae(
+            "evaluate", corpus, "--with-baseline", "--labels", labels, "--texts", 40, "--samples", 2, "--refine", *model
+        )
     assert len(np.load(latents)) == len(WORDS)
     if dtype == "float32":
         assert written == gptvae("generate", "--latent", latents, "--greedy", *model, device="cpu")

@@ -148,7 +148,8 @@ def evaluate(
             from gptvae_cli.probe import require_classes, require_scikit_learn
 
             require_scikit_learn()
-            marks = read_texts([labels], TextConfig(field=label_field or data.field, errors=errors or "strict"))
+            marked = TextConfig(field=label_field or data.field, errors=errors or "strict")
+            marks = read_texts([labels], marked, labels=True)
             names = _aligned(labels, marks, "labels", texts, count)
             require_classes(names)  # which more may be wrong with, as the texts that bear them will tell
     if with_baseline:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from typer.testing import CliRunner, Result
 
 import gptvae_cli
@@ -386,6 +388,25 @@ def test_texts_and_labels_may_be_columns_of_one_table(evaluate: Evaluate, labell
     plain = evaluate("--labels", "labels.txt", "--label-field", "kind", corpus="labelled.txt")
     assert_fails(plain, 2, "--label-field kind is for files that end in")
     assert_fails(evaluate("--label-field", "kind", corpus="labelled.txt"), 2, "--label-field is of --labels")
+
+
+def test_labels_may_be_numbers_and_truth_values(evaluate: Evaluate, labelled: list[str]) -> None:
+    """As data sets have them; null is none."""
+    expected = figures(evaluate("--json", "--labels", "labels.txt", corpus="labelled.txt"))
+    kinds = sorted(set(labelled) - {""})
+    assert len(kinds) == 2
+    for first, second in ((0, 1), (False, True)):
+        values = [None if label == "" else (first, second)[kinds.index(label)] for label in labelled]
+        Path("labels.jsonl").write_text("".join(f"{json.dumps({'label': value})}\n" for value in values))
+        parquet.write_table(pyarrow.table({"label": values}), "labels.parquet")
+        for name in ("labels.jsonl", "labels.parquet"):
+            found = figures(evaluate("--json", "--labels", name, "--label-field", "label", corpus="labelled.txt"))
+            assert found["probe"] == expected["probe"]
+    refused = evaluate("--field", "label", corpus="labels.parquet")
+    assert_fails(refused, 3, "labels.parquet: the column 'label' is of bool, expected strings")
+    Path("labels.jsonl").write_text('{"label": 1.5}\n' * len(labelled))
+    refused = evaluate("--labels", "labels.jsonl", "--label-field", "label", corpus="labelled.txt")
+    assert_fails(refused, 3, "labels.jsonl, line 1: the field 'label' is a number, expected a string")
 
 
 def test_labels_that_are_no_utf8_may_be_replaced(evaluate: Evaluate, labelled: list[str]) -> None:
