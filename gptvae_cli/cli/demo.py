@@ -79,8 +79,8 @@ def demo(
     generate.generate(latent=str(latents), copies=3, model=model, seed=1, device=device, quiet=True)
 
     console.heading(f"Interpolate: the names between {first} and {last}", quiet=quiet)
-    _show("interpolate", "--from", first, "--to", last, "--model", run, quiet=quiet)
-    interpolate.interpolate(start=first, end=last, model=model, device=device, quiet=True)
+    _show("interpolate", "--from", first, "--to", last, "--refine", "--model", run, quiet=quiet)
+    interpolate.interpolate(start=first, end=last, refine=True, model=model, device=device, quiet=True)
 
     console.heading("Generate: ten names from random latents, which nobody may bear", quiet=quiet)
     _show("generate", "--prior", "10", "--model", run, "--seed", "1", quiet=quiet)
