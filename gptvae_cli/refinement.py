@@ -40,34 +40,36 @@ def refined(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor, *, guided: boo
     found_BZ = latents_BZ.detach().float().clone()
     if targets_BT.shape[1] == 0:
         return found_BZ
-    without_BTV = None
-    if guided:
-        nobody_B = torch.zeros(len(inputs_BT), dtype=torch.bool, device=inputs_BT.device)
-        with torch.no_grad():
-            without_BTV = model.logits(model.hidden(inputs_BT, found_BZ, nobody_B)).float()
     latents_BZ = found_BZ.clone().requires_grad_()
     longest_B1 = latents_BZ.detach().norm(dim=-1, keepdim=True).clamp(min=latents_BZ.shape[1] ** 0.5)
     least_B = torch.full((len(latents_BZ),), torch.inf, device=latents_BZ.device)
     optimizer = torch.optim.Adam([latents_BZ])
-    for step in range(STEPS + 1):
-        with torch.enable_grad():
-            logits_BTV = model.logits(model.hidden(inputs_BT, latents_BZ)).float()
+    # In float32 whatever all else is in: bfloat16 is too coarse for what a few steps change.
+    with torch.autocast(latents_BZ.device.type, enabled=False), torch.enable_grad():
+        without_BTV = _logits(model, inputs_BT, latents_BZ, with_latents=False).detach() if guided else None
+        for step in range(STEPS + 1):
+            logits_BTV = _logits(model, inputs_BT, latents_BZ)
             if without_BTV is not None:
                 logits_BTV = torch.lerp(without_BTV, logits_BTV, GUIDANCE)
             nats_N = F.cross_entropy(
                 logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=model.pad_id, reduction="none"
             )
             nats_B = nats_N.view_as(targets_BT).sum(-1)
-            total = nats_B.sum()
-        nats_B = nats_B.detach()
-        found_BZ = torch.where((nats_B < least_B)[:, None], latents_BZ.detach(), found_BZ)
-        least_B = torch.minimum(least_B, nats_B)
-        if step == STEPS:
-            break
-        # Of the latents alone: the weights, which others may share, get no gradients.
-        (latents_BZ.grad,) = torch.autograd.grad(total, latents_BZ)
-        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        optimizer.step()
-        with torch.no_grad():
-            latents_BZ.mul_((longest_B1 / latents_BZ.norm(dim=-1, keepdim=True)).clamp(max=1))
+            better_B = nats_B.detach() < least_B
+            found_BZ = torch.where(better_B[:, None], latents_BZ.detach(), found_BZ)
+            least_B = torch.minimum(least_B, nats_B.detach())
+            if step == STEPS:
+                break
+            # Of the latents alone: the weights, which others may share, get no gradients.
+            (latents_BZ.grad,) = torch.autograd.grad(nats_B.sum(), latents_BZ)
+            optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+            optimizer.step()
+            with torch.no_grad():
+                latents_BZ.mul_((longest_B1 / latents_BZ.norm(dim=-1, keepdim=True)).clamp(max=1))
     return found_BZ
+
+
+def _logits(model: GPTVAE, inputs_BT: Tensor, latents_BZ: Tensor, *, with_latents: bool = True) -> Tensor:
+    """Of every next token [B T V]."""
+    keep_B = None if with_latents else torch.zeros(len(inputs_BT), dtype=torch.bool, device=inputs_BT.device)
+    return model.logits(model.hidden(inputs_BT, latents_BZ, keep_B))

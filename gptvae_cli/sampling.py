@@ -34,6 +34,9 @@ from gptvae_cli.tokenizer import Tokenizer, pieces
 
 Floats = npt.NDArray[np.float32]
 
+_REFINED_TOGETHER = 256
+"""Rows that are refined before the first of them is passed on, which takes seconds."""
+
 
 class Opened(NamedTuple):
     """A model that is ready, and what people may want to know about where and in what it computes; `fell_back` where
@@ -114,11 +117,14 @@ class Encoder:
 
     def encode_pools(self, pools: Iterable[Sequence[str]]) -> Iterator[list[Encoding]]:
         """Those of the texts of every list, which are computed together. The last digits depend on which these are."""
-        for rows in self._rows(pools):
-            # Equal rows are computed once: a file may hold millions of empty lines.
-            distinct = list(dict.fromkeys(map(tuple, rows)))
-            encodings = dict(zip(distinct, self._posteriors(distinct), strict=True))
-            yield [encodings[tuple(row)] for row in rows]
+        for pool in self._rows(pools):
+            most = _REFINED_TOGETHER if self.refine else max(1, len(pool))
+            for start in range(0, max(1, len(pool)), most):  # an empty pool is passed on
+                rows = pool[start : start + most]
+                # Equal rows are computed once: a file may hold millions of empty lines.
+                distinct = list(dict.fromkeys(map(tuple, rows)))
+                encodings = dict(zip(distinct, self._posteriors(distinct), strict=True))
+                yield [encodings[tuple(row)] for row in rows]
 
     def point(self, text: str) -> Floats:
         """The one latent of a text, as a point of a path [Z].

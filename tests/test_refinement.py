@@ -86,6 +86,14 @@ def test_texts_are_likelier_than_from_where_it_began(tiny_model: TinyModel, guid
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_bfloat16_all_around_does_not_blur_it(tiny_model: TinyModel) -> None:
+    model, tokens_BT, start_BZ = tiny_model(), texts(4), torch.zeros(4, 8)
+    expected_BZ = refined(model, tokens_BT, start_BZ, guided=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.frozen():
+        model.hidden(tokens_BT, start_BZ)
+        assert_close(refined(model, tokens_BT, start_BZ, guided=True), expected_BZ)
+
+
 def test_a_row_without_a_token_to_predict_keeps_its_latent(tiny_model: TinyModel) -> None:
     start_BZ = torch.randn(2, 8, generator=torch.Generator().manual_seed(2))
     tokens_BT = torch.tensor([[BOS, PAD, PAD], [BOS, 3, EOS]])

@@ -327,6 +327,16 @@ def test_a_walk_starts_and_ends_at_its_points_exactly(kind: PathKind) -> None:
     assert_array_equal(path_KZ[[0, 3, 6]], points_NZ)
 
 
+def test_refined_latents_come_a_few_at_a_time(checkpoint: Checkpoint) -> None:
+    """As it takes seconds; those of an empty list of texts, which says that one has to wait, come at once."""
+    texts = [f"{i % 50} cats" for i in range(600)]
+    pools = list(Encoder(checkpoint, "line", refine=True).encode_pools([texts, [], ["a"]]))
+    assert [*map(len, pools)] == [256, 256, 88, 0, 1]
+    assert [*map(len, Encoder(checkpoint, "line").encode_pools([texts, [], ["a"]]))] == [600, 0, 1]
+    assert_array_equal(pools[0][0].latent_Z, pools[0][50].latent_Z)
+    assert_allclose(pools[0][0].latent_Z, pools[2][38].latent_Z, atol=1e-3)
+
+
 # Latents to texts -----------------------------------------------------------------------------------------------------
 
 
