@@ -87,10 +87,11 @@ class CachedDecoder:
     """
 
     def __init__(self, model: GPTVAE, batch_size: int) -> None:
-        assert model.fused_decoder is not None, "these layers have no fused form"
+        stack = model.fused_decoder
+        assert stack is not None, "these layers have no fused form"
         self.model, self.batch_size = model, batch_size
         self.embedding_VD = model.decoder.token_emb.emb.weight
-        self.stack = fused.Frozen(model.fused_decoder, batch_size)
+        self.stack = fused.Frozen(stack, batch_size)
         weight_VD = model.decoder.to_logits.weight
         self.vocabulary = len(weight_VD)
         self.to_logits = self.stack.products.matrix(F.pad(weight_VD, (0, 0, 0, -self.vocabulary % _SHARED_WIDTH)))

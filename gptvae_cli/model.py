@@ -136,12 +136,12 @@ class GPTVAE(nn.Module):
         # The fast path over the same weights, where the layers are of the kind that it computes; a head is pairs of
         # numbers there.
         pairs = attn_dim_head % 2 == 0
-        self.fused_encoder: fused.Stack | None = None
-        self.fused_decoder: fused.Stack | None = None
+        self._encoder_stack: fused.Stack | None = None
+        self._decoder_stack: fused.Stack | None = None
         if builtin_encoder and pairs and fused.supports(encoder_options):
-            self.fused_encoder = fused.Stack(self.encoder.attn_layers, causal=False)
+            self._encoder_stack = fused.Stack(self.encoder, causal=False)
         if pairs and fused.supports(decoder_options):
-            self.fused_decoder = fused.Stack(self.decoder.attn_layers, causal=True)
+            self._decoder_stack = fused.Stack(self.decoder, causal=True)
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> GPTVAE:
@@ -169,6 +169,19 @@ class GPTVAE(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def fused_encoder(self) -> fused.Stack | None:
+        """(Addition) The fast path over the encoder's weights. None where x-transformers is to compute: for layers of
+        another kind, and as soon as a part of the encoder was replaced, hooked into or set otherwise."""
+        stack = self._encoder_stack
+        return stack if stack is not None and stack.stands_for(self.encoder) else None
+
+    @property
+    def fused_decoder(self) -> fused.Stack | None:
+        """(Addition) The same of the decoder, whose logits count as a part of it."""
+        stack = self._decoder_stack
+        return stack if stack is not None and stack.stands_for(self.decoder) else None
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -202,10 +215,11 @@ class GPTVAE(nn.Module):
         mask_BT = seq_BT != self.pad_id
         # A negative pad id cannot be embedded; what stands in its place is masked anyway.
         seq_BT = seq_BT.masked_fill(~mask_BT, max(self.pad_id, 0))
-        if plain or self.fused_encoder is None:
+        stack = None if plain else self.fused_encoder
+        if stack is None:
             pooled_BD = self.encoder(seq_BT, mask=mask_BT)
         else:
-            hidden_BTD = self.fused_encoder(self.encoder.get_submodule("token_emb.emb")(seq_BT), mask_BT)
+            hidden_BTD = stack(self.encoder.get_submodule("token_emb.emb")(seq_BT), mask_BT)
             pooled_BD = (hidden_BTD * mask_BT[..., None]).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
         mean_BZ, log_var_BZ = self.to_latent_mean_log_variance(pooled_BD)
         return Posterior(mean_BZ, log_var_BZ)
@@ -292,7 +306,7 @@ class GPTVAE(nn.Module):
         latents_BZ, (mean_BZ, log_var_BZ) = self.encode_to_latents(
             seq if seq_for_latents is None else seq_for_latents, return_mean_log_var=True, generator=generator
         )
-        keep_B = ~self._drop_latents(len(seq), generator)
+        keep_B = ~self._drop_latents(len(seq), latents_BZ.device, generator)
         vector_B1D = self.from_latent_to_prepend_token(latents_BZ)
         ar_loss = self.ar_wrapped_decoder(seq, **self.conditioning.keywords(vector_B1D, keep_B, seq.shape[1]))
         kl_BZ = F.relu(kl_to_standard_normal(mean_BZ, log_var_BZ) - self.vae_kl_div_floor)
@@ -318,11 +332,20 @@ class GPTVAE(nn.Module):
             drop_LBD: dropout of the embedded tokens, but not of the latent, then of the decoder's blocks, see
                 `fused.Stack`, and of the hidden states, as factors; the fused path alone has it.
             plain: go through x-transformers even where a fused path exists.
+
+        Raises:
+            ConfigError: for dropout where there is no fused path.
         """
         tokens_BT = tokens_BT.masked_fill(tokens_BT == self.pad_id, max(self.pad_id, 0))
         vector_B1D = None if latents_BZ is None else self.from_latent_to_prepend_token(latents_BZ)
         way = self.conditioning
-        if plain or self.fused_decoder is None:
+        stack = None if plain else self.fused_decoder
+        if stack is None:
+            if drop_LBD is not None:
+                raise ConfigError(
+                    "found dropout as factors, which only the fused layers take",
+                    hint="use x-transformers' own dropout where parts of the decoder are of another kind",
+                )
             keywords = {} if vector_B1D is None else way.keywords(vector_B1D, keep_B, tokens_BT.shape[1])
             hidden_BTD: Tensor = self.decoder(tokens_BT, return_embeddings=True, **keywords)
             return hidden_BTD if vector_B1D is None else hidden_BTD[:, way.slots :]
@@ -331,10 +354,10 @@ class GPTVAE(nn.Module):
         if drop_LBD is not None:
             embedded_BTD, drop_blocks_LBD = embedded_BTD * drop_LBD[0, :, None], drop_LBD[1:-1]
         if vector_B1D is None:
-            hidden_BTD = self.fused_decoder(embedded_BTD, None, drop_blocks_LBD)
+            hidden_BTD = stack(embedded_BTD, None, drop_blocks_LBD)
         else:
             entered_BTD = way.enter(embedded_BTD, vector_B1D, keep_B)
-            hidden_BTD = way.leave(self.fused_decoder(entered_BTD, None, drop_blocks_LBD), keep_B)
+            hidden_BTD = way.leave(stack(entered_BTD, None, drop_blocks_LBD), keep_B)
         return hidden_BTD if drop_LBD is None else hidden_BTD * drop_LBD[-1, :, None]
 
     def logits(self, hidden_D: Tensor) -> Tensor:
@@ -466,12 +489,12 @@ class GPTVAE(nn.Module):
                 context.append(self.bos_id)
         return contexts
 
-    def _drop_latents(self, batch: int, generator: torch.Generator | None) -> Tensor:
-        ones_B = torch.ones(batch, device=self.device)
+    def _drop_latents(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        ones_B = torch.ones(batch, device=device)
         if generator is None or not self.training:
             dropped_B: Tensor = ~self.latents_dropout(ones_B).bool()
             return dropped_B
-        return torch.rand(batch, generator=generator).to(self.device) < self.latents_dropout.p
+        return torch.rand(batch, generator=generator).to(device) < self.latents_dropout.p
 
 
 def _noise_like(mean_BZ: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -409,9 +409,9 @@ def test_banned_tokens_padding_and_bos_are_never_written(
     """The model is made to want them above all else."""
     bias_V = torch.zeros(20)
     bias_V[[PAD, BOS]], bias_V[[3, 11]] = 1000.0, 500.0
-    model.decoder.to_logits.register_forward_hook(lambda module, inputs, logits_V: logits_V + bias_V)
-    logits = engines.CachedDecoder._logits
-    monkeypatch.setattr(engines.CachedDecoder, "_logits", lambda self, x_BD: logits(self, x_BD) + bias_V)
+    logits, cached_logits = GPTVAE.logits, engines.CachedDecoder._logits
+    monkeypatch.setattr(GPTVAE, "logits", lambda self, hidden_D: logits(self, hidden_D) + bias_V)
+    monkeypatch.setattr(engines.CachedDecoder, "_logits", lambda self, x_BD: cached_logits(self, x_BD) + bias_V)
     free = [token for text in decode(model, some_requests(8), sample, cached=cached) for token in text]
     assert set(free) == {3, 11}
     texts = list(decode(model, some_requests(8), sample, constraint=never(3, 11), cached=cached))

@@ -5,14 +5,18 @@ The reference is `x_transformers.gpt_vae.GPTVAE` itself, with the same weights.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 from x_transformers import gpt_vae as reference
 from x_transformers.x_transformers import Decoder, TransformerWrapper
@@ -528,9 +532,9 @@ def test_a_generator_makes_every_call_reproducible_and_leaves_torch_alone(ours: 
 
 def test_a_generator_drops_latents_at_their_rate(ours: Ours) -> None:
     model = ours(**ROTARY, latents_dropout_prob=0.25).train()
-    dropped_B = model._drop_latents(4000, torch.Generator().manual_seed(0))
+    dropped_B = model._drop_latents(4000, model.device, torch.Generator().manual_seed(0))
     assert abs(float(dropped_B.float().mean()) - 0.25) < 0.03
-    assert not model.eval()._drop_latents(100, torch.Generator().manual_seed(0)).any()
+    assert not model.eval()._drop_latents(100, model.device, torch.Generator().manual_seed(0)).any()
 
 
 def test_generate_restores_the_mode_of_every_part(ours: Ours) -> None:
@@ -746,6 +750,34 @@ def test_frozen_weights_are_the_threads_that_froze_them(ours: Ours) -> None:
 
 
 @torch.no_grad()
+def test_freezing_what_is_frozen_changes_nothing(ours: Ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that froze the model around us goes on with its own copy."""
+    model, tokens_BT = ours(**ROTARY), padded()
+    with model.frozen():
+        expected = model.posterior(tokens_BT).mean_BZ
+        monkeypatch.setattr(fused.Stack, "read", None)
+        with model.frozen():
+            assert torch.equal(model.posterior(tokens_BT).mean_BZ, expected)
+        assert torch.equal(model.posterior(tokens_BT).mean_BZ, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_frozen_model_is_not_frozen(ours: Ours, duplicate: Callable[[GPTVAE], GPTVAE]) -> None:
+    model, tokens_BT = ours(**ROTARY), padded()
+    with model.frozen():
+        model.posterior(tokens_BT)
+        other = duplicate(model)
+        assert other.fused_encoder is not None
+        assert other.fused_encoder is not model.fused_encoder
+        for parameter in other.parameters():
+            parameter.mul_(-0.5)
+        assert_close(
+            other.posterior(tokens_BT).mean_BZ, other.posterior(tokens_BT, plain=True).mean_BZ, rtol=0, atol=2e-5
+        )
+
+
+@torch.no_grad()
 def test_a_pass_without_gradients_leaves_its_input_as_it_is(ours: Ours) -> None:
     stack = ours(**ROTARY).fused_decoder
     assert stack is not None
@@ -753,6 +785,162 @@ def test_a_pass_without_gradients_leaves_its_input_as_it_is(ours: Ours) -> None:
     before = x_BTD.clone()
     assert not torch.equal(stack(x_BTD), x_BTD)
     assert torch.equal(x_BTD, before)
+
+
+class Adapter(nn.Module):
+    """What LoRA puts in a layer's place, whose weight it gives for its own."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted: Tensor = self.base(x) + self.up(self.down(x))
+        return adapted
+
+
+def linears(model: GPTVAE) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Those of the layers and of the logits, with where they are held."""
+    return [
+        (parent, name, child)
+        for part in (model.encoder, model.decoder)
+        for parent in part.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+
+
+def adapt(model: GPTVAE) -> None:
+    for parent, name, linear in linears(model):
+        setattr(parent, name, Adapter(linear))
+
+
+def quantise(model: GPTVAE) -> None:
+    """As dynamic quantisation does: by a module that holds no float weight."""
+    for parent, name, linear in linears(model):
+        coarse = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        coarse.load_state_dict({key: (8 * tensor).round() / 8 for key, tensor in linear.state_dict().items()})
+        setattr(parent, name, nn.Sequential(coarse))
+
+
+def prune_half(model: GPTVAE) -> None:
+    for _, _, linear in linears(model):
+        prune.l1_unstructured(linear, "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+def normalise(model: GPTVAE) -> None:
+    for _, _, linear in linears(model):
+        parametrizations.weight_norm(linear).parametrizations.weight.original0.data.mul_(1.5)
+
+
+def hook(model: GPTVAE) -> None:
+    for part in (model.encoder, model.decoder):
+        part.get_submodule("attn_layers.layers.1.1").register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def interpolate(model: GPTVAE) -> None:
+    for part in (model.encoder, model.decoder):
+        rotary: Any = part.get_submodule("attn_layers.rotary_pos_emb")
+        rotary.interpolation_factor = 4.0
+
+
+def replace_parts(model: GPTVAE) -> None:
+    model.encoder = MeanOfEmbeddings()
+    biased = nn.Linear(SHAPE["dim"], SHAPE["num_tokens"])
+    biased.load_state_dict({"weight": model.decoder.to_logits.weight, "bias": 3 * torch.randn(SHAPE["num_tokens"])})
+    model.decoder.to_logits = biased
+
+
+@pytest.mark.parametrize("change", [adapt, quantise, prune_half, normalise, hook, interpolate, replace_parts])
+def test_a_changed_part_computes_as_it_was_changed(ours: Ours, change: Callable[[GPTVAE], None]) -> None:
+    """The fused path reads weights, and would not notice."""
+    model = ours(**ROTARY)
+    tokens_BT, latents_BZ = random_tokens(3, 10), random_latents(3)
+
+    def found() -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
+        model.eval()
+        text_BT = model.generate(tokens_BT[:, :3], 10, latents=latents_BZ, temperature=0.0)
+        logits_BTV = model.logits(model.hidden(tokens_BT, latents_BZ))
+        torch.manual_seed(3)
+        return model.posterior(tokens_BT).mean_BZ, logits_BTV, model(tokens_BT), text_BT.tolist()
+
+    before = found()
+    torch.manual_seed(1)
+    change(model)
+    mean_BZ, logits_BTV, loss, text = found()
+    with mock.patch.object(fused, "Frozen", side_effect=AssertionError), mock.patch.object(fused.Stack, "read", None):
+        expected = found()
+    assert_close((mean_BZ, logits_BTV, loss), expected[:3], rtol=0, atol=0)
+    assert text == expected[3]
+    assert not torch.equal(mean_BZ, before[0])
+    assert (logits_BTV - before[1]).abs().max() > 0.1
+    assert text != before[3]
+
+
+def test_dropout_that_was_set_later_drops_in_training_alone(ours: Ours) -> None:
+    model, tokens_BT = ours(**ROTARY), padded()
+    for module in model.encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    assert model.fused_encoder is not None
+    expected_BZ = model.posterior(tokens_BT).mean_BZ
+    first_BZ, second_BZ = (model.train().posterior(tokens_BT).mean_BZ for _ in range(2))
+    assert not torch.equal(first_BZ, second_BZ)
+    assert torch.equal(model.eval().posterior(tokens_BT).mean_BZ, expected_BZ)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_frequencies_that_were_loaded_count(ours: Ours, grad: bool) -> None:
+    """They are in the state dict, and what is made of them is kept from pass to pass."""
+    model, tokens_BT, latents_BZ = ours(**ROTARY), padded(), random_latents(4)
+    with torch.set_grad_enabled(grad):
+        before_BTD = model.hidden(tokens_BT, latents_BZ)
+        changed = {name: 0.3 * t if "inv_freq" in name else t for name, t in model.state_dict().items()}
+        model.load_state_dict(changed)
+        found_BTD, plain_BTD = (model.hidden(tokens_BT, latents_BZ, plain=plain) for plain in (False, True))
+    assert model.fused_decoder is not None
+    assert (found_BTD - before_BTD).abs().max() > 0.1
+    assert_close(found_BTD[tokens_BT != PAD], plain_BTD[tokens_BT != PAD], rtol=0, atol=2e-5)
+
+
+def test_a_replica_computes_with_its_own_weights(ours: Ours) -> None:
+    """`DataParallel` copies every module for a device, and all else is shared."""
+
+    def replicate(module: Any) -> Any:
+        """As torch's `replicate` does, which asks for a GPU: weights are no parameters there."""
+        replica = module._replicate_for_data_parallel()
+        for name, child in module.named_children():
+            setattr(replica, name, replicate(child))
+        for name, parameter in module._parameters.items():
+            replica.__dict__[name] = None if parameter is None else -0.5 * parameter
+        return replica
+
+    model = ours(**ROTARY)
+    replica, negative = replicate(model), copy.deepcopy(model)
+    for parameter in negative.parameters():
+        parameter.data.mul_(-0.5)
+    losses = []
+    for each in (replica, negative, model):
+        torch.manual_seed(3)
+        losses.append(each(padded()))
+    assert_close(losses[0], losses[1])
+    assert abs(losses[0] - losses[2]) > 0.1
+
+
+def test_dropout_as_factors_is_refused_where_it_would_be_lost(ours: Ours) -> None:
+    model = ours(**ROTARY)
+    hook(model)
+    with pytest.raises(ConfigError, match="dropout as factors, which only the fused layers take"):
+        model.hidden(padded(), random_latents(4), None, torch.ones(6, 4, SHAPE["dim"]))
 
 
 def test_heads_of_an_odd_width_go_through_x_transformers(ours: Ours) -> None:
@@ -793,8 +981,9 @@ def test_rotations_are_as_many_as_were_asked_for_whatever_another_thread_does(ou
     assert stack is not None
 
     class Raced(type(stack)):  # type: ignore[misc]
-        def __setattr__(self, name: str, value: object) -> None:
-            super().__setattr__(name, value[:64] if isinstance(value, Tensor) else value)
+        def __setattr__(self, name: str, value: Any) -> None:
+            short = isinstance(value, fused.Turns)
+            super().__setattr__(name, value._replace(turns_SC=value.turns_SC[:64]) if short else value)
 
     stack.__class__ = Raced
     assert len(stack.turns(100)) == 100
