@@ -94,6 +94,12 @@ class Stack:
         return dtype
 
     @property
+    def product_dtype(self) -> torch.dtype:
+        """That of autocast or of the parameters."""
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+
+    @property
     def depth(self) -> int:
         return len(self._blocks)
 
@@ -148,7 +154,7 @@ class Stack:
                 self._kept[thread] = frozen
             return frozen(x_BTD, mask_BT)
         turns_TC = self.turns(x_BTD.shape[1])
-        bias = None if mask_BT is None else as_bias(mask_BT, torch.float32)
+        bias = None if mask_BT is None else as_bias(mask_BT, self.product_dtype)
         drop_LB1D = [None] * 2 * len(self._blocks) if drop_LBD is None else drop_LBD[:, :, None].unbind()
         for layer, drop_attn, drop_ff in zip(self.read(), drop_LB1D[::2], drop_LB1D[1::2], strict=True):
             q_BHTK, k_BHTK, v_BHTK = self.project(layer, x_BTD, turns_TC)
@@ -233,7 +239,7 @@ class Frozen:
     """A stack for inference: its weights are read once, it works in place, and a layer is as few operations as can be,
     since for a single row starting one costs as much as its arithmetic.
 
-    Products are in `dtype`, that of autocast or of the parameters; rotations are float32 at least; the residual stream
+    Products are in `dtype`, see `Stack.product_dtype`; rotations are float32 at least; the residual stream
     has the type of the parameters.
 
     Args:
@@ -242,9 +248,7 @@ class Frozen:
     """
 
     def __init__(self, stack: Stack, rows: int = 0) -> None:
-        self._stack, self.device = stack, stack.device
-        device = self.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
+        self._stack, self.device, self.dtype = stack, stack.device, stack.product_dtype
         self.products = best_products(self.device, self.dtype, rows)
         matrix = self.products.matrix
         self.heads, self.head_width = stack.heads, stack.head_width

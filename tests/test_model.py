@@ -627,6 +627,17 @@ def test_a_row_of_nothing_but_padding_has_a_finite_posterior(tiny_model: Callabl
         assert_close(found.log_var_BZ, expected.log_var_BZ, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_row_of_nothing_but_padding_stays_finite_under_autocast(
+    tiny_model: Callable[..., GPTVAE], dtype: torch.dtype, grad: bool
+) -> None:
+    """What is as good as minus infinity in float32 is infinite in float16."""
+    model, tokens_BT = tiny_model(), torch.tensor([[18, 3, 4, 19], [PAD] * 4])
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype):
+        assert model.posterior(tokens_BT).in_float32().kl_BZ().isfinite().all()
+
+
 @pytest.mark.parametrize("width", [16, 64])
 def test_rotations_have_the_gradients_that_differences_find(ours: Ours, width: int) -> None:
     """Half of the pairs of a head turn."""
