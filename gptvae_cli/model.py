@@ -70,7 +70,7 @@ class GPTVAE(nn.Module):
         vae_kl_div_floor: nats under which a dimension's KL costs nothing in `forward`, per row.
         latents_dropout_prob: share of the rows that train without their latent.
         pad_id: id that marks padding; -1 is allowed.
-        encoder: a module `(seq, mask=mask) -> [B D]` in place of the built-in encoder.
+        encoder: a module `(seq, mask=mask) -> [B D]` in place of the built-in encoder; it gets `pad_id` as it is.
         bos_id: (addition) what an empty prompt starts with.
         conditioning: (addition) how a latent enters the decoder, see `conditioning.py`.
         kwargs: keywords of both `Encoder` and `Decoder`, such as `rotary_pos_emb=True`.
@@ -213,8 +213,9 @@ class GPTVAE(nn.Module):
             plain: go through x-transformers even where a fused path exists.
         """
         mask_BT = seq_BT != self.pad_id
-        # A negative pad id cannot be embedded; what stands in its place is masked anyway.
-        seq_BT = seq_BT.masked_fill(~mask_BT, max(self.pad_id, 0))
+        if isinstance(self.encoder, TransformerWrapper):
+            # It cannot embed a negative pad id; what stands in its place is masked anyway.
+            seq_BT = seq_BT.masked_fill(~mask_BT, max(self.pad_id, 0))
         stack = None if plain else self.fused_encoder
         if stack is None:
             pooled_BD = self.encoder(seq_BT, mask=mask_BT)

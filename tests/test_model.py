@@ -474,19 +474,22 @@ def test_the_latent_is_heard_after_the_window_has_moved(pair: Pair, positions: d
 class MeanOfEmbeddings(nn.Module):
     """The least that can stand in for the encoder."""
 
-    def __init__(self) -> None:
+    def __init__(self, pad_id: int = PAD) -> None:
         super().__init__()
+        self.pad_id = pad_id
         self.embedding = nn.Embedding(SHAPE["num_tokens"], SHAPE["dim"])
 
     def forward(self, seq: Tensor, mask: Tensor) -> Tensor:
         weight_BT1 = (mask / mask.sum(dim=1, keepdim=True))[..., None]
-        mean_BD: Tensor = (self.embedding(seq) * weight_BT1).sum(dim=1)
+        # It gets what it is given in the stock class, which is what a text was padded with.
+        assert torch.equal(seq == self.pad_id, ~mask)
+        mean_BD: Tensor = (self.embedding(seq.clamp(min=0)) * weight_BT1).sum(dim=1)
         return mean_BD
 
 
 @pytest.mark.parametrize("pad_id", [-1, PAD])
 def test_a_custom_encoder_takes_the_place_of_ours(ours: Ours, pad_id: int) -> None:
-    encoder = MeanOfEmbeddings()
+    encoder = MeanOfEmbeddings(pad_id)
     model, tokens_BT = ours(**ROTARY, encoder=encoder, pad_id=pad_id), padded(pad_id=pad_id)
     rows = [encoder.embedding(row[row != pad_id]).mean(dim=0) for row in tokens_BT]
     expected_BZ = model.to_latent_mean_log_variance[0](torch.stack(rows))[:, : SHAPE["dim_latent"]]
