@@ -977,7 +977,8 @@ def test_latents_take_the_number_type_of_the_model(ours: Ours) -> None:
 
 @torch.no_grad()
 def test_a_fixed_model_keeps_its_figures(ours: Ours) -> None:
-    """Releases of x-transformers come weekly; one that computes something else shows here."""
+    """Releases of x-transformers, and of torch-einops-utils with its losses and means, come weekly; one that computes
+    something else shows here."""
     model = ours(**ROTARY)
     for number, parameter in enumerate(model.parameters()):
         steps = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
@@ -987,6 +988,12 @@ def test_a_fixed_model_keeps_its_figures(ours: Ours) -> None:
     logits_BTV = model.logits(model.hidden(tokens_BT, posterior.mean_BZ, plain=True))
     figures = [posterior.mean_BZ.square().mean(), posterior.log_var_BZ.square().mean(), logits_BTV.square().mean()]
     assert [float(figure) for figure in figures] == pytest.approx([0.377555, 0.385526, 0.433956], rel=1e-4)
+    tokens_BT[1, 2:] = PAD
+    with mock.patch.object(torch, "randn_like", torch.zeros_like):
+        total, (ar_loss, kl_loss) = model(tokens_BT, return_all_losses=True)
+    assert [float(loss) for loss in (total, ar_loss, kl_loss)] == pytest.approx(
+        [5.036933, 2.536817, 2.500116], rel=1e-4
+    )
 
 
 def test_rotations_are_as_many_as_were_asked_for_whatever_another_thread_does(ours: Ours) -> None:
