@@ -108,7 +108,7 @@ class CachedDecoder:
         device, first = self.model.device, len(self.positions)
         latents_BZ, keep = _stack_latents([row.latent for row in rows], self.model)
         positions = [len(row.context) - 1 for row in rows]
-        x_BTD = self.embedding_VD[_right_padded([row.context for row in rows], device)]
+        x_BTD = F.embedding(_right_padded([row.context for row in rows], device), self.embedding_VD)
         if any(keep):
             way, latent_BD = self.model.conditioning, self.model.from_latent_to_prepend_token(latents_BZ)
             x_BTD = way.enter(x_BTD, latent_BD, torch.tensor(keep, device=device))

@@ -1,7 +1,7 @@
 """The model: an encoder that averages into a Gaussian posterior, and a decoder that reads a sample of it.
 
 `GPTVAE` keeps the contract of `x_transformers.gpt_vae.GPTVAE`: constructor, state dict, losses, greedy text. What it
-adds is marked as an addition. This is the only module that knows x-transformers.
+adds is marked as an addition. This is the only module that imports x-transformers; `fused.py` knows its layers, too.
 
 Shapes: B batch, T tokens, D model width, Z latent width, V vocabulary, L places of dropout.
 
@@ -25,13 +25,23 @@ from torch import Tensor, nn
 from gptvae_cli import decoding, engines, fused
 from gptvae_cli.conditioning import CONDITIONINGS
 from gptvae_cli.config import ConditioningName, ModelConfig
-from gptvae_cli.errors import ConfigError
+from gptvae_cli.errors import ConfigError, FieldError
 from gptvae_cli.latent import kl_to_standard_normal, reparameterize
 
 with warnings.catch_warnings():  # it uses torch.jit.script, of which torch 2.13 warns, and 2.14 in another way
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
     from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, AutoregressiveWrapper, top_k
     from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
+
+
+STOCK_DEFAULTS: Mapping[str, Any] = {
+    "restrict_to_max_seq_len": True,
+    "amateur_model": None,
+    "contrastive_decode_kwargs": {"beta": 0.5, "alpha": 0.1},
+    "return_intermediates": False,
+}
+"""Of the keywords of x-transformers' `AutoregressiveWrapper.generate` that `GPTVAE.generate` leaves to it, whose
+decorators hide its signature."""
 
 
 @dataclass(frozen=True)
@@ -380,7 +390,8 @@ class GPTVAE(nn.Module):
         """Continues prompts, and returns the new tokens only [B n].
 
         Takes the keywords of x-transformers' `AutoregressiveWrapper.generate`. Up to `max_seq_len` greedy text is
-        the seed class's; beyond it the window moves on and keeps the latent, which the seed class loses.
+        the seed class's; a row that outgrows it goes on from the newer half of its tokens and its latent, which the
+        seed class loses.
 
         Args:
             prompts: tokens [B T], one prompt [T], or (addition) a list of prompts of different lengths, which is
@@ -390,15 +401,20 @@ class GPTVAE(nn.Module):
             seq_for_latents: tokens to encode the latents from, sampled as in the seed class [B T'].
             generator: (addition) a CPU generator; without one torch's global state is used.
             generate_kwargs: `eos_token`, `temperature`, `prompt_lens`, `filter_logits_fn`, `filter_kwargs`,
-                `cache_kv`; any other keyword hands the whole call to x-transformers' own loop.
+                `cache_kv`. A function that filters sees the rows that are computed together: not those that have
+                ended, and on their own those that outgrew the decoder. Any other keyword with a value that is not its
+                default hands the whole call to x-transformers' own loop. There none of the additions hold: latents are
+                lost beyond `max_seq_len` and hidden by `prompt_lens`, and token 0 stands behind `eos_token`.
 
         Returns:
             New tokens; behind a row's `eos_token` stands `pad_id`. One prompt [T] gives one row [n], as in the seed
             class, unless several latents repeat it.
 
         Raises:
-            ConfigError: for an empty prompt without a `bos_id`, rows and latents that cannot be matched, or other
-                keywords and latents that are no tokens, which x-transformers' loop does not know.
+            ConfigError: for an empty prompt without a `bos_id`; rows, lengths and latents that cannot be matched; a
+                filter that is not known; and in x-transformers' loop, which does not know them, for latents that are no
+                tokens and a `generator` to choose tokens with.
+            CheckpointError: where the logits, or those that a filter leaves, are not finite numbers.
         """
         with self.evaluating():
             if seq_for_latents is not None:
@@ -424,7 +440,23 @@ class GPTVAE(nn.Module):
         cache_kv: bool = True,
         **foreign: Any,
     ) -> Tensor:
+        filter_fn = filter_logits_fn
+        if isinstance(filter_fn, str):
+            if filter_fn not in FILTER_LOGITS_FN:
+                allowed = f"{', '.join(FILTER_LOGITS_FN)} or a function"
+                raise FieldError("filter_logits_fn", filter_fn, allowed, label="filter_logits_fn")
+            filter_fn = FILTER_LOGITS_FN[filter_fn]
+        foreign = {
+            name: value
+            for name, value in foreign.items()
+            if name not in STOCK_DEFAULTS or value != STOCK_DEFAULTS[name]
+        }
         if foreign:
+            if generator is not None and temperature != 0:
+                raise ConfigError(
+                    f"found a generator and {', '.join(foreign)}, whose tokens are drawn from torch's global state",
+                    hint="leave the generator out, and call torch.manual_seed before",
+                )
             prepend = None
             if latents is not None:
                 if self.conditioning.slots == 0:
@@ -438,7 +470,7 @@ class GPTVAE(nn.Module):
                 eos_token=eos_token,
                 temperature=temperature,
                 prompt_lens=prompt_lens,
-                filter_logits_fn=filter_logits_fn,
+                filter_logits_fn=filter_fn,
                 filter_kwargs=dict(filter_kwargs or {}),
                 cache_kv=cache_kv,
                 prepend_embeds=prepend,
@@ -454,13 +486,19 @@ class GPTVAE(nn.Module):
         if latents is not None and len(contexts) != len(latents):
             raise ConfigError(f"found {len(contexts)} prompts and {len(latents)} latents, they must be as many")
 
-        filter_fn = FILTER_LOGITS_FN[filter_logits_fn] if isinstance(filter_logits_fn, str) else filter_logits_fn
-        uniforms_BT = torch.rand(len(contexts), seq_len, generator=generator, dtype=torch.float64)
+        if not contexts:
+            return torch.empty(0, seq_len, dtype=torch.long, device=self.device)
+
+        uniforms_BT = None
+        if temperature != 0:
+            uniforms_BT = torch.rand(len(contexts), seq_len, generator=generator, dtype=torch.float64)
 
         def choose(logits_BV: Tensor, rows: Sequence[engines.Row]) -> Tensor:
-            if temperature == 0:
+            if uniforms_BT is None:
                 return decoding.greedy(logits_BV)
-            filtered_BV = filter_fn(logits_BV, **(filter_kwargs or {})) / temperature
+            # Not in inference mode, as in the seed class: what a function keeps can be used for gradients then.
+            with torch.inference_mode(False), torch.no_grad():
+                filtered_BV = filter_fn(logits_BV.clone(), **(filter_kwargs or {})) / temperature
             uniforms_B = torch.stack([uniforms_BT[row.index, len(row.new)] for row in rows])
             return decoding.draw(filtered_BV, uniforms_B.to(logits_BV.device))
 
@@ -482,7 +520,13 @@ class GPTVAE(nn.Module):
             prompts = prompts[None]
         contexts: list[list[int]] = [row.tolist() for row in prompts]
         if prompt_lens is not None:
-            contexts = [row[:length] for row, length in zip(contexts, prompt_lens.tolist(), strict=True)]
+            lengths = prompt_lens.flatten().tolist()
+            if len(lengths) != len(contexts):
+                raise ConfigError(f"found {len(contexts)} prompts and {len(lengths)} prompt_lens, they must be as many")
+            for row, length in zip(contexts, lengths, strict=True):
+                if not 0 <= length <= len(row):
+                    raise ConfigError(f"found {length} in prompt_lens, for a prompt of {len(row)} tokens")
+            contexts = [row[:length] for row, length in zip(contexts, lengths, strict=True)]
         for context in contexts:
             if not context:
                 if self.bos_id is None:

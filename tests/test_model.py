@@ -6,6 +6,7 @@ The reference is `x_transformers.gpt_vae.GPTVAE` itself, with the same weights.
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,13 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 from x_transformers import gpt_vae as reference
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.x_transformers import Decoder, TransformerWrapper
 
 from gptvae_cli import fused
 from gptvae_cli.config import ModelConfig
-from gptvae_cli.errors import ConfigError, ExitCode
-from gptvae_cli.model import GPTVAE, Posterior
+from gptvae_cli.errors import CheckpointError, ConfigError, ExitCode
+from gptvae_cli.model import GPTVAE, STOCK_DEFAULTS, Posterior
 
 PAD, BOS, EOS = 17, 18, 19
 WINDOW = 16
@@ -310,6 +312,106 @@ def test_an_unrestricted_window_is_handed_to_x_transformers(pair: Pair) -> None:
     options: dict[str, Any] = {"latents": random_latents(1)[0], "temperature": 0.0, "restrict_to_max_seq_len": False}
     expected, text = (m.generate(random_tokens(3, 4), 2 * WINDOW, **options) for m in (stock, model))
     assert text.tolist() == expected.tolist()
+
+
+def test_keywords_at_their_defaults_change_nothing(ours: Ours) -> None:
+    """x-transformers' loop would forget the latent beyond the window."""
+    model, prompts_BT, latents_BZ = ours(**ROTARY), random_tokens(2, 4), random_latents(2)
+    options: dict[str, Any] = {"latents": latents_BZ, "temperature": 0.0}
+    expected_BT = model.generate(prompts_BT, 3 * WINDOW, **options)
+    assert torch.equal(model.generate(prompts_BT, 3 * WINDOW, **options, **STOCK_DEFAULTS), expected_BT)
+    with mock.patch.object(model.ar_wrapped_decoder, "generate", side_effect=AssertionError("in the stock loop")):
+        for name, value in STOCK_DEFAULTS.items():
+            model.generate(prompts_BT, 2, **options, **{name: value})
+
+
+def test_the_defaults_are_x_transformers() -> None:
+    """Its decorators hide them."""
+    inner: Any = inspect.unwrap(AutoregressiveWrapper.generate)
+    parameters = inspect.signature(inspect.getclosurevars(inner).nonlocals["fn"]).parameters
+    own = inspect.signature(GPTVAE._generate).parameters
+    foreign = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    assert {name: value for name, value in foreign.items() if name not in own} == STOCK_DEFAULTS
+
+
+def test_a_generator_that_would_not_be_heard_is_refused(ours: Ours) -> None:
+    model, generator = ours(**ROTARY), torch.Generator()
+    with pytest.raises(ConfigError, match="found a generator and restrict_to_max_seq_len, whose tokens") as caught:
+        model.generate(random_tokens(2, 4), 3, generator=generator, restrict_to_max_seq_len=False)
+    assert caught.value.hint == "leave the generator out, and call torch.manual_seed before"
+    options: dict[str, Any] = {"temperature": 0.0, "restrict_to_max_seq_len": False}
+    model.generate(random_tokens(2, 4), 3, seq_for_latents=padded(2), generator=generator, **options)
+
+
+def test_greedy_text_takes_no_random_numbers(pair: Pair) -> None:
+    models = pair(**ROTARY)
+    before = torch.get_rng_state()
+    for model in models:
+        model.generate(random_tokens(2, 4), 3, latents=random_latents(2), temperature=0.0)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("prompts", [torch.empty(0, 4, dtype=torch.long), []], ids=["tensor", "list"])
+def test_no_prompts_give_no_rows(pair: Pair, prompts: Any) -> None:
+    stock, model = pair(**ROTARY)
+    assert model.generate(prompts, 3).shape == (0, 3)
+    assert model.generate(prompts, 3, latents=torch.empty(0, SHAPE["dim_latent"]), temperature=0.0).shape == (0, 3)
+    if isinstance(prompts, Tensor):
+        assert stock.generate(prompts, 3).shape == (0, 3)
+
+
+def test_a_filter_that_is_not_known_is_refused(ours: Ours) -> None:
+    allowed = "it must be top_p, top_k, top_a, min_p or a function"
+    choices: list[dict[str, Any]] = [{}, {"restrict_to_max_seq_len": False}]
+    for options in choices:
+        with pytest.raises(ConfigError, match=f"filter_logits_fn is 'top_q', {allowed}"):
+            ours(**ROTARY).generate(random_tokens(2, 4), 3, filter_logits_fn="top_q", **options)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([4, 5], "found 5 in prompt_lens, for a prompt of 4 tokens"),
+        ([-1, 4], "found -1 in prompt_lens, for a prompt of 4 tokens"),
+        ([4], "found 2 prompts and 1 prompt_lens, they must be as many"),
+    ],
+)
+def test_lengths_that_no_prompt_has_are_refused(ours: Ours, lengths: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ours(**ROTARY).generate(random_tokens(2, 4), 3, prompt_lens=torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("cache_kv", [True, False])
+def test_a_token_outside_of_the_vocabulary_is_refused(pair: Pair, cache_kv: bool) -> None:
+    for model in pair(**ROTARY):
+        for token in (-1, SHAPE["num_tokens"]):
+            with pytest.raises(IndexError):
+                model.generate(torch.tensor([[3, token]]), 2, cache_kv=cache_kv)
+
+
+def test_a_filter_may_keep_and_change_what_it_sees(pair: Pair) -> None:
+    """Tensors of inference mode can neither be written to outside of it nor be multiplied with weights that learn."""
+    for model in pair(**ROTARY):
+        kept: list[Tensor] = []
+
+        def keep(logits_BV: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(logits_BV)
+            return logits_BV.mul_(2)
+
+        model.generate(random_tokens(2, 4), 3, filter_logits_fn=keep)
+        assert not any(logits_BV.is_inference() or logits_BV.requires_grad for logits_BV in kept)
+        kept[0].add_(1)
+        gain = torch.ones(SHAPE["num_tokens"], requires_grad=True)
+        assert torch.equal(torch.autograd.grad((kept[0] * gain).sum(), gain)[0], kept[0].sum(0))
+
+
+@pytest.mark.parametrize("cache_kv", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_choose_no_token(ours: Ours, cache_kv: bool, temperature: float) -> None:
+    model, latents_BZ = ours(**ROTARY), torch.full((2, SHAPE["dim_latent"]), 1e38)
+    options: dict[str, Any] = {"cache_kv": cache_kv, "temperature": temperature}
+    with pytest.raises(CheckpointError, match="the logits of a token are not finite numbers"):
+        model.generate(random_tokens(2, 4), 3, latents=latents_BZ, **options)
 
 
 # The traps ------------------------------------------------------------------------------------------------------------
