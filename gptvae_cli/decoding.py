@@ -156,7 +156,7 @@ def run(
     waiting = iter(rows)
     usable = cached and model.fused_decoder is not None
     guided = guidance != 1
-    engine: Engine = CachedDecoder(model, batch_size * (1 + guided)) if usable else PlainDecoder(model)
+    engine: Engine = CachedDecoder(model, batch_size * (1 + guided)) if usable else PlainDecoder(model, cached=cached)
     if guided:
         engine = GuidedDecoder(engine, guidance)
     active: list[Row] = []

@@ -44,6 +44,16 @@ STOCK_DEFAULTS: Mapping[str, Any] = {
 decorators hide its signature."""
 
 
+_CACHED_RIGHTLY = {
+    *("verbose", "disable_abs_pos_emb", "rotary_pos_emb", "rotary_emb_dim", "rotary_interpolation_factor"),
+    *("alibi_pos_bias", "rel_pos_bias", "attn_flash", "attn_kv_heads", "attn_one_kv_head", "attn_qk_norm"),
+    *("ff_mult", "ff_glu", "ff_swish", "ff_relu_squared", "ff_no_bias", "attn_dropout", "ff_dropout", "layer_dropout"),
+    *("pre_norm", "sandwich_norm", "use_rmsnorm", "use_scalenorm", "use_simple_rmsnorm"),
+}
+"""Keywords of x-transformers' `Decoder` with which its cache of keys and values changes no text. With some others, such
+as `shift_tokens` and `orthog_residual`, it does."""
+
+
 @dataclass(frozen=True)
 class Posterior:
     """q(z | text): a diagonal Gaussian for every row."""
@@ -143,6 +153,7 @@ class GPTVAE(nn.Module):
         self.conditioning = CONDITIONINGS[conditioning]
         self.vae_kl_div_floor = vae_kl_div_floor
         self.vae_kl_loss_weight = vae_kl_loss_weight
+        self.keeps_keys = bool(self.decoder.can_cache_kv) and set(decoder_options) <= _CACHED_RIGHTLY
         # The fast path over the same weights, where the layers are of the kind that it computes; a head is pairs of
         # numbers there.
         pairs = attn_dim_head % 2 == 0
@@ -370,6 +381,23 @@ class GPTVAE(nn.Module):
             entered_BTD = way.enter(embedded_BTD, vector_B1D, keep_B)
             hidden_BTD = way.leave(stack(entered_BTD, None, drop_blocks_LBD), keep_B)
         return hidden_BTD if drop_LBD is None else hidden_BTD * drop_LBD[-1, :, None]
+
+    def last_hidden(
+        self, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Any]:
+        """(Addition) The decoder's hidden state at the last token [B D], through x-transformers, and its keys and
+        values.
+
+        Args:
+            tokens_BT, latents_BZ, keep_B: as in `hidden`, without padding.
+            cache: what this gave for the same without the last token, or None.
+        """
+        keywords: dict[str, Tensor | None] = {}
+        if latents_BZ is not None:
+            vector_B1D = self.from_latent_to_prepend_token(latents_BZ)
+            keywords = self.conditioning.keywords(vector_B1D, keep_B, tokens_BT.shape[1])
+        hidden_BTD, cache = self.decoder(tokens_BT, cache=cache, return_embeddings_and_intermediates=True, **keywords)
+        return hidden_BTD[:, -1], cache
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(Addition) Next-token logits of hidden states of any leading shape [... V]."""

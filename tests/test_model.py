@@ -555,6 +555,68 @@ def test_text_beyond_the_window_is_the_same_with_and_without_a_cache(
         assert other[:, WINDOW:].tolist() != cached[:, WINDOW:].tolist()
 
 
+KEPT: list[dict[str, Any]] = [
+    {},
+    {"alibi_pos_bias": True, "ff_no_bias": True, "pre_norm": False},
+    {"rel_pos_bias": True, "ff_relu_squared": True, "use_scalenorm": True},
+    {"disable_abs_pos_emb": True, "attn_qk_norm": True, "sandwich_norm": True, "use_simple_rmsnorm": True},
+    {"rotary_pos_emb": True, "rotary_emb_dim": 8, "rotary_interpolation_factor": 2.0, "attn_one_kv_head": True},
+    {"attn_flash": True, "attn_kv_heads": 1, "ff_glu": True, "ff_swish": True, "ff_mult": 2, "use_rmsnorm": True},
+    {"attn_dropout": 0.2, "ff_dropout": 0.2, "layer_dropout": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", KEPT, ids=lambda options: "-".join(options) or "defaults")
+@every_way
+def test_keys_that_x_transformers_keeps_change_no_text(ours: Ours, options: dict[str, Any], conditioning: str) -> None:
+    """With and without latents, for rows that end one after another and beyond the window."""
+    model, prompts_BT = ours(**options, conditioning=conditioning), random_tokens(3, 3)
+    assert model.fused_decoder is None
+    assert model.keeps_keys
+    for latents_BZ in (None, random_latents(3)):
+        texts, logits = [], []
+        for cache_kv in (True, False):
+            seen: list[Tensor] = []
+
+            def keep(logits_BV: Tensor, seen: list[Tensor] = seen) -> Tensor:
+                seen.append(logits_BV)
+                return logits_BV
+
+            generator = torch.Generator().manual_seed(1)
+            choice: dict[str, Any] = {"eos_token": 5, "filter_logits_fn": keep, "generator": generator}
+            texts.append(
+                model.generate(prompts_BT, 2 * WINDOW + 5, latents=latents_BZ, cache_kv=cache_kv, **choice).tolist()
+            )
+            logits.append(torch.cat(seen))
+        assert texts[0] == texts[1]
+        assert_close(logits[0], logits[1], rtol=0, atol=1e-3)
+
+
+def test_only_tokens_that_are_new_are_read_where_keys_are_kept(ours: Ours) -> None:
+    model, read = ours(), []
+    layer = model.decoder.attn_layers.layers[1][1]
+    layer.register_forward_hook(lambda module, inputs, output: read.append(output.shape[1]))
+    model.generate(random_tokens(2, 4), 6, latents=random_latents(2), temperature=0.0)
+    assert read == [5, 1, 1, 1, 1, 1]
+    read.clear()
+    model.generate(random_tokens(2, 4), 3, latents=random_latents(2), temperature=0.0, cache_kv=False)
+    assert read == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "options", [{"shift_tokens": 1}, {"orthog_residual": True}, {"dec_kwargs": {"attn_selective": True}}]
+)
+def test_keys_are_not_kept_where_that_would_change_the_text(ours: Ours, options: dict[str, Any]) -> None:
+    model = ours(**options)
+    assert not model.keeps_keys
+    prompts_BT, latents_BZ = random_tokens(2, 4), random_latents(2)
+    cached_BT, plain_BT = (
+        model.generate(prompts_BT, 9, latents=latents_BZ, temperature=0.0, cache_kv=cache_kv)
+        for cache_kv in (True, False)
+    )
+    assert torch.equal(cached_BT, plain_BT)
+
+
 @pytest.mark.parametrize("positions", [ROTARY, POSITIONS["rotary-flash"]], ids=["rotary", "rotary-flash"])
 def test_the_latent_is_heard_after_the_window_has_moved(pair: Pair, positions: dict[str, Any]) -> None:
     """The stock cache evicts the latent's keys and values there. What earlier tokens heard of it lives on in their
