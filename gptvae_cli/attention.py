@@ -22,8 +22,8 @@ _SWITCH = Lock()
 
 
 def as_bias(mask_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: as good as -inf where a position may not be looked at, but finite, for a row of nothing
-    but padding would make NaN of it [B 1 1 T]."""
+    """What is added to scores of this type: as good as -inf where a position may not be looked at, but finite, for a
+    row of nothing but padding would make NaN of it [B 1 1 T]."""
     return torch.zeros_like(mask_BT, dtype=dtype).masked_fill_(~mask_BT, torch.finfo(dtype).min / 2)[:, None, None]
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.device import moved, rows_together
 from gptvae_cli.engines import CachedDecoder, Engine, GuidedDecoder, PlainDecoder, Row, cache_bytes
+from gptvae_cli.errors import CheckpointError
 from gptvae_cli.healing import Healing
 
 if TYPE_CHECKING:
@@ -40,7 +42,11 @@ class Request:
 
 
 Choose = Callable[[Tensor, Sequence[Row]], Tensor]
-"""Picks one token for every row from logits [B V]."""
+"""Picks one token for every row from logits [B V], or `NO_TOKEN`."""
+
+NO_TOKEN = -1
+"""Where the logits of a row are no finite numbers. It comes from the device with the tokens, so that nothing has to
+wait for it."""
 
 
 def decode(
@@ -70,6 +76,9 @@ def decode(
         batch_size: rows that are decoded together; None is as many as are fastest, where there is memory for them.
         on_token: called with (position of the request, token) as each token is chosen.
         cached: False takes the plain path.
+
+    Raises:
+        CheckpointError: where logits are not finite numbers.
     """
     row_bytes = cache_bytes(model) * (1 if sample.guidance == 1 else 2)
     batch_size = batch_size or rows_together(model.device, row_bytes)
@@ -139,11 +148,15 @@ def run(
     cached: bool = True,
 ) -> Iterator[Row]:
     """Continues rows until each has written EOS or its `max_new` tokens; yields them as they end. None among the rows
-    says that the next one has to be waited for."""
+    says that the next one has to be waited for.
+
+    Raises:
+        CheckpointError: where `choose` finds no token.
+    """
     waiting = iter(rows)
     usable = cached and model.fused_decoder is not None
     guided = guidance != 1
-    engine: Engine = CachedDecoder(model, batch_size * (1 + guided)) if usable else PlainDecoder(model)
+    engine: Engine = CachedDecoder(model, batch_size * (1 + guided)) if usable else PlainDecoder(model, cached=cached)
     if guided:
         engine = GuidedDecoder(engine, guidance)
     active: list[Row] = []
@@ -172,6 +185,10 @@ def run(
             return
         chosen = joining or active
         for row, token in zip(chosen, choose(logits_BV, chosen).tolist(), strict=True):
+            if token == NO_TOKEN:
+                raise CheckpointError(
+                    "the logits of a token are not finite numbers: the weights of the model are too large"
+                )
             row.context.append(token)
             row.new.append(token)
             if on_token is not None:
@@ -218,18 +235,23 @@ def filter_logits(logits_BV: Tensor, sample: SampleConfig) -> Tensor:
 
 
 def greedy(logits_BV: Tensor) -> Tensor:
-    """The likeliest token of every row, the first one of several [B]."""
+    """The likeliest token of every row, the first one of several, or `NO_TOKEN` [B]."""
     if logits_BV.device.type == "cpu":  # NumPy's is 5 times as fast, but does not know bfloat16
-        exact_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-        return torch.from_numpy(exact_BV.numpy().argmax(axis=-1))
-    return logits_BV.max(dim=-1).indices
+        exact_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)).numpy()
+        best_B = exact_BV.argmax(axis=-1)  # a NaN, where there is one
+        best_B[~np.isfinite(exact_BV[np.arange(len(best_B)), best_B])] = NO_TOKEN
+        return torch.from_numpy(best_B)
+    best = logits_BV.max(dim=-1)
+    return best.indices.masked_fill(~best.values.isfinite(), NO_TOKEN)
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """One token a row by inverting the cumulative distribution at one uniform number in [0, 1) [B].
+    """One token a row by inverting the cumulative distribution at one uniform number in [0, 1), or `NO_TOKEN` [B].
 
     float64, so that a token of zero probability is never drawn and the order of summation does not show.
     """
     cumulative_BV = logits_BV.double().softmax(dim=-1).cumsum(dim=-1)
-    target_B1 = (uniforms_B * cumulative_BV[:, -1])[:, None]
-    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+    total_B = cumulative_BV[:, -1]
+    target_B1 = (uniforms_B * total_B)[:, None]
+    token_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=logits_BV.shape[-1] - 1)
+    return token_B.masked_fill(total_B.isnan(), NO_TOKEN)

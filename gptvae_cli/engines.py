@@ -1,7 +1,8 @@
 """Next-token logits of many texts at once.
 
-Two ways stand side by side, and a test holds them equal: `PlainDecoder` reads the whole row again for every token,
-through x-transformers; `CachedDecoder` keeps keys and values and runs the same weights as a handful of fused products.
+Two ways stand side by side, and a test holds them equal: `PlainDecoder` goes through x-transformers, and reads the
+whole row again for every token, unless that may keep keys and values; `CachedDecoder` keeps them itself, and runs the
+same weights as a handful of fused products.
 
 Shapes: B rows of the batch, T tokens, N rows or all their tokens, S slots of the cache, D model width, E all heads side
 by side, H heads, K head width, C pairs of a head, X queries, keys and values, L layers, P two for every row of B,
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -61,17 +62,36 @@ class Engine(Protocol):
 
 
 class PlainDecoder:
-    """Reads every row from its first token, through x-transformers, for any keyword that the model was built with."""
+    """Reads every row from its first token, through x-transformers, for any keyword that the model was built with.
 
-    def __init__(self, model: GPTVAE) -> None:
-        self.model = model
+    Args:
+        model: which writes.
+        cached: let x-transformers keep keys and values, where that is known to change no text, and while all rows are
+            of one length.
+    """
+
+    def __init__(self, model: GPTVAE, *, cached: bool = False) -> None:
+        self.model, self.cached = model, cached and model.keeps_keys
+        self._cache: Any = None
+        self._contexts: list[list[int]] = []
+        self._latents: list[Tensor | None] = []
 
     def join(self, rows: Sequence[Row]) -> Tensor:
         return self.step(rows)
 
     def step(self, rows: Sequence[Row]) -> Tensor:
-        contexts, latents = [row.context for row in rows], [row.latent for row in rows]
-        return self.model.logits(last_states(self.model, contexts, latents, 1, plain=True)[:, 0])
+        contexts, latents = [list(row.context) for row in rows], [row.latent for row in rows]
+        if not self.cached or len({*map(len, contexts)}) > 1:
+            return self.model.logits(last_states(self.model, contexts, latents, 1, plain=True)[:, 0])
+        # What is kept is of these rows, if they are those of the last step with a token more.
+        if [context[:-1] for context in contexts] != self._contexts or [*map(id, latents)] != [*map(id, self._latents)]:
+            self._cache = None
+        tokens_BT = _right_padded(contexts, self.model.device)
+        latents_BZ, keep = _stack_latents(latents, self.model)
+        keep_B = None if all(keep) else torch.tensor(keep, device=self.model.device)
+        last_BD, self._cache = self.model.last_hidden(tokens_BT, latents_BZ if any(keep) else None, keep_B, self._cache)
+        self._contexts, self._latents = contexts, latents
+        return self.model.logits(last_BD)
 
     def leave(self, places: Sequence[int]) -> None:
         pass
@@ -87,10 +107,11 @@ class CachedDecoder:
     """
 
     def __init__(self, model: GPTVAE, batch_size: int) -> None:
-        assert model.fused_decoder is not None, "these layers have no fused form"
+        stack = model.fused_decoder
+        assert stack is not None, "these layers have no fused form"
         self.model, self.batch_size = model, batch_size
         self.embedding_VD = model.decoder.token_emb.emb.weight
-        self.stack = fused.Frozen(model.fused_decoder, batch_size)
+        self.stack = fused.Frozen(stack, batch_size)
         weight_VD = model.decoder.to_logits.weight
         self.vocabulary = len(weight_VD)
         self.to_logits = self.stack.products.matrix(F.pad(weight_VD, (0, 0, 0, -self.vocabulary % _SHARED_WIDTH)))
@@ -107,7 +128,7 @@ class CachedDecoder:
         device, first = self.model.device, len(self.positions)
         latents_BZ, keep = _stack_latents([row.latent for row in rows], self.model)
         positions = [len(row.context) - 1 for row in rows]
-        x_BTD = self.embedding_VD[_right_padded([row.context for row in rows], device)]
+        x_BTD = F.embedding(_right_padded([row.context for row in rows], device), self.embedding_VD)
         if any(keep):
             way, latent_BD = self.model.conditioning, self.model.from_latent_to_prepend_token(latents_BZ)
             x_BTD = way.enter(x_BTD, latent_BD, torch.tensor(keep, device=device))
@@ -214,10 +235,9 @@ def _with_and_without(rows: Sequence[Row]) -> list[Row]:
 
 
 def cache_bytes(model: GPTVAE) -> int:
-    """Memory that a `CachedDecoder` takes at most for a row, in float32."""
-    if (stack := model.fused_decoder) is None:
-        return 1  # nothing is kept
-    bytes_of_a_slot: int = 2 * 4 * stack.depth * stack.heads * stack.head_width
+    """Memory that keys and values take at most for a row, in float32."""
+    layers = model.decoder.attn_layers
+    bytes_of_a_slot: int = 2 * 4 * layers.depth * layers.attn_heads * layers.attn_dim_head
     return bytes_of_a_slot * (model.max_seq_len + 1)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from gptvae_cli.attention import as_bias, attend
 from gptvae_cli.products import Linear, best_products
+from gptvae_cli.snapshot import Snapshot
 
 
 def supports(options: Mapping[str, Any]) -> bool:
@@ -44,24 +45,43 @@ class Layer:
     ff_out: tuple[Tensor, Tensor]
 
 
+class Turns(NamedTuple):
+    """Rotary factors [S C], and the frequencies that they were made of, in which version."""
+
+    turns_SC: Tensor
+    of: Tensor
+    version: int | None
+
+
 class Stack:
-    """An `AttentionLayers` module seen as fused layers. Weights are read at every call, so it can be trained, except
-    within `frozen`.
+    """The `AttentionLayers` of a `TransformerWrapper` seen as fused layers. Weights are read at every call, so it can
+    be trained, except within `frozen`.
 
     Args:
-        layers: x-transformers' module, see `supports`, with heads of an even width.
+        wrapper: x-transformers' module, with layers that `supports` names and heads of an even width.
         causal: whether a position sees only those before it.
     """
 
-    def __init__(self, layers: Any, *, causal: bool) -> None:
+    def __init__(self, wrapper: Any, *, causal: bool) -> None:
         self.causal = causal
+        self._built_from = Snapshot(wrapper)
+        layers = wrapper.attn_layers
         self.heads, self.head_width = layers.attn_heads, layers.attn_dim_head
         blocks = list(layers.layers)
         self._blocks = list(zip(blocks[::2], blocks[1::2], strict=True))
         self._final_norm = layers.final_norm
         self._rotary = layers.rotary_pos_emb
-        self._turns: Tensor | None = None
+        self._turns: Turns | None = None
         self._kept: dict[int, Frozen | None] = {}  # of each thread that is within `frozen`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files have no part in what is kept for a while, least of all for a thread."""
+        return {**vars(self), "_turns": None, "_kept": {}}
+
+    def stands_for(self, wrapper: nn.Module) -> bool:
+        """Whether it computes what this module would: the one that it was built from, which has not been changed but
+        in its weights, and without active dropout."""
+        return wrapper is self._built_from.module and self._built_from.holds()
 
     @property
     def device(self) -> torch.device:
@@ -74,13 +94,23 @@ class Stack:
         return dtype
 
     @property
+    def product_dtype(self) -> torch.dtype:
+        """That of autocast or of the parameters."""
+        device = self.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.dtype
+
+    @property
     def depth(self) -> int:
         return len(self._blocks)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within, passes without gradients share one copy of the weights, made by the first of them in its dtype."""
+        """Within, passes without gradients share one copy of the weights, made by the first of them in its dtype. What
+        is frozen already stays so."""
         thread = get_ident()
+        if thread in self._kept:
+            yield
+            return
         self._kept[thread] = None
         try:
             yield
@@ -94,16 +124,18 @@ class Stack:
     def turns(self, length: int) -> Tensor:
         """The rotary factors `exp(i * angle)` of positions 0 to `length` - 1, by which queries and keys, as complex
         numbers, are multiplied; 1 where a head is not rotated. In float32 [S C]."""
-        turns_SC = self._turns  # read once, as another thread may put fewer in their place
-        if turns_SC is None or len(turns_SC) < length or turns_SC.device != self.device:
+        frequencies: Tensor = self._rotary.inv_freq
+        version = None if frequencies.is_inference() else frequencies._version
+        kept = self._turns  # read once, as another thread may put fewer in their place
+        if kept is None or len(kept.turns_SC) < length or kept.of is not frequencies or kept.version != version:
             # They are kept for training too, which cannot use what was made in inference mode.
             with torch.inference_mode(False):
-                frequencies = self._rotary.inv_freq.detach().to(self.device, torch.float32)
-                frequencies_C = F.pad(frequencies, (0, self.head_width // 2 - len(frequencies)))
+                angle_C = frequencies.detach().to(self.device, torch.float32)
+                angle_C = F.pad(angle_C, (0, self.head_width // 2 - len(angle_C)))
                 positions_S = torch.arange(max(length, 64), device=self.device, dtype=torch.float32)
-                angles_SC = positions_S[:, None] * frequencies_C
-                self._turns = turns_SC = torch.complex(angles_SC.cos(), angles_SC.sin())
-        return turns_SC[:length]
+                angles_SC = positions_S[:, None] * angle_C
+                self._turns = kept = Turns(torch.complex(angles_SC.cos(), angles_SC.sin()), frequencies, version)
+        return kept.turns_SC[:length]
 
     def __call__(self, x_BTD: Tensor, mask_BT: Tensor | None = None, drop_LBD: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm [B T D].
@@ -122,7 +154,7 @@ class Stack:
                 self._kept[thread] = frozen
             return frozen(x_BTD, mask_BT)
         turns_TC = self.turns(x_BTD.shape[1])
-        bias = None if mask_BT is None else as_bias(mask_BT, torch.float32)
+        bias = None if mask_BT is None else as_bias(mask_BT, self.product_dtype)
         drop_LB1D = [None] * 2 * len(self._blocks) if drop_LBD is None else drop_LBD[:, :, None].unbind()
         for layer, drop_attn, drop_ff in zip(self.read(), drop_LB1D[::2], drop_LB1D[1::2], strict=True):
             q_BHTK, k_BHTK, v_BHTK = self.project(layer, x_BTD, turns_TC)
@@ -207,7 +239,7 @@ class Frozen:
     """A stack for inference: its weights are read once, it works in place, and a layer is as few operations as can be,
     since for a single row starting one costs as much as its arithmetic.
 
-    Products are in `dtype`, that of autocast or of the parameters; rotations are float32 at least; the residual stream
+    Products are in `dtype`, see `Stack.product_dtype`; rotations are float32 at least; the residual stream
     has the type of the parameters.
 
     Args:
@@ -216,9 +248,7 @@ class Frozen:
     """
 
     def __init__(self, stack: Stack, rows: int = 0) -> None:
-        self._stack, self.device = stack, stack.device
-        device = self.device.type
-        self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stack.dtype
+        self._stack, self.device, self.dtype = stack, stack.device, stack.product_dtype
         self.products = best_products(self.device, self.dtype, rows)
         matrix = self.products.matrix
         self.heads, self.head_width = stack.heads, stack.head_width

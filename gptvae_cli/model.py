@@ -1,7 +1,7 @@
 """The model: an encoder that averages into a Gaussian posterior, and a decoder that reads a sample of it.
 
 `GPTVAE` keeps the contract of `x_transformers.gpt_vae.GPTVAE`: constructor, state dict, losses, greedy text. What it
-adds is marked as an addition. This is the only module that knows x-transformers.
+adds is marked as an addition. This is the only module that imports x-transformers; `fused.py` knows its layers, too.
 
 Shapes: B batch, T tokens, D model width, Z latent width, V vocabulary, L places of dropout.
 
@@ -25,13 +25,33 @@ from torch import Tensor, nn
 from gptvae_cli import decoding, engines, fused
 from gptvae_cli.conditioning import CONDITIONINGS
 from gptvae_cli.config import ConditioningName, ModelConfig
-from gptvae_cli.errors import ConfigError
+from gptvae_cli.errors import ConfigError, FieldError
 from gptvae_cli.latent import kl_to_standard_normal, reparameterize
 
 with warnings.catch_warnings():  # it uses torch.jit.script, of which torch 2.13 warns, and 2.14 in another way
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
     from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, AutoregressiveWrapper, top_k
     from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
+
+
+STOCK_DEFAULTS: Mapping[str, Any] = {
+    "restrict_to_max_seq_len": True,
+    "amateur_model": None,
+    "contrastive_decode_kwargs": {"beta": 0.5, "alpha": 0.1},
+    "return_intermediates": False,
+}
+"""Of the keywords of x-transformers' `AutoregressiveWrapper.generate` that `GPTVAE.generate` leaves to it, whose
+decorators hide its signature."""
+
+
+_CACHED_RIGHTLY = {
+    *("verbose", "disable_abs_pos_emb", "rotary_pos_emb", "rotary_emb_dim", "rotary_interpolation_factor"),
+    *("alibi_pos_bias", "rel_pos_bias", "attn_flash", "attn_kv_heads", "attn_one_kv_head", "attn_qk_norm"),
+    *("ff_mult", "ff_glu", "ff_swish", "ff_relu_squared", "ff_no_bias", "attn_dropout", "ff_dropout", "layer_dropout"),
+    *("pre_norm", "sandwich_norm", "use_rmsnorm", "use_scalenorm", "use_simple_rmsnorm"),
+}
+"""Keywords of x-transformers' `Decoder` with which its cache of keys and values changes no text. With some others, such
+as `shift_tokens` and `orthog_residual`, it does."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +90,7 @@ class GPTVAE(nn.Module):
         vae_kl_div_floor: nats under which a dimension's KL costs nothing in `forward`, per row.
         latents_dropout_prob: share of the rows that train without their latent.
         pad_id: id that marks padding; -1 is allowed.
-        encoder: a module `(seq, mask=mask) -> [B D]` in place of the built-in encoder.
+        encoder: a module `(seq, mask=mask) -> [B D]` in place of the built-in encoder; it gets `pad_id` as it is.
         bos_id: (addition) what an empty prompt starts with.
         conditioning: (addition) how a latent enters the decoder, see `conditioning.py`.
         kwargs: keywords of both `Encoder` and `Decoder`, such as `rotary_pos_emb=True`.
@@ -133,15 +153,16 @@ class GPTVAE(nn.Module):
         self.conditioning = CONDITIONINGS[conditioning]
         self.vae_kl_div_floor = vae_kl_div_floor
         self.vae_kl_loss_weight = vae_kl_loss_weight
+        self.keeps_keys = bool(self.decoder.can_cache_kv) and set(decoder_options) <= _CACHED_RIGHTLY
         # The fast path over the same weights, where the layers are of the kind that it computes; a head is pairs of
         # numbers there.
         pairs = attn_dim_head % 2 == 0
-        self.fused_encoder: fused.Stack | None = None
-        self.fused_decoder: fused.Stack | None = None
+        self._encoder_stack: fused.Stack | None = None
+        self._decoder_stack: fused.Stack | None = None
         if builtin_encoder and pairs and fused.supports(encoder_options):
-            self.fused_encoder = fused.Stack(self.encoder.attn_layers, causal=False)
+            self._encoder_stack = fused.Stack(self.encoder, causal=False)
         if pairs and fused.supports(decoder_options):
-            self.fused_decoder = fused.Stack(self.decoder.attn_layers, causal=True)
+            self._decoder_stack = fused.Stack(self.decoder, causal=True)
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> GPTVAE:
@@ -169,6 +190,19 @@ class GPTVAE(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def fused_encoder(self) -> fused.Stack | None:
+        """(Addition) The fast path over the encoder's weights. None where x-transformers is to compute: for layers of
+        another kind, and as soon as a part of the encoder was replaced, hooked into or set otherwise."""
+        stack = self._encoder_stack
+        return stack if stack is not None and stack.stands_for(self.encoder) else None
+
+    @property
+    def fused_decoder(self) -> fused.Stack | None:
+        """(Addition) The same of the decoder, whose logits count as a part of it."""
+        stack = self._decoder_stack
+        return stack if stack is not None and stack.stands_for(self.decoder) else None
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -200,12 +234,14 @@ class GPTVAE(nn.Module):
             plain: go through x-transformers even where a fused path exists.
         """
         mask_BT = seq_BT != self.pad_id
-        # A negative pad id cannot be embedded; what stands in its place is masked anyway.
-        seq_BT = seq_BT.masked_fill(~mask_BT, max(self.pad_id, 0))
-        if plain or self.fused_encoder is None:
+        if isinstance(self.encoder, TransformerWrapper):
+            # It cannot embed a negative pad id; what stands in its place is masked anyway.
+            seq_BT = seq_BT.masked_fill(~mask_BT, max(self.pad_id, 0))
+        stack = None if plain else self.fused_encoder
+        if stack is None:
             pooled_BD = self.encoder(seq_BT, mask=mask_BT)
         else:
-            hidden_BTD = self.fused_encoder(self.encoder.get_submodule("token_emb.emb")(seq_BT), mask_BT)
+            hidden_BTD = stack(self.encoder.get_submodule("token_emb.emb")(seq_BT), mask_BT)
             pooled_BD = (hidden_BTD * mask_BT[..., None]).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True).clamp(min=1)
         mean_BZ, log_var_BZ = self.to_latent_mean_log_variance(pooled_BD)
         return Posterior(mean_BZ, log_var_BZ)
@@ -292,7 +328,7 @@ class GPTVAE(nn.Module):
         latents_BZ, (mean_BZ, log_var_BZ) = self.encode_to_latents(
             seq if seq_for_latents is None else seq_for_latents, return_mean_log_var=True, generator=generator
         )
-        keep_B = ~self._drop_latents(len(seq), generator)
+        keep_B = ~self._drop_latents(len(seq), latents_BZ.device, generator)
         vector_B1D = self.from_latent_to_prepend_token(latents_BZ)
         ar_loss = self.ar_wrapped_decoder(seq, **self.conditioning.keywords(vector_B1D, keep_B, seq.shape[1]))
         kl_BZ = F.relu(kl_to_standard_normal(mean_BZ, log_var_BZ) - self.vae_kl_div_floor)
@@ -318,11 +354,20 @@ class GPTVAE(nn.Module):
             drop_LBD: dropout of the embedded tokens, but not of the latent, then of the decoder's blocks, see
                 `fused.Stack`, and of the hidden states, as factors; the fused path alone has it.
             plain: go through x-transformers even where a fused path exists.
+
+        Raises:
+            ConfigError: for dropout where there is no fused path.
         """
         tokens_BT = tokens_BT.masked_fill(tokens_BT == self.pad_id, max(self.pad_id, 0))
         vector_B1D = None if latents_BZ is None else self.from_latent_to_prepend_token(latents_BZ)
         way = self.conditioning
-        if plain or self.fused_decoder is None:
+        stack = None if plain else self.fused_decoder
+        if stack is None:
+            if drop_LBD is not None:
+                raise ConfigError(
+                    "found dropout as factors, which only the fused layers take",
+                    hint="use x-transformers' own dropout where parts of the decoder are of another kind",
+                )
             keywords = {} if vector_B1D is None else way.keywords(vector_B1D, keep_B, tokens_BT.shape[1])
             hidden_BTD: Tensor = self.decoder(tokens_BT, return_embeddings=True, **keywords)
             return hidden_BTD if vector_B1D is None else hidden_BTD[:, way.slots :]
@@ -331,11 +376,28 @@ class GPTVAE(nn.Module):
         if drop_LBD is not None:
             embedded_BTD, drop_blocks_LBD = embedded_BTD * drop_LBD[0, :, None], drop_LBD[1:-1]
         if vector_B1D is None:
-            hidden_BTD = self.fused_decoder(embedded_BTD, None, drop_blocks_LBD)
+            hidden_BTD = stack(embedded_BTD, None, drop_blocks_LBD)
         else:
             entered_BTD = way.enter(embedded_BTD, vector_B1D, keep_B)
-            hidden_BTD = way.leave(self.fused_decoder(entered_BTD, None, drop_blocks_LBD), keep_B)
+            hidden_BTD = way.leave(stack(entered_BTD, None, drop_blocks_LBD), keep_B)
         return hidden_BTD if drop_LBD is None else hidden_BTD * drop_LBD[-1, :, None]
+
+    def last_hidden(
+        self, tokens_BT: Tensor, latents_BZ: Tensor | None, keep_B: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Any]:
+        """(Addition) The decoder's hidden state at the last token [B D], through x-transformers, and its keys and
+        values.
+
+        Args:
+            tokens_BT, latents_BZ, keep_B: as in `hidden`, without padding.
+            cache: what this gave for the same without the last token, or None.
+        """
+        keywords: dict[str, Tensor | None] = {}
+        if latents_BZ is not None:
+            vector_B1D = self.from_latent_to_prepend_token(latents_BZ)
+            keywords = self.conditioning.keywords(vector_B1D, keep_B, tokens_BT.shape[1])
+        hidden_BTD, cache = self.decoder(tokens_BT, cache=cache, return_embeddings_and_intermediates=True, **keywords)
+        return hidden_BTD[:, -1], cache
 
     def logits(self, hidden_D: Tensor) -> Tensor:
         """(Addition) Next-token logits of hidden states of any leading shape [... V]."""
@@ -356,7 +418,8 @@ class GPTVAE(nn.Module):
         """Continues prompts, and returns the new tokens only [B n].
 
         Takes the keywords of x-transformers' `AutoregressiveWrapper.generate`. Up to `max_seq_len` greedy text is
-        the seed class's; beyond it the window moves on and keeps the latent, which the seed class loses.
+        the seed class's; a row that outgrows it goes on from the newer half of its tokens and its latent, which the
+        seed class loses.
 
         Args:
             prompts: tokens [B T], one prompt [T], or (addition) a list of prompts of different lengths, which is
@@ -366,15 +429,20 @@ class GPTVAE(nn.Module):
             seq_for_latents: tokens to encode the latents from, sampled as in the seed class [B T'].
             generator: (addition) a CPU generator; without one torch's global state is used.
             generate_kwargs: `eos_token`, `temperature`, `prompt_lens`, `filter_logits_fn`, `filter_kwargs`,
-                `cache_kv`; any other keyword hands the whole call to x-transformers' own loop.
+                `cache_kv`. A function that filters sees the rows that are computed together: not those that have
+                ended, and on their own those that outgrew the decoder. Any other keyword with a value that is not its
+                default hands the whole call to x-transformers' own loop. There none of the additions hold: latents are
+                lost beyond `max_seq_len` and hidden by `prompt_lens`, and token 0 stands behind `eos_token`.
 
         Returns:
             New tokens; behind a row's `eos_token` stands `pad_id`. One prompt [T] gives one row [n], as in the seed
             class, unless several latents repeat it.
 
         Raises:
-            ConfigError: for an empty prompt without a `bos_id`, rows and latents that cannot be matched, or other
-                keywords and latents that are no tokens, which x-transformers' loop does not know.
+            ConfigError: for an empty prompt without a `bos_id`; rows, lengths and latents that cannot be matched; a
+                filter that is not known; and in x-transformers' loop, which does not know them, for latents that are no
+                tokens and a `generator` to choose tokens with.
+            CheckpointError: where the logits, or those that a filter leaves, are not finite numbers.
         """
         with self.evaluating():
             if seq_for_latents is not None:
@@ -400,7 +468,23 @@ class GPTVAE(nn.Module):
         cache_kv: bool = True,
         **foreign: Any,
     ) -> Tensor:
+        filter_fn = filter_logits_fn
+        if isinstance(filter_fn, str):
+            if filter_fn not in FILTER_LOGITS_FN:
+                allowed = f"{', '.join(FILTER_LOGITS_FN)} or a function"
+                raise FieldError("filter_logits_fn", filter_fn, allowed, label="filter_logits_fn")
+            filter_fn = FILTER_LOGITS_FN[filter_fn]
+        foreign = {
+            name: value
+            for name, value in foreign.items()
+            if name not in STOCK_DEFAULTS or value != STOCK_DEFAULTS[name]
+        }
         if foreign:
+            if generator is not None and temperature != 0:
+                raise ConfigError(
+                    f"found a generator and {', '.join(foreign)}, whose tokens are drawn from torch's global state",
+                    hint="leave the generator out, and call torch.manual_seed before",
+                )
             prepend = None
             if latents is not None:
                 if self.conditioning.slots == 0:
@@ -414,7 +498,7 @@ class GPTVAE(nn.Module):
                 eos_token=eos_token,
                 temperature=temperature,
                 prompt_lens=prompt_lens,
-                filter_logits_fn=filter_logits_fn,
+                filter_logits_fn=filter_fn,
                 filter_kwargs=dict(filter_kwargs or {}),
                 cache_kv=cache_kv,
                 prepend_embeds=prepend,
@@ -430,13 +514,19 @@ class GPTVAE(nn.Module):
         if latents is not None and len(contexts) != len(latents):
             raise ConfigError(f"found {len(contexts)} prompts and {len(latents)} latents, they must be as many")
 
-        filter_fn = FILTER_LOGITS_FN[filter_logits_fn] if isinstance(filter_logits_fn, str) else filter_logits_fn
-        uniforms_BT = torch.rand(len(contexts), seq_len, generator=generator, dtype=torch.float64)
+        if not contexts:
+            return torch.empty(0, seq_len, dtype=torch.long, device=self.device)
+
+        uniforms_BT = None
+        if temperature != 0:
+            uniforms_BT = torch.rand(len(contexts), seq_len, generator=generator, dtype=torch.float64)
 
         def choose(logits_BV: Tensor, rows: Sequence[engines.Row]) -> Tensor:
-            if temperature == 0:
+            if uniforms_BT is None:
                 return decoding.greedy(logits_BV)
-            filtered_BV = filter_fn(logits_BV, **(filter_kwargs or {})) / temperature
+            # Not in inference mode, as in the seed class: what a function keeps can be used for gradients then.
+            with torch.inference_mode(False), torch.no_grad():
+                filtered_BV = filter_fn(logits_BV.clone(), **(filter_kwargs or {})) / temperature
             uniforms_B = torch.stack([uniforms_BT[row.index, len(row.new)] for row in rows])
             return decoding.draw(filtered_BV, uniforms_B.to(logits_BV.device))
 
@@ -458,7 +548,13 @@ class GPTVAE(nn.Module):
             prompts = prompts[None]
         contexts: list[list[int]] = [row.tolist() for row in prompts]
         if prompt_lens is not None:
-            contexts = [row[:length] for row, length in zip(contexts, prompt_lens.tolist(), strict=True)]
+            lengths = prompt_lens.flatten().tolist()
+            if len(lengths) != len(contexts):
+                raise ConfigError(f"found {len(contexts)} prompts and {len(lengths)} prompt_lens, they must be as many")
+            for row, length in zip(contexts, lengths, strict=True):
+                if not 0 <= length <= len(row):
+                    raise ConfigError(f"found {length} in prompt_lens, for a prompt of {len(row)} tokens")
+            contexts = [row[:length] for row, length in zip(contexts, lengths, strict=True)]
         for context in contexts:
             if not context:
                 if self.bos_id is None:
@@ -466,12 +562,12 @@ class GPTVAE(nn.Module):
                 context.append(self.bos_id)
         return contexts
 
-    def _drop_latents(self, batch: int, generator: torch.Generator | None) -> Tensor:
-        ones_B = torch.ones(batch, device=self.device)
+    def _drop_latents(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        ones_B = torch.ones(batch, device=device)
         if generator is None or not self.training:
             dropped_B: Tensor = ~self.latents_dropout(ones_B).bool()
             return dropped_B
-        return torch.rand(batch, generator=generator).to(self.device) < self.latents_dropout.p
+        return torch.rand(batch, generator=generator).to(device) < self.latents_dropout.p
 
 
 def _noise_like(mean_BZ: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -23,7 +23,9 @@ from gptvae_cli.config import SampleConfig
 from gptvae_cli.constraint import Constraint
 from gptvae_cli.decoding import Request, decode, draw, filter_logits, run
 from gptvae_cli.engines import Row
+from gptvae_cli.errors import CheckpointError
 from gptvae_cli.model import GPTVAE
+from tests.pretended_gpu import pretended_gpu
 
 PAD, BOS, EOS = 17, 18, 19
 WINDOW = 16
@@ -409,9 +411,9 @@ def test_banned_tokens_padding_and_bos_are_never_written(
     """The model is made to want them above all else."""
     bias_V = torch.zeros(20)
     bias_V[[PAD, BOS]], bias_V[[3, 11]] = 1000.0, 500.0
-    model.decoder.to_logits.register_forward_hook(lambda module, inputs, logits_V: logits_V + bias_V)
-    logits = engines.CachedDecoder._logits
-    monkeypatch.setattr(engines.CachedDecoder, "_logits", lambda self, x_BD: logits(self, x_BD) + bias_V)
+    logits, cached_logits = GPTVAE.logits, engines.CachedDecoder._logits
+    monkeypatch.setattr(GPTVAE, "logits", lambda self, hidden_D: logits(self, hidden_D) + bias_V)
+    monkeypatch.setattr(engines.CachedDecoder, "_logits", lambda self, x_BD: cached_logits(self, x_BD) + bias_V)
     free = [token for text in decode(model, some_requests(8), sample, cached=cached) for token in text]
     assert set(free) == {3, 11}
     texts = list(decode(model, some_requests(8), sample, constraint=never(3, 11), cached=cached))
@@ -509,6 +511,49 @@ def test_greedy_takes_the_first_of_the_likeliest(dtype: torch.dtype) -> None:
     expected = [row.index(max(row)) for row in logits_BV.tolist()]
     assert decoding.greedy(logits_BV).tolist() == expected
     assert expected[:2] == [3, 0]
+
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize("way", ["greedy", "drawn", "filtered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_no_token_is_chosen_where_logits_are_no_numbers(way: str, dtype: torch.dtype) -> None:
+    """The other rows do not notice; a token that is the only one left is as good as any."""
+    logits_BV = torch.tensor(
+        [[0, 9, 0], [NAN] * 3, [-INF] * 3, [0, INF, 0], [9, NAN, 0], [-INF, -INF, -30], [-INF, NAN, -INF]], dtype=dtype
+    )
+    expected = [1, -1, -1, -1, -1, 2, -1]
+    if way == "greedy":
+        assert decoding.greedy(logits_BV).tolist() == expected
+        return
+    if way == "filtered":
+        logits_BV = filter_logits(logits_BV, SampleConfig(temperature=0.5, top_k=2, top_p=0.9, min_p=0.01))
+    for uniform in (0.0, 0.5, 1 - 2**-53) if way == "filtered" else (0.5,):
+        assert draw(logits_BV, torch.full((7,), uniform, dtype=torch.float64)).tolist() == expected
+
+
+def test_that_logits_are_no_numbers_is_told_with_the_tokens() -> None:
+    """A GPU is not waited for."""
+    with pretended_gpu() as gpu:
+        logits_BV = torch.tensor([[0.0, NAN], [0.0, 1.0]]).to("cuda")
+        tokens = [decoding.greedy(logits_BV), draw(logits_BV, torch.zeros(2, dtype=torch.float64).to("cuda"))]
+        assert not gpu.waits
+    assert [token_B.tolist() for token_B in tokens] == [[-1, 1], [-1, 0]]
+
+
+@pytest.mark.parametrize("sample", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "plain"])
+def test_weights_that_are_too_large_write_nothing(model: GPTVAE, sample: SampleConfig, cached: bool) -> None:
+    model.decoder.to_logits.weight.data.fill_(3e38)
+    with pytest.raises(CheckpointError, match="the logits of a token are not finite numbers: the weights of the model"):
+        list(decode(model, some_requests(3), sample, cached=cached))
+
+
+@pytest.mark.parametrize("sample", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_the_only_token_that_is_allowed_is_written(model: GPTVAE, sample: SampleConfig) -> None:
+    only = never(*(token for token in range(PAD) if token != 5), EOS)
+    assert list(decode(model, some_requests(3), sample, constraint=only)) == [[5] * 40] * 3
 
 
 def test_draws_follow_the_distribution() -> None:

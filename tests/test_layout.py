@@ -19,7 +19,7 @@ ROWS: list[set[str]] = [
         *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"),
         *("arrivals", "files", "bleu", "bootstrap", "probe", "machine", "constraint"),
     },
-    {"latent", "attention", "products", "tokens", "device"},
+    {"latent", "attention", "products", "snapshot", "tokens", "device"},
     {"fused"},
     {"ingest"},
     {"corpus"},

@@ -5,22 +5,28 @@ The reference is `x_transformers.gpt_vae.GPTVAE` itself, with the same weights.
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
+from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 from x_transformers import gpt_vae as reference
+from x_transformers.autoregressive_wrapper import AutoregressiveWrapper
 from x_transformers.x_transformers import Decoder, TransformerWrapper
 
 from gptvae_cli import fused
 from gptvae_cli.config import ModelConfig
-from gptvae_cli.errors import ConfigError, ExitCode
-from gptvae_cli.model import GPTVAE, Posterior
+from gptvae_cli.errors import CheckpointError, ConfigError, ExitCode
+from gptvae_cli.model import GPTVAE, STOCK_DEFAULTS, Posterior
 
 PAD, BOS, EOS = 17, 18, 19
 WINDOW = 16
@@ -308,6 +314,106 @@ def test_an_unrestricted_window_is_handed_to_x_transformers(pair: Pair) -> None:
     assert text.tolist() == expected.tolist()
 
 
+def test_keywords_at_their_defaults_change_nothing(ours: Ours) -> None:
+    """x-transformers' loop would forget the latent beyond the window."""
+    model, prompts_BT, latents_BZ = ours(**ROTARY), random_tokens(2, 4), random_latents(2)
+    options: dict[str, Any] = {"latents": latents_BZ, "temperature": 0.0}
+    expected_BT = model.generate(prompts_BT, 3 * WINDOW, **options)
+    assert torch.equal(model.generate(prompts_BT, 3 * WINDOW, **options, **STOCK_DEFAULTS), expected_BT)
+    with mock.patch.object(model.ar_wrapped_decoder, "generate", side_effect=AssertionError("in the stock loop")):
+        for name, value in STOCK_DEFAULTS.items():
+            model.generate(prompts_BT, 2, **options, **{name: value})
+
+
+def test_the_defaults_are_x_transformers() -> None:
+    """Its decorators hide them."""
+    inner: Any = inspect.unwrap(AutoregressiveWrapper.generate)
+    parameters = inspect.signature(inspect.getclosurevars(inner).nonlocals["fn"]).parameters
+    own = inspect.signature(GPTVAE._generate).parameters
+    foreign = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    assert {name: value for name, value in foreign.items() if name not in own} == STOCK_DEFAULTS
+
+
+def test_a_generator_that_would_not_be_heard_is_refused(ours: Ours) -> None:
+    model, generator = ours(**ROTARY), torch.Generator()
+    with pytest.raises(ConfigError, match="found a generator and restrict_to_max_seq_len, whose tokens") as caught:
+        model.generate(random_tokens(2, 4), 3, generator=generator, restrict_to_max_seq_len=False)
+    assert caught.value.hint == "leave the generator out, and call torch.manual_seed before"
+    options: dict[str, Any] = {"temperature": 0.0, "restrict_to_max_seq_len": False}
+    model.generate(random_tokens(2, 4), 3, seq_for_latents=padded(2), generator=generator, **options)
+
+
+def test_greedy_text_takes_no_random_numbers(pair: Pair) -> None:
+    models = pair(**ROTARY)
+    before = torch.get_rng_state()
+    for model in models:
+        model.generate(random_tokens(2, 4), 3, latents=random_latents(2), temperature=0.0)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("prompts", [torch.empty(0, 4, dtype=torch.long), []], ids=["tensor", "list"])
+def test_no_prompts_give_no_rows(pair: Pair, prompts: Any) -> None:
+    stock, model = pair(**ROTARY)
+    assert model.generate(prompts, 3).shape == (0, 3)
+    assert model.generate(prompts, 3, latents=torch.empty(0, SHAPE["dim_latent"]), temperature=0.0).shape == (0, 3)
+    if isinstance(prompts, Tensor):
+        assert stock.generate(prompts, 3).shape == (0, 3)
+
+
+def test_a_filter_that_is_not_known_is_refused(ours: Ours) -> None:
+    allowed = "it must be top_p, top_k, top_a, min_p or a function"
+    choices: list[dict[str, Any]] = [{}, {"restrict_to_max_seq_len": False}]
+    for options in choices:
+        with pytest.raises(ConfigError, match=f"filter_logits_fn is 'top_q', {allowed}"):
+            ours(**ROTARY).generate(random_tokens(2, 4), 3, filter_logits_fn="top_q", **options)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([4, 5], "found 5 in prompt_lens, for a prompt of 4 tokens"),
+        ([-1, 4], "found -1 in prompt_lens, for a prompt of 4 tokens"),
+        ([4], "found 2 prompts and 1 prompt_lens, they must be as many"),
+    ],
+)
+def test_lengths_that_no_prompt_has_are_refused(ours: Ours, lengths: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ours(**ROTARY).generate(random_tokens(2, 4), 3, prompt_lens=torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("cache_kv", [True, False])
+def test_a_token_outside_of_the_vocabulary_is_refused(pair: Pair, cache_kv: bool) -> None:
+    for model in pair(**ROTARY):
+        for token in (-1, SHAPE["num_tokens"]):
+            with pytest.raises(IndexError):
+                model.generate(torch.tensor([[3, token]]), 2, cache_kv=cache_kv)
+
+
+def test_a_filter_may_keep_and_change_what_it_sees(pair: Pair) -> None:
+    """Tensors of inference mode can neither be written to outside of it nor be multiplied with weights that learn."""
+    for model in pair(**ROTARY):
+        kept: list[Tensor] = []
+
+        def keep(logits_BV: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(logits_BV)
+            return logits_BV.mul_(2)
+
+        model.generate(random_tokens(2, 4), 3, filter_logits_fn=keep)
+        assert not any(logits_BV.is_inference() or logits_BV.requires_grad for logits_BV in kept)
+        kept[0].add_(1)
+        gain = torch.ones(SHAPE["num_tokens"], requires_grad=True)
+        assert torch.equal(torch.autograd.grad((kept[0] * gain).sum(), gain)[0], kept[0].sum(0))
+
+
+@pytest.mark.parametrize("cache_kv", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_choose_no_token(ours: Ours, cache_kv: bool, temperature: float) -> None:
+    model, latents_BZ = ours(**ROTARY), torch.full((2, SHAPE["dim_latent"]), 1e38)
+    options: dict[str, Any] = {"cache_kv": cache_kv, "temperature": temperature}
+    with pytest.raises(CheckpointError, match="the logits of a token are not finite numbers"):
+        model.generate(random_tokens(2, 4), 3, latents=latents_BZ, **options)
+
+
 # The traps ------------------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +555,68 @@ def test_text_beyond_the_window_is_the_same_with_and_without_a_cache(
         assert other[:, WINDOW:].tolist() != cached[:, WINDOW:].tolist()
 
 
+KEPT: list[dict[str, Any]] = [
+    {},
+    {"alibi_pos_bias": True, "ff_no_bias": True, "pre_norm": False},
+    {"rel_pos_bias": True, "ff_relu_squared": True, "use_scalenorm": True},
+    {"disable_abs_pos_emb": True, "attn_qk_norm": True, "sandwich_norm": True, "use_simple_rmsnorm": True},
+    {"rotary_pos_emb": True, "rotary_emb_dim": 8, "rotary_interpolation_factor": 2.0, "attn_one_kv_head": True},
+    {"attn_flash": True, "attn_kv_heads": 1, "ff_glu": True, "ff_swish": True, "ff_mult": 2, "use_rmsnorm": True},
+    {"attn_dropout": 0.2, "ff_dropout": 0.2, "layer_dropout": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", KEPT, ids=lambda options: "-".join(options) or "defaults")
+@every_way
+def test_keys_that_x_transformers_keeps_change_no_text(ours: Ours, options: dict[str, Any], conditioning: str) -> None:
+    """With and without latents, for rows that end one after another and beyond the window."""
+    model, prompts_BT = ours(**options, conditioning=conditioning), random_tokens(3, 3)
+    assert model.fused_decoder is None
+    assert model.keeps_keys
+    for latents_BZ in (None, random_latents(3)):
+        texts, logits = [], []
+        for cache_kv in (True, False):
+            seen: list[Tensor] = []
+
+            def keep(logits_BV: Tensor, seen: list[Tensor] = seen) -> Tensor:
+                seen.append(logits_BV)
+                return logits_BV
+
+            generator = torch.Generator().manual_seed(1)
+            choice: dict[str, Any] = {"eos_token": 5, "filter_logits_fn": keep, "generator": generator}
+            texts.append(
+                model.generate(prompts_BT, 2 * WINDOW + 5, latents=latents_BZ, cache_kv=cache_kv, **choice).tolist()
+            )
+            logits.append(torch.cat(seen))
+        assert texts[0] == texts[1]
+        assert_close(logits[0], logits[1], rtol=0, atol=1e-3)
+
+
+def test_only_tokens_that_are_new_are_read_where_keys_are_kept(ours: Ours) -> None:
+    model, read = ours(), []
+    layer = model.decoder.attn_layers.layers[1][1]
+    layer.register_forward_hook(lambda module, inputs, output: read.append(output.shape[1]))
+    model.generate(random_tokens(2, 4), 6, latents=random_latents(2), temperature=0.0)
+    assert read == [5, 1, 1, 1, 1, 1]
+    read.clear()
+    model.generate(random_tokens(2, 4), 3, latents=random_latents(2), temperature=0.0, cache_kv=False)
+    assert read == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "options", [{"shift_tokens": 1}, {"orthog_residual": True}, {"dec_kwargs": {"attn_selective": True}}]
+)
+def test_keys_are_not_kept_where_that_would_change_the_text(ours: Ours, options: dict[str, Any]) -> None:
+    model = ours(**options)
+    assert not model.keeps_keys
+    prompts_BT, latents_BZ = random_tokens(2, 4), random_latents(2)
+    cached_BT, plain_BT = (
+        model.generate(prompts_BT, 9, latents=latents_BZ, temperature=0.0, cache_kv=cache_kv)
+        for cache_kv in (True, False)
+    )
+    assert torch.equal(cached_BT, plain_BT)
+
+
 @pytest.mark.parametrize("positions", [ROTARY, POSITIONS["rotary-flash"]], ids=["rotary", "rotary-flash"])
 def test_the_latent_is_heard_after_the_window_has_moved(pair: Pair, positions: dict[str, Any]) -> None:
     """The stock cache evicts the latent's keys and values there. What earlier tokens heard of it lives on in their
@@ -470,19 +638,22 @@ def test_the_latent_is_heard_after_the_window_has_moved(pair: Pair, positions: d
 class MeanOfEmbeddings(nn.Module):
     """The least that can stand in for the encoder."""
 
-    def __init__(self) -> None:
+    def __init__(self, pad_id: int = PAD) -> None:
         super().__init__()
+        self.pad_id = pad_id
         self.embedding = nn.Embedding(SHAPE["num_tokens"], SHAPE["dim"])
 
     def forward(self, seq: Tensor, mask: Tensor) -> Tensor:
         weight_BT1 = (mask / mask.sum(dim=1, keepdim=True))[..., None]
-        mean_BD: Tensor = (self.embedding(seq) * weight_BT1).sum(dim=1)
+        # It gets what it is given in the stock class, which is what a text was padded with.
+        assert torch.equal(seq == self.pad_id, ~mask)
+        mean_BD: Tensor = (self.embedding(seq.clamp(min=0)) * weight_BT1).sum(dim=1)
         return mean_BD
 
 
 @pytest.mark.parametrize("pad_id", [-1, PAD])
 def test_a_custom_encoder_takes_the_place_of_ours(ours: Ours, pad_id: int) -> None:
-    encoder = MeanOfEmbeddings()
+    encoder = MeanOfEmbeddings(pad_id)
     model, tokens_BT = ours(**ROTARY, encoder=encoder, pad_id=pad_id), padded(pad_id=pad_id)
     rows = [encoder.embedding(row[row != pad_id]).mean(dim=0) for row in tokens_BT]
     expected_BZ = model.to_latent_mean_log_variance[0](torch.stack(rows))[:, : SHAPE["dim_latent"]]
@@ -528,9 +699,9 @@ def test_a_generator_makes_every_call_reproducible_and_leaves_torch_alone(ours: 
 
 def test_a_generator_drops_latents_at_their_rate(ours: Ours) -> None:
     model = ours(**ROTARY, latents_dropout_prob=0.25).train()
-    dropped_B = model._drop_latents(4000, torch.Generator().manual_seed(0))
+    dropped_B = model._drop_latents(4000, model.device, torch.Generator().manual_seed(0))
     assert abs(float(dropped_B.float().mean()) - 0.25) < 0.03
-    assert not model.eval()._drop_latents(100, torch.Generator().manual_seed(0)).any()
+    assert not model.eval()._drop_latents(100, model.device, torch.Generator().manual_seed(0)).any()
 
 
 def test_generate_restores_the_mode_of_every_part(ours: Ours) -> None:
@@ -621,6 +792,17 @@ def test_a_row_of_nothing_but_padding_has_a_finite_posterior(tiny_model: Callabl
             found = model.posterior(tokens_BT)
         assert_close(found.mean_BZ, expected.mean_BZ, rtol=1e-4, atol=1e-5)
         assert_close(found.log_var_BZ, expected.log_var_BZ, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_row_of_nothing_but_padding_stays_finite_under_autocast(
+    tiny_model: Callable[..., GPTVAE], dtype: torch.dtype, grad: bool
+) -> None:
+    """What is as good as minus infinity in float32 is infinite in float16."""
+    model, tokens_BT = tiny_model(), torch.tensor([[18, 3, 4, 19], [PAD] * 4])
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype):
+        assert model.posterior(tokens_BT).in_float32().kl_BZ().isfinite().all()
 
 
 @pytest.mark.parametrize("width", [16, 64])
@@ -746,6 +928,34 @@ def test_frozen_weights_are_the_threads_that_froze_them(ours: Ours) -> None:
 
 
 @torch.no_grad()
+def test_freezing_what_is_frozen_changes_nothing(ours: Ours, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that froze the model around us goes on with its own copy."""
+    model, tokens_BT = ours(**ROTARY), padded()
+    with model.frozen():
+        expected = model.posterior(tokens_BT).mean_BZ
+        monkeypatch.setattr(fused.Stack, "read", None)
+        with model.frozen():
+            assert torch.equal(model.posterior(tokens_BT).mean_BZ, expected)
+        assert torch.equal(model.posterior(tokens_BT).mean_BZ, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_frozen_model_is_not_frozen(ours: Ours, duplicate: Callable[[GPTVAE], GPTVAE]) -> None:
+    model, tokens_BT = ours(**ROTARY), padded()
+    with model.frozen():
+        model.posterior(tokens_BT)
+        other = duplicate(model)
+        assert other.fused_encoder is not None
+        assert other.fused_encoder is not model.fused_encoder
+        for parameter in other.parameters():
+            parameter.mul_(-0.5)
+        assert_close(
+            other.posterior(tokens_BT).mean_BZ, other.posterior(tokens_BT, plain=True).mean_BZ, rtol=0, atol=2e-5
+        )
+
+
+@torch.no_grad()
 def test_a_pass_without_gradients_leaves_its_input_as_it_is(ours: Ours) -> None:
     stack = ours(**ROTARY).fused_decoder
     assert stack is not None
@@ -753,6 +963,162 @@ def test_a_pass_without_gradients_leaves_its_input_as_it_is(ours: Ours) -> None:
     before = x_BTD.clone()
     assert not torch.equal(stack(x_BTD), x_BTD)
     assert torch.equal(x_BTD, before)
+
+
+class Adapter(nn.Module):
+    """What LoRA puts in a layer's place, whose weight it gives for its own."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapted: Tensor = self.base(x) + self.up(self.down(x))
+        return adapted
+
+
+def linears(model: GPTVAE) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Those of the layers and of the logits, with where they are held."""
+    return [
+        (parent, name, child)
+        for part in (model.encoder, model.decoder)
+        for parent in part.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+
+
+def adapt(model: GPTVAE) -> None:
+    for parent, name, linear in linears(model):
+        setattr(parent, name, Adapter(linear))
+
+
+def quantise(model: GPTVAE) -> None:
+    """As dynamic quantisation does: by a module that holds no float weight."""
+    for parent, name, linear in linears(model):
+        coarse = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        coarse.load_state_dict({key: (8 * tensor).round() / 8 for key, tensor in linear.state_dict().items()})
+        setattr(parent, name, nn.Sequential(coarse))
+
+
+def prune_half(model: GPTVAE) -> None:
+    for _, _, linear in linears(model):
+        prune.l1_unstructured(linear, "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+def normalise(model: GPTVAE) -> None:
+    for _, _, linear in linears(model):
+        parametrizations.weight_norm(linear).parametrizations.weight.original0.data.mul_(1.5)
+
+
+def hook(model: GPTVAE) -> None:
+    for part in (model.encoder, model.decoder):
+        part.get_submodule("attn_layers.layers.1.1").register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def interpolate(model: GPTVAE) -> None:
+    for part in (model.encoder, model.decoder):
+        rotary: Any = part.get_submodule("attn_layers.rotary_pos_emb")
+        rotary.interpolation_factor = 4.0
+
+
+def replace_parts(model: GPTVAE) -> None:
+    model.encoder = MeanOfEmbeddings()
+    biased = nn.Linear(SHAPE["dim"], SHAPE["num_tokens"])
+    biased.load_state_dict({"weight": model.decoder.to_logits.weight, "bias": 3 * torch.randn(SHAPE["num_tokens"])})
+    model.decoder.to_logits = biased
+
+
+@pytest.mark.parametrize("change", [adapt, quantise, prune_half, normalise, hook, interpolate, replace_parts])
+def test_a_changed_part_computes_as_it_was_changed(ours: Ours, change: Callable[[GPTVAE], None]) -> None:
+    """The fused path reads weights, and would not notice."""
+    model = ours(**ROTARY)
+    tokens_BT, latents_BZ = random_tokens(3, 10), random_latents(3)
+
+    def found() -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
+        model.eval()
+        text_BT = model.generate(tokens_BT[:, :3], 10, latents=latents_BZ, temperature=0.0)
+        logits_BTV = model.logits(model.hidden(tokens_BT, latents_BZ))
+        torch.manual_seed(3)
+        return model.posterior(tokens_BT).mean_BZ, logits_BTV, model(tokens_BT), text_BT.tolist()
+
+    before = found()
+    torch.manual_seed(1)
+    change(model)
+    mean_BZ, logits_BTV, loss, text = found()
+    with mock.patch.object(fused, "Frozen", side_effect=AssertionError), mock.patch.object(fused.Stack, "read", None):
+        expected = found()
+    assert_close((mean_BZ, logits_BTV, loss), expected[:3], rtol=0, atol=0)
+    assert text == expected[3]
+    assert not torch.equal(mean_BZ, before[0])
+    assert (logits_BTV - before[1]).abs().max() > 0.1
+    assert text != before[3]
+
+
+def test_dropout_that_was_set_later_drops_in_training_alone(ours: Ours) -> None:
+    model, tokens_BT = ours(**ROTARY), padded()
+    for module in model.encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    assert model.fused_encoder is not None
+    expected_BZ = model.posterior(tokens_BT).mean_BZ
+    first_BZ, second_BZ = (model.train().posterior(tokens_BT).mean_BZ for _ in range(2))
+    assert not torch.equal(first_BZ, second_BZ)
+    assert torch.equal(model.eval().posterior(tokens_BT).mean_BZ, expected_BZ)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_frequencies_that_were_loaded_count(ours: Ours, grad: bool) -> None:
+    """They are in the state dict, and what is made of them is kept from pass to pass."""
+    model, tokens_BT, latents_BZ = ours(**ROTARY), padded(), random_latents(4)
+    with torch.set_grad_enabled(grad):
+        before_BTD = model.hidden(tokens_BT, latents_BZ)
+        changed = {name: 0.3 * t if "inv_freq" in name else t for name, t in model.state_dict().items()}
+        model.load_state_dict(changed)
+        found_BTD, plain_BTD = (model.hidden(tokens_BT, latents_BZ, plain=plain) for plain in (False, True))
+    assert model.fused_decoder is not None
+    assert (found_BTD - before_BTD).abs().max() > 0.1
+    assert_close(found_BTD[tokens_BT != PAD], plain_BTD[tokens_BT != PAD], rtol=0, atol=2e-5)
+
+
+def test_a_replica_computes_with_its_own_weights(ours: Ours) -> None:
+    """`DataParallel` copies every module for a device, and all else is shared."""
+
+    def replicate(module: Any) -> Any:
+        """As torch's `replicate` does, which asks for a GPU: weights are no parameters there."""
+        replica = module._replicate_for_data_parallel()
+        for name, child in module.named_children():
+            setattr(replica, name, replicate(child))
+        for name, parameter in module._parameters.items():
+            replica.__dict__[name] = None if parameter is None else -0.5 * parameter
+        return replica
+
+    model = ours(**ROTARY)
+    replica, negative = replicate(model), copy.deepcopy(model)
+    for parameter in negative.parameters():
+        parameter.data.mul_(-0.5)
+    losses = []
+    for each in (replica, negative, model):
+        torch.manual_seed(3)
+        losses.append(each(padded()))
+    assert_close(losses[0], losses[1])
+    assert abs(losses[0] - losses[2]) > 0.1
+
+
+def test_dropout_as_factors_is_refused_where_it_would_be_lost(ours: Ours) -> None:
+    model = ours(**ROTARY)
+    hook(model)
+    with pytest.raises(ConfigError, match="dropout as factors, which only the fused layers take"):
+        model.hidden(padded(), random_latents(4), None, torch.ones(6, 4, SHAPE["dim"]))
 
 
 def test_heads_of_an_odd_width_go_through_x_transformers(ours: Ours) -> None:
@@ -775,7 +1141,8 @@ def test_latents_take_the_number_type_of_the_model(ours: Ours) -> None:
 
 @torch.no_grad()
 def test_a_fixed_model_keeps_its_figures(ours: Ours) -> None:
-    """Releases of x-transformers come weekly; one that computes something else shows here."""
+    """Releases of x-transformers, and of torch-einops-utils with its losses and means, come weekly; one that computes
+    something else shows here."""
     model = ours(**ROTARY)
     for number, parameter in enumerate(model.parameters()):
         steps = torch.arange(parameter.numel(), dtype=torch.float64).view(parameter.shape)
@@ -785,6 +1152,12 @@ def test_a_fixed_model_keeps_its_figures(ours: Ours) -> None:
     logits_BTV = model.logits(model.hidden(tokens_BT, posterior.mean_BZ, plain=True))
     figures = [posterior.mean_BZ.square().mean(), posterior.log_var_BZ.square().mean(), logits_BTV.square().mean()]
     assert [float(figure) for figure in figures] == pytest.approx([0.377555, 0.385526, 0.433956], rel=1e-4)
+    tokens_BT[1, 2:] = PAD
+    with mock.patch.object(torch, "randn_like", torch.zeros_like):
+        total, (ar_loss, kl_loss) = model(tokens_BT, return_all_losses=True)
+    assert [float(loss) for loss in (total, ar_loss, kl_loss)] == pytest.approx(
+        [5.036933, 2.536817, 2.500116], rel=1e-4
+    )
 
 
 def test_rotations_are_as_many_as_were_asked_for_whatever_another_thread_does(ours: Ours) -> None:
@@ -793,8 +1166,9 @@ def test_rotations_are_as_many_as_were_asked_for_whatever_another_thread_does(ou
     assert stack is not None
 
     class Raced(type(stack)):  # type: ignore[misc]
-        def __setattr__(self, name: str, value: object) -> None:
-            super().__setattr__(name, value[:64] if isinstance(value, Tensor) else value)
+        def __setattr__(self, name: str, value: Any) -> None:
+            short = isinstance(value, fused.Turns)
+            super().__setattr__(name, value._replace(turns_SC=value.turns_SC[:64]) if short else value)
 
     stack.__class__ = Raced
     assert len(stack.turns(100)) == 100
