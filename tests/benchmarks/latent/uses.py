@@ -1,7 +1,7 @@
 """What latents are worth to those who search, classify and augment: beside words, and with few labels.
 
-    python -m tests.benchmarks.latent.study --corpora clinc150 --minutes 20 --arms small --keep models
-    python -m tests.benchmarks.latent.uses 'models/clinc150, small, 0.safetensors'
+    python -m tests.benchmarks.latent.study --corpora clinc150 --minutes 20 --seeds 1 --arms small --keep models
+    python -m tests.benchmarks.latent.uses 'models/clinc150, small, 1.safetensors'
 
 The intents of CLINC150's test split are told from its training split, by the nearest five texts (cosine) and by a
 classifier that sees ten labelled texts of each intent; from latents, from TF-IDF of words, and from TF-IDF + SVD of as
