@@ -23,7 +23,7 @@ from gptvae_cli import bleu
 from gptvae_cli.checkpoint import Checkpoint
 from gptvae_cli.config import Unit
 from gptvae_cli.data import batches_of
-from gptvae_cli.device import autocast, tokens_together
+from gptvae_cli.device import tokens_together
 from gptvae_cli.evaluation import (
     Keys,
     correct_tokens,
@@ -233,13 +233,8 @@ def _refined(checkpoint: Checkpoint, batches: Sequence[Batch], posterior: Poster
     """Latents of all texts, in the order of the batches, that are fitted to them [N Z]."""
     model, guided = checkpoint.model, checkpoint.header.takes_guidance
     means = torch.split(posterior.mean_BZ.to(model.device), [len(batch.tokens_BT) for batch in batches])
-    with model.evaluating(), autocast(model.device, checkpoint.dtype):
-        return torch.cat(
-            [
-                refined(model, batch.to(model.device).tokens_BT, mean_BZ, guided=guided)
-                for batch, mean_BZ in zip(batches, means, strict=True)
-            ]
-        )
+    pairs = zip(batches, means, strict=True)
+    return torch.cat([refined(model, b.to(model.device).tokens_BT, mean_BZ, guided=guided) for b, mean_BZ in pairs])
 
 
 class _Tally:
