@@ -302,7 +302,7 @@ class Model:
 
         Raises:
             CheckpointError: for a model that was trained without a latent, or to refine as in `encode`.
-            ConfigError: for fewer than two points or steps, or another kind of path.
+            ConfigError: for fewer than two points or steps, another kind of path, or `refine` without a text.
             DataError: for a point that is not one text or one latent of this model.
         """
         config = SampleConfig(guidance=guidance, greedy=True)
@@ -310,6 +310,8 @@ class Model:
         self.header.require_guidance(config.guidance, "the model")
         if refine:
             self.header.require_refinement("the model")
+            if not any(isinstance(point, str) for point in points):
+                raise ConfigError("refine fits latents to texts, and there are none", hint="leave it out")
         steps, points_NZ = _whole("steps", steps, least=2), []
         for place, point in enumerate(points):  # no comprehension, which is a line of its own to a warning
             points_NZ.append(self._point(point, f"points[{place}]", refine=refine))

@@ -44,7 +44,8 @@ def refined(model: GPTVAE, tokens_BT: Tensor, latents_BZ: Tensor, *, guided: boo
     longest_B1 = latents_BZ.detach().norm(dim=-1, keepdim=True).clamp(min=latents_BZ.shape[1] ** 0.5)
     least_B = torch.full((len(latents_BZ),), torch.inf, device=latents_BZ.device)
     optimizer = torch.optim.Adam([latents_BZ])
-    # In float32 whatever all else is in: bfloat16 is too coarse for what a few steps change.
+    # In float32 whatever all else is in: bfloat16 is too coarse for what a few steps change. With gradients throughout,
+    # as passes without them may read weights that were frozen in bfloat16.
     with torch.autocast(latents_BZ.device.type, enabled=False), torch.enable_grad():
         without_BTV = _logits(model, inputs_BT, latents_BZ, with_latents=False).detach() if guided else None
         for step in range(STEPS + 1):

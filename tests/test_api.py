@@ -168,6 +168,8 @@ def test_a_path_is_that_of_gptvae_interpolate(model: Model, command: Callable[..
     assert guided[0] == model.generate(LATENTS[0], greedy=True, guidance=2.5)[0]
     command("interpolate", "--from", "naïve", "--to", "quite another", "--refine", "--format", "jsonl")
     assert model.interpolate("naïve", "quite another", refine=True) == written()
+    with pytest.raises(ConfigError, match="refine fits latents to texts, and there are none"):
+        model.interpolate(*LATENTS[:2], refine=True)
     assert model.interpolate("naïve", LATENTS[0], steps=2) == [
         *model.generate(model.encode(["naïve"]), greedy=True),
         *model.generate(LATENTS[0], greedy=True),

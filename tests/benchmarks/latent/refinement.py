@@ -5,8 +5,8 @@
 
 The first texts of a test split are written from their latents; columns are those of `guidance.py`, but for "norm", the
 mean norm of the latents, and "texts/s", how many are encoded in a second of processor time. "Under" is the
-guidance under which a latent is fitted, 1.5 by default. "Near" are latents between a fitted one and a random one, as
-many of each: "half" leaves half of the first's square in the sum of squares.
+guidance under which a latent is fitted, 1.5 by default. "Near" are sums of a fitted latent and a random one, as long as
+either, in which the fitted one has this share of the squared norm.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +26,6 @@ from gptvae_cli import Model, load, refinement
 from tests.benchmarks.latent.guidance import kept
 
 Floats = npt.NDArray[np.float32]
-
-
-@contextmanager
-def constants(**values: float) -> Iterator[None]:
-    """Within, those of `refinement` are others."""
-    before = {name: getattr(refinement, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(refinement, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(refinement, name, value)
 
 
 def main() -> None:
@@ -50,7 +38,8 @@ def main() -> None:
     lines = (Path(os.environ["GPTVAE_TEST_DATA"]) / asked.corpus).read_text("utf-8").splitlines()
     texts = lines[: asked.texts]
     print(
-        f"# {Path(asked.model).name}, {model.header.training['steps']:,} steps; {len(texts):,} texts of {asked.corpus}"
+        f"# {Path(asked.model).name}, {model.header.training['steps']:,} steps; {len(texts):,} texts of {asked.corpus}",
+        flush=True,
     )
     ways: dict[str, Callable[[], Floats]] = {
         "the mean": lambda: model.encode(texts),
@@ -77,8 +66,9 @@ def main() -> None:
     print()
 
 
-def under(model: Model, texts: Sequence[str], **values: float) -> Floats:
-    with constants(**values):
+def under(model: Model, texts: Sequence[str], **values: Any) -> Floats:
+    """Refined latents, by other constants of `refinement`."""
+    with patch.multiple(refinement, **values):
         return model.encode(texts, refine=True)
 
 
