@@ -5,8 +5,9 @@
 Results go to `results.jsonl` beside this file, one line a run; a run that is there already is not repeated, so that a
 study which was interrupted goes on. `--table` prints them. Corpora are `$GPTVAE_TEST_DATA/NAME_{train,valid,test}.txt`,
 `A+B` both together, `A/3` with every third text of A to train on; of `NAME.txt`, a running text, the paragraphs are
-taken, every twentieth to validate and to test. Where there are labels of the test split, a linear probe reads them off
-the latents, as `gptvae evaluate --labels` does.
+taken, every twentieth to validate and to test. `wikitext2` is the sentences of its published valid and test files: of
+the latter the last sixth to test, that before to validate, and all others to train on. Where there are labels of the
+test split, a linear probe reads them off the latents, as `gptvae evaluate --labels` does.
 
 Every arm gets one thread of the same processor and as many minutes of its time (not of the clock, so that what else the
 machine does hardly matters; start-up counted), or steps where its name says so, the same corpus and seed, the sizes of
@@ -29,6 +30,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -265,12 +267,25 @@ def splits(corpus: str, folder: Path) -> tuple[Unit, dict[str, Path]]:
         for split, file in files.items():
             file.write_bytes(b"".join((data / f"{part}_{split}.txt").read_bytes() for part in corpus.split("+")))
         return "line", files
+    if corpus == "wikitext2":
+        first, second = (sentences((data / f"{corpus}_{name}.txt").read_text("utf-8")) for name in names[1:])
+        sixth = len(second) // 6
+        parts = {"train": first + second[: -2 * sixth], "valid": second[-2 * sixth : -sixth], "test": second[-sixth:]}
+        for split, file in files.items():
+            file.write_text("\n".join(parts[split]), "utf-8")
+        return "line", files
     paragraphs = (data / f"{corpus}.txt").read_text("utf-8").split("\n\n")
     parts = {"valid": paragraphs[9::20], "test": paragraphs[19::20]}
     parts["train"] = [text for place, text in enumerate(paragraphs) if place % 20 not in (9, 19)]
     for split, file in files.items():
         file.write_text("\n\n".join(parts[split]), "utf-8")
     return "paragraph", files
+
+
+def sentences(text: str) -> list[str]:
+    """Of a text like WikiText's, which has a space on either side of every full stop; headings are left out."""
+    lines = (line.strip() for line in text.splitlines())
+    return [one for line in lines if line and not line.startswith("= ") for one in re.split(r"(?<= \.) ", line)]
 
 
 def trained(
