@@ -39,7 +39,7 @@ _BEGINNING_CHARS = 2**22
 _EDGE_BYTES = 2**20
 """How much of the beginning and of the end of a file is looked at to recognise it."""
 _FACTS_NAME, _TOKENIZER_NAME = "corpus.json", "tokenizer.json"
-_CACHE_FORMAT = 4
+_CACHE_FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class CorpusFacts:
         digest: of all texts in order, to recognise the corpus by.
         tokenizer_reason: why this tokenizer.
         replaced: places that were not UTF-8 and became U+FFFD.
+        salt: which texts are held out, see `ingest.is_held_out`.
         records: the file that looks like JSON lines, though it was read as plain text.
     """
 
@@ -62,6 +63,7 @@ class CorpusFacts:
     digest: str
     tokenizer_reason: str
     replaced: int
+    salt: int
     records: str | None
 
 
@@ -183,6 +185,7 @@ class Corpus:
             digest=ingest.digest.hexdigest(),
             tokenizer_reason=reason,
             replaced=repairs.count,
+            salt=salt,
             records=repairs.records,
         )
         content = {"format": _CACHE_FORMAT, "fingerprint": mark, "facts": asdict(facts), "sizes": _sizes(folder)}

@@ -166,8 +166,13 @@ def even_salt(texts: Sequence[str], share: float) -> int:
     return 0
 
 
+def is_held_out(text: bytes, share: float, salt: int) -> bool:
+    """Whether a text, in UTF-8, belongs to this share. Equal texts do together, in whatever corpus they are."""
+    return _share(_hash(text), salt) < share
+
+
 def _share(text_hash: bytes, salt: int) -> float:
-    """A number in [0, 1) that depends on the text and the salt alone: equal texts are held out together."""
+    """A number in [0, 1)."""
     return int.from_bytes(_hash(text_hash, salt) if salt else text_hash, "big") / 2**64
 
 
@@ -221,7 +226,7 @@ class Ingest:
             if self.is_running:
                 self._tokenize(texts, partial(self._write_running, "train", is_last))
             else:
-                held_out = [share is not None and _share(_hash(text), self.salt) < share for text in encoded]
+                held_out = [share is not None and is_held_out(text, share, self.salt) for text in encoded]
                 self._tokenize(texts, partial(self._write, "", np.array(held_out)))
                 if self.config.latents_from:
                     self._tokenize([source for _, source in piece], partial(self._write, ".source", np.array(held_out)))

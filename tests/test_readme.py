@@ -21,6 +21,7 @@ import gptvae_cli
 from gptvae_cli.cli.app import app
 from gptvae_cli.cli.help import described
 from gptvae_cli.errors import ExitCode
+from gptvae_cli.ingest import is_held_out
 from gptvae_cli.options import TABLES, keys
 from tests.cli.conftest import WIDTH, make_model
 
@@ -160,7 +161,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "logs").mkdir()
     (folder / "logs" / "one.log.zst").write_bytes(zstandard.compress(text.encode()))
     (folder / "poems" / "one.txt").write_text("\n\n".join(names))
-    model = make_model(folder / "model.safetensors", validation={"texts": 30})
+    salt = next(i for i in range(99) if sum(is_held_out(name.encode(), 0.05, i) for name in names) > 1)
+    model = make_model(folder / "model.safetensors", validation={"texts": 30}, corpus={"salt": salt})
     for run in ("gptvae-run", "names-run", "baseline"):
         (folder / run).mkdir()
         shutil.copy(model, folder / run)

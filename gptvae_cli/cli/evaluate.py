@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ import typer
 from gptvae_cli.cli import console, flags, streams
 from gptvae_cli.cli.table import table
 from gptvae_cli.config import SampleConfig, TextConfig
-from gptvae_cli.errors import ConfigError, DataError
+from gptvae_cli.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 gptvae evaluate test.txt
+gptvae evaluate corpus.txt --held-out
 gptvae evaluate test.txt --with-baseline
 gptvae evaluate test.txt --labels test.labels.txt
 gptvae evaluate test.txt --texts 0 --json | jq .nll_nats_per_text
@@ -38,6 +40,10 @@ def evaluate(
     ] = None,
     texts: Annotated[int, typer.Option(min=0, metavar="N", help="The first N texts; 0 takes all.")] = 1000,
     samples: Annotated[int, typer.Option(min=1, metavar="K", help="Latents of a text for its likelihood.")] = 100,
+    held_out: Annotated[
+        bool,
+        typer.Option("--held-out", help="Of the corpus that the model learnt from, only the texts that it did not."),
+    ] = False,
     with_baseline: Annotated[
         bool,
         typer.Option(
@@ -133,24 +139,25 @@ def evaluate(
             each.require_guidance(SampleConfig(guidance=guidance).guidance, name)
             if refine:
                 each.require_refinement(name)
+    wanted = _held_out(path, header, data.unit) if held_out else None
     files = expand(read)
+    if not held_out:
+        console.note(_learnt_from(path, header, files), quiet=quiet)
     streams.refuse_input("--per-text", per_text, [*files, *filter(None, [labels, latents_from]), *map(str, paths)])
     repairs = Repairs()
-    stream = read_texts(files, data, repairs=repairs)
-    lines: Iterable[str] = stream
+    selected = _Selected(read_texts(files, data, repairs=repairs), wanted)
+    lines: Iterable[str] = selected
     sources = names = None
     if labels is not None or latents_from is not None:
-        lines, count = _first(stream, texts)
+        lines = selected.first(texts)
         if latents_from is not None:
-            others = read_texts([latents_from], data, repairs=repairs)
-            sources = _aligned(latents_from, others, "texts", texts, count)
+            sources = selected.aligned(latents_from, read_texts([latents_from], data, repairs=repairs), "texts")
         if labels is not None:
             from gptvae_cli.probe import require_classes, require_scikit_learn
 
             require_scikit_learn()
             marked = TextConfig(field=label_field or data.field, errors=errors or "strict")
-            marks = read_texts([labels], marked, labels=True)
-            names = _aligned(labels, marks, "labels", texts, count)
+            names = selected.aligned(labels, read_texts([labels], marked, labels=True), "labels")
             require_classes(names)  # which more may be wrong with, as the texts that bear them will tell
     if with_baseline:
         paths.append(_train_baseline(path, header, device=device, dtype=dtype, threads=threads, quiet=quiet))
@@ -184,6 +191,8 @@ def evaluate(
             console.note(remark, quiet=quiet)
         if scores is not None:
             for figures in gathered[0].per_text():
+                if held_out:
+                    figures["row"] = selected.places[int(figures["row"])]
                 scores.write(f"{json.dumps(figures)}\n".encode())
     # The figures of texts are in their file by now, whatever is wrong with the labels or the baseline.
     with console.waiting("resampling the texts" if names is None else "training the probes", quiet=quiet):
@@ -192,6 +201,7 @@ def evaluate(
         "model": str(path),
         "corpus": corpus or ["-"],
         "unit": data.unit,
+        "held_out": held_out,
         "latents_from": latents_from,
         "guidance": guidance,
         "refine": refine,
@@ -229,25 +239,91 @@ def _check(
         raise ConfigError("--labels are read off latents, and this model was trained without one")
 
 
-def _first(texts: Iterator[str], most: int) -> tuple[list[str], int]:
-    """The first texts, all for 0, and how many there are in all. They are read once: they may come from a pipe."""
-    kept = list(islice(texts, most or None))
-    return kept, len(kept) + sum(1 for _ in texts)
-
-
-def _aligned(name: str, lines: Iterator[str], things: str, most: int, count: int) -> list[str]:
-    """What a file holds for each of the first texts of the corpus.
+def _held_out(path: Path, header: ModelHeader, unit: Unit) -> Callable[[str], bool]:
+    """Which texts of its corpus a model did not learn from.
 
     Raises:
-        DataError: where it holds more or fewer than there are texts in the whole corpus.
+        ConfigError: where they are not a share of the corpus, or texts are something else now.
+        CheckpointError: where the model does not say.
     """
-    kept, found = _first(lines, most)
-    if found != count:
-        raise DataError(
-            f"{name} holds {found:,} {things}, the corpus {count:,} texts; they must be aligned",
-            hint="one for every text of the corpus, in the same order; an empty line counts",
+    from gptvae_cli.ingest import is_held_out
+
+    share, corpus = header.data.valid_share, header.training.get("corpus")
+    if header.data.unit == "window":
+        raise ConfigError(
+            "--held-out is of texts, and of a running text it is the end that was held out",
+            hint="put some of it into a file of its own: train with --valid FILE, and evaluate FILE",
         )
-    return kept
+    if unit != header.data.unit:
+        raise ConfigError(f"a text is a {unit} here, and --held-out is of the {header.data.unit}s that were read")
+    if share is None:
+        raise ConfigError(
+            f"--held-out is of the corpus, and {path} was trained with --valid {header.data.valid}",
+            hint=f"evaluate that: gptvae evaluate {shlex.quote(header.data.valid)}",
+        )
+    salt = corpus.get("salt") if isinstance(corpus, dict) else None
+    if type(salt) is not int or not 0 <= salt < 256:
+        raise CheckpointError(
+            f"{path} does not say which texts were held out", hint="leave --held-out out, and name other texts"
+        )
+    return lambda text: text != "" and is_held_out(text.encode("utf-8"), share, salt)
+
+
+def _learnt_from(path: Path, header: ModelHeader, files: Sequence[str]) -> str | None:
+    """A note where the files are those that a model was trained on, as the run folder around it tells."""
+    from gptvae_cli.corpus import Corpus
+    from gptvae_cli.folder import CACHE_NAME
+
+    cache = path.parent / CACHE_NAME
+    if not cache.is_dir() or Corpus.recall(cache, files, header.data) is None:
+        return None
+    held_out = header.data.valid_share is not None and header.data.unit != "window"
+    instead = "--held-out takes the others alone" if held_out else "name others"
+    return f"the model learnt from most of these texts, which makes its figures too good; {instead}"
+
+
+class _Selected(Iterator[str]):
+    """The texts of a corpus that are measured, all unless told otherwise. `places` are theirs in the corpus.
+
+    They are read once: they may come from a pipe.
+    """
+
+    def __init__(self, texts: Iterator[str], wanted: Callable[[str], bool] | None) -> None:
+        self.texts, self.wanted = texts, wanted
+        self.places: list[int] = []
+        self.count = 0
+
+    def __next__(self) -> str:
+        for text in self.texts:
+            self.count += 1
+            if self.wanted is None or self.wanted(text):
+                self.places.append(self.count - 1)
+                return text
+        raise StopIteration
+
+    def first(self, most: int) -> list[str]:
+        """The first of them, all for 0; the rest of the corpus is counted."""
+        kept = list(islice(self, most or None))
+        self.count += sum(1 for _ in self.texts)
+        return kept
+
+    def aligned(self, name: str, lines: Iterator[str], things: str) -> list[str]:
+        """What a file holds for each of the first texts.
+
+        Raises:
+            DataError: where it holds more or fewer than there are texts in the whole corpus.
+        """
+        wanted, kept, found = set(self.places), [], 0
+        for line in lines:
+            if found in wanted:
+                kept.append(line)
+            found += 1
+        if found != self.count:
+            raise DataError(
+                f"{name} holds {found:,} {things}, the corpus {self.count:,} texts; they must be aligned",
+                hint="one for every text of the corpus, in the same order; an empty line counts",
+            )
+        return kept
 
 
 def _train_baseline(

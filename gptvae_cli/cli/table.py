@@ -29,7 +29,8 @@ def table(about: dict[str, Any], report: Report) -> Iterator[str]:
 
     unit = about["unit"]
     names = ("standard input" if name == "-" else name for name in about["corpus"])
-    yield f"{values['texts']:,} texts ({unit}) of {', '.join(names)}"
+    kind = "held-out texts" if about["held_out"] else "texts"
+    yield f"{values['texts']:,} {kind} ({unit}) of {', '.join(names)}"
     yield f"  {values['tokens']:,} tokens, {values['words']:,} words, {values['bytes']:,} bytes, ends counted"
     if about["texts_cut"] or values["empty"]:
         yield f"  {about['texts_cut']:,} of them cut, {values['empty']:,} empty"

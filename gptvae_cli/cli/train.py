@@ -247,7 +247,7 @@ def train(
         for note in job.notes:
             console.note(note, quiet=quiet)
         watch(job, quiet=quiet)
-        _finish(job, quiet=quiet)
+        _finish(job, plan.run.corpus, quiet=quiet)
         streams.write_text(f"{folder / MODEL_NAME}\n")
         strict = job.learner.config.strict and not job.learner.config.without_latent
         if strict and job.figures is not None and (wrong := diagnosis(job.figures, job.learner.config)) is not None:
@@ -303,7 +303,7 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
         raise typer.Exit(ExitCode(128 + caught[0]))
 
 
-def _finish(job: Job, *, quiet: bool) -> None:
+def _finish(job: Job, sources: Sequence[str], *, quiet: bool) -> None:
     from gptvae_cli.doctor import advice, decline, verdict
 
     kept = job.load_best()
@@ -334,6 +334,19 @@ def _finish(job: Job, *, quiet: bool) -> None:
     if len(ends) == 2 and job.data.latents_from is None:
         start, end = map(shlex.quote, ends)
         console.command(f"gptvae interpolate --from {start} --to {end} --refine{model}")
+    if texts := _held_out(job, sources):
+        console.command(f"gptvae evaluate {shlex.join(texts)}{model}")
+
+
+def _held_out(job: Job, sources: Sequence[str]) -> list[str]:
+    """How `evaluate` is told of the held-out texts; nothing where that is not possible, or not in a line."""
+    data = job.data
+    if data.valid_file is not None:
+        return [data.valid_file]
+    if data.unit == "window" or len(sources) != 1 or sources == ["-"] or len(job.valid) < 2:
+        return []
+    beside = [] if data.latents_from is None else ["--latents-from", data.latents_from]
+    return [*sources, "--held-out", *beside]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import gptvae_cli
 from gptvae_cli.checkpoint import load, save_model
 from gptvae_cli.cli.app import app
 from gptvae_cli.config import SampleConfig
+from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import batches_of
 from gptvae_cli.decoding import Request, decode
 from gptvae_cli.evaluation import importance_weighted, write_greedily
@@ -285,6 +287,84 @@ def test_a_baseline_needs_a_run_folder_with_its_corpus(run: Path, evaluate: Eval
     shutil.rmtree(run / "cache")
     assert_fails(with_baseline(), 3, "run/cache", "is not there", "--latents-dropout-prob 1")
     assert not (run / "baseline").exists()
+
+
+# Held-out texts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half(evaluate: Evaluate) -> list[str]:
+    """The lines of a corpus, some of them empty or alike, of which a run in the current folder held out half."""
+    lines = [f"{word} {i % 50}" if i % 9 else "" for i, word in enumerate(["tea", "sun", "sea"] * 40)]
+    Path("half.txt").write_text("".join(f"{line}\n" for line in lines))
+    arguments = ["train", "half.txt", "--out", "run", "--steps", "4", "--valid", "0.5", *QUICK]
+    trained = CliRunner().invoke(app, arguments)
+    assert trained.exit_code == 0, trained.stderr
+    return lines
+
+
+def of_run(corpus: str, *options: object, stdin: bytes | None = None) -> Result:
+    arguments = ["evaluate", corpus, "--model", "run", "--samples", "2", "--device", "cpu", "--json"]
+    return CliRunner().invoke(app, [*arguments, *map(str, options)], input=stdin)
+
+
+def test_held_out_texts_are_those_that_the_run_has_kept_apart(half: list[str]) -> None:
+    """The same that are in the run's cache, wherever the corpus is read from; and rows are those of the corpus."""
+    corpus = Corpus.open(Path("run/cache"))
+    starts_N, lengths_N = corpus.valid.spans(np.arange(len(corpus.valid)))
+    rows_N = np.split(corpus.valid.read(starts_N, lengths_N), np.cumsum(lengths_N)[:-1])
+    kept = [corpus.tokenizer.decode(row.tolist()) for row in rows_N]
+    assert 20 < len(kept) < len(half) - 20
+    result = of_run("half.txt", "--held-out", "--per-text", "scores.jsonl")
+    assert (figures(result)["texts"], figures(result)["held_out"]) == (len(kept), True)
+    rows = [json.loads(line)["row"] for line in Path("scores.jsonl").read_text().splitlines()]
+    assert [half[row] for row in rows] == kept
+    assert figures(of_run("-", "--held-out", "--texts", "7", stdin=Path("half.txt").read_bytes()))["texts"] == 7
+    table = CliRunner().invoke(app, ["evaluate", "half.txt", "--held-out", "--model", "run", "--samples", "2"])
+    assert f"{len(kept)} held-out texts (line) of half.txt\n" in table.stdout
+
+
+def test_labels_stay_beside_held_out_texts(half: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr("gptvae_cli.probe.require_classes", seen.append)
+    Path("labels.txt").write_text("".join(f"{line[:3]}\n" for line in half))
+    result = of_run("half.txt", "--held-out", "--labels", "labels.txt", "--per-text", "scores.jsonl", "--texts", "30")
+    assert figures(result)["probe"]["labels"] == 3
+    rows = [json.loads(line)["row"] for line in Path("scores.jsonl").read_text().splitlines()]
+    assert seen[0] == [half[row][:3] for row in rows]
+    assert rows != [*range(30)]
+    Path("labels.txt").write_text("tea\nsun\n")
+    assert_fails(of_run("half.txt", "--held-out", "--labels", "labels.txt"), 3, "2 labels", f"{len(half)} texts")
+
+
+def test_texts_that_were_learnt_from_are_told_of(half: list[str]) -> None:
+    """Where a run folder tells that they were; others, and those that were held out, are not."""
+    told = "learnt from most of these texts"
+    assert "--held-out" in of_run("half.txt").stderr
+    assert told in of_run("half.txt").stderr
+    assert told not in of_run("half.txt", "--held-out").stderr
+    assert told not in of_run("half.txt", "--quiet").stderr
+    Path("other.txt").write_text("tea\nsun\n")
+    assert told not in of_run("other.txt").stderr
+    arguments = ["train", "half.txt", "--out", "run", "--force", "--steps", "4", *QUICK]
+    assert CliRunner().invoke(app, [*arguments, "--valid", "other.txt"]).exit_code == 0
+    assert told in of_run("half.txt").stderr
+    assert "--held-out" not in of_run("half.txt").stderr
+    assert_fails(of_run("half.txt", "--held-out"), 2, "--valid other.txt", "gptvae evaluate other.txt")
+
+
+def test_held_out_texts_that_are_not_known_are_refused(half: list[str], models: Path) -> None:
+    assert_fails(of_run("half.txt", "--held-out", "--unit", "paragraph"), 2, "paragraph", "lines", hint=False)
+    window = ["evaluate", "half.txt", "--model", str(models / "window.safetensors"), "--held-out"]
+    assert_fails(CliRunner().invoke(app, window), 2, "the end", "--valid FILE")
+    saved = load(Path("run/model.safetensors"), device=torch.device("cpu"))
+    training = saved.header.training
+    unknown: list[object] = [{}, {"salt": -1}, {"salt": True}, {"salt": 256}, {"salt": "0"}, []]
+    for corpus in unknown:
+        header = replace(saved.header, training={**training, "corpus": corpus})
+        save_model(Path("other.safetensors"), saved.model, header)
+        refused = of_run("half.txt", "--held-out", "--model", "other.safetensors")
+        assert_fails(refused, 3, "does not say which texts were held out")
 
 
 # Aligned files --------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from typer.testing import CliRunner, Result
 from gptvae_cli.cli import train as train_module
 from gptvae_cli.cli.app import app
 from gptvae_cli.config import STOCK_RECIPE, TrainConfig
+from gptvae_cli.corpus import Corpus
 from gptvae_cli.header import read_header
 
 NAMES = [first + last for first in ("an", "be", "cla", "do", "ele", "fi") for last in ("na", "lla", "ra", "ria", "ly")]
@@ -157,9 +158,10 @@ def test_the_next_command_is_about_this_model(
     monkeypatch.setenv("GPTVAE_MODEL", variable)
     result = CliRunner().invoke(app, ["train", str(names), "--steps", "3", "--valid", "0.4", *QUICK])
     assert result.exit_code == 0, result.stderr
-    *_, first, second = result.stderr.rstrip().split("\n")
+    *_, first, second, third = result.stderr.rstrip().split("\n")
     assert first == f"gptvae generate --prior 5{model}"
     assert re.fullmatch(rf"gptvae interpolate --from \w+ --to \w+ --refine{model}", second)
+    assert third == f"gptvae evaluate {names} --held-out{model}"
     start, end = second.split()[3:6:2]
     assert {f"text        {name}" for name in (start, end)} <= {line.strip() for line in result.stderr.split("\n")}
 
@@ -171,9 +173,39 @@ def test_texts_that_are_long_or_are_not_read_are_not_in_the_next_command(train: 
     for options in (["--latents-from", names], []):
         result = train(longer, *options, "--force", "--max-seq-len", "80")
         assert result.exit_code == 0, result.stderr
-        assert result.stderr.rstrip().split("\n")[-1].startswith("gptvae generate --prior 5")
+        assert result.stderr.rstrip().split("\n")[-2].startswith("gptvae generate --prior 5")
     result = train(names, "--latents-from", longer, "--force")
-    assert result.stderr.rstrip().split("\n")[-1].startswith("gptvae generate --prior 5")
+    assert result.stderr.rstrip().split("\n")[-2].startswith("gptvae generate --prior 5")
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (["names.txt", "--valid", "0.4"], ["names.txt", "--held-out"]),
+        (["names.txt"], []),  # of 30 names it is one
+        (
+            ["names.txt", "--valid", "0.4", "--latents-from", "it's.txt"],
+            ["names.txt", "--held-out", "--latents-from", "it's.txt"],
+        ),
+        (["names.txt", "--valid", "it's.txt"], ["it's.txt"]),
+        (["names.txt", "it's.txt"], []),
+        (["names.txt", "--unit", "window"], []),
+        (["-"], []),
+    ],
+)
+def test_the_last_command_evaluates_what_was_held_out(
+    train: Train, names: Path, out: Path, options: list[str], texts: list[str]
+) -> None:
+    """Where one can tell in a line which texts these are."""
+    Path("it's.txt").write_text("".join(f"name {i}\n" for i in range(len(NAMES))))
+    result = train(*options, stdin=names.read_bytes())
+    assert result.exit_code == 0, result.stderr
+    commands = [shlex.split(line)[1:] for line in result.stderr.split("\n") if line.startswith("gptvae evaluate")]
+    assert commands == ([["evaluate", *texts, "--model", str(out)]] if texts else [])
+    for command in commands:
+        measured = CliRunner().invoke(app, [*command, "--samples", "2", "--json"])
+        assert measured.exit_code == 0, measured.stderr
+        assert json.loads(measured.stdout)["texts"] == len(Corpus.open(out / "cache").valid)
 
 
 def test_the_next_command_can_be_pasted(train: Train, names: Path, tmp_path: Path) -> None:
@@ -181,7 +213,7 @@ def test_the_next_command_can_be_pasted(train: Train, names: Path, tmp_path: Pat
     names.write_text("".join(f"it's {name}\n" for name in NAMES))
     result = train(names, "--out", str(tmp_path / "my run"), "--valid", "0.4")
     assert result.exit_code == 0, result.stderr
-    words, path = (shlex.split(line) for line in result.stderr.splitlines()[-2:])
+    words, path = (shlex.split(line) for line in result.stderr.splitlines()[-3:-1])
     assert words == ["gptvae", "generate", "--prior", "5", "--model", str(tmp_path / "my run")]
     assert {path[3].removeprefix("it's "), path[5].removeprefix("it's ")} <= set(NAMES)
     texts = CliRunner().invoke(app, path[1:])
