@@ -62,6 +62,7 @@ class Posteriors(NamedTuple):
     Args:
         places_N: in the corpus.
         texts_N: strings.
+        written_N: their reconstructions, strings.
         read_N: numbers of what the encoder read, see `read_keys_of`.
         mean_NZ, log_var_NZ: float32.
         sample_NZ: the latent that was drawn from each, float32.
@@ -69,6 +70,7 @@ class Posteriors(NamedTuple):
 
     places_N: npt.NDArray[Any]
     texts_N: npt.NDArray[Any]
+    written_N: npt.NDArray[Any]
     read_N: npt.NDArray[Any]
     mean_NZ: npt.NDArray[Any]
     log_var_NZ: npt.NDArray[Any]
@@ -206,7 +208,8 @@ def measured(
         mean_NZ = found.posterior.mean_BZ[back]
         latents_NZ = _refined(checkpoint, batches, found.posterior)[back] if refine else mean_NZ.to(model.device)
         written = write_greedily(model, latents_NZ, constraint=constraint, guidance=guidance, dtype=dtype)
-        ngrams = [bleu.counts(a, tokenizer.decode(ids)) for a, ids in zip(texts, written, strict=True)]
+        written_texts = [tokenizer.decode(ids) for ids in written]
+        ngrams = [bleu.counts(*pair) for pair in zip(texts, written_texts, strict=True)]
         columns |= {
             "nll": nll_N.numpy()[back],
             "cross_entropy": found.cross_entropy_N.numpy()[back],
@@ -220,6 +223,7 @@ def measured(
         posteriors = Posteriors(
             places_N=np.array(places),
             texts_N=np.array(texts, dtype=object),
+            written_N=np.array(written_texts, dtype=object),
             read_N=read_keys_of(batches, config.pad_id)[back],
             mean_NZ=mean_NZ.numpy(),
             log_var_NZ=found.posterior.log_var_BZ[back].numpy(),

@@ -44,6 +44,7 @@ class Probe:
         labels: different ones.
         latent: by the latents.
         words: by TF-IDF and SVD of the same width.
+        written: whose other text was labelled rightly by the same classifier as `words`; None where there are none.
         commonest: by always saying the commonest label.
         unit: what TF-IDF counted, `words` or `characters` (1 to 3 in a row), as cross-validation preferred.
     """
@@ -52,6 +53,7 @@ class Probe:
     labels: int
     latent: Flags
     words: Flags
+    written: Flags | None
     commonest: Flags
     unit: str
 
@@ -80,6 +82,7 @@ def probe(
     *,
     seed: int,
     read: Sequence[Hashable] | None = None,
+    written: Sequence[str] | None = None,
 ) -> Probe:
     """Trains and tests both classifiers, on the same split; nothing is fitted to the held-out part.
 
@@ -89,6 +92,7 @@ def probe(
         labels: of the texts; an empty one is none, and its text is left out. Of equal texts the first counts.
         seed: of the split, the folds and the SVD.
         read: what the latents were made of, or keys of it, where that is not the texts. Of equal ones the first counts.
+        written: other texts of which it is asked whether they bear the labels of these, such as their reconstructions.
 
     Raises:
         ConfigError: where scikit-learn is not installed.
@@ -122,7 +126,7 @@ def probe(
 
     latent = _classifier(latents_NZ[train], wanted_train, seed)
     commonest = wanted_test == np.bincount(wanted_train).argmax()
-    words, unit, best = commonest, "words", -1.0
+    words, kept, unit, best = commonest, commonest, "words", -1.0
     vectorizers = {
         # Words are what whitespace separates: the default pattern finds few in code, and no words of one letter.
         "words": TfidfVectorizer(token_pattern=r"\S+", sublinear_tf=True),
@@ -137,13 +141,17 @@ def probe(
             reduced = svd.fit_transform(counts)
         fitted = _classifier(reduced, wanted_train, seed)
         if fitted.best_score_ > best:
-            words = fitted.predict(svd.transform(vectorizer.transform(texts_test))) == wanted_test
+            words, kept = (
+                fitted.predict(svd.transform(vectorizer.transform(several))) == wanted_test
+                for several in (texts_test, texts_test if written is None else [written[i] for i in test])
+            )
             unit, best = name, fitted.best_score_
     return Probe(
         texts=len(usable),
         labels=len(np.unique(number_N[usable])),
         latent=latent.predict(latents_NZ[test]) == wanted_test,
         words=words,
+        written=None if written is None else kept,
         commonest=commonest,
         unit=unit,
     )

@@ -101,7 +101,8 @@ def report(
         lambda sums: {"mutual_information_nats": max(0.0, sums["nats"] / sums["texts"])},
     )
     if labels is not None:
-        values["probe"], intervals["probe.z_accuracy"], intervals["probe.words_accuracy"] = _probe(sample, labels, seed)
+        values["probe"], more = _probe(sample, labels, seed)
+        intervals |= {f"probe.{name}": interval for name, interval in more.items()}
     return Report(values, intervals)
 
 
@@ -164,15 +165,20 @@ def _information(model: Gathered, sample: Posteriors, information: float, kl: fl
 
 def _probe(
     sample: Posteriors, labels: Sequence[str], seed: int
-) -> tuple[dict[str, Any], tuple[float, float], tuple[float, float]]:
-    """The probes' figures, and the intervals of both accuracies over the held-out texts."""
-    texts, read = sample.texts_N.tolist(), sample.read_N.tolist()
-    found = probe(sample.mean_NZ, texts, [labels[place] for place in sample.places_N], seed=seed, read=read)
+) -> tuple[dict[str, Any], dict[str, tuple[float, float]]]:
+    """The probes' figures, and the intervals of the accuracies over the held-out texts."""
+    texts, read, written = (column_N.tolist() for column_N in (sample.texts_N, sample.read_N, sample.written_N))
+    labels = [labels[place] for place in sample.places_N]
+    found = probe(sample.mean_NZ, texts, labels, seed=seed, read=read, written=written)
+    assert found.written is not None
     held_out = len(found.latent)
-    latent, words = (bootstrap.of_share(int(flags.sum()), held_out) for flags in (found.latent, found.words))
+    right = {
+        "z_accuracy": found.latent,
+        "words_accuracy": found.words,
+        "reconstruction_words_accuracy": found.written,
+    }
     values = {
-        "z_accuracy": float(found.latent.mean()),
-        "words_accuracy": float(found.words.mean()),
+        **{name: float(flags.mean()) for name, flags in right.items()},
         "words_features": f"TF-IDF of {found.unit}, SVD to the width of z",
         "commonest_label_accuracy": float(found.commonest.mean()),
         "labels": found.labels,
@@ -181,4 +187,4 @@ def _probe(
         "protocol": PROTOCOL,
         "seed": seed,
     }
-    return values, latent, words
+    return values, {name: bootstrap.of_share(int(flags.sum()), held_out) for name, flags in right.items()}

@@ -57,6 +57,21 @@ def test_accuracy_is_what_the_protocol_gives_by_hand(seed: int) -> None:
     assert 0.3 < found.commonest.mean() < 0.5
 
 
+def test_other_texts_are_labelled_by_what_was_learnt_from_these() -> None:
+    """Each by itself: what is written of food has the label of food, whichever its text had."""
+    latents, texts, labels = data()
+    _, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=np.array(labels), random_state=0)
+    assert probe(latents, texts, labels, seed=0).written is None
+    same = probe(latents, texts, labels, seed=0, written=texts)
+    assert same.written is not None
+    assert same.written.tolist() == same.words.tolist()
+    topics = [["sky", "food"][i % 2] for i in range(len(texts))]
+    found = probe(latents, texts, labels, seed=0, written=[TOPICS[topic] for topic in topics])
+    assert found.written is not None
+    assert found.written.tolist() == [topics[i] == labels[i] for i in test]
+    assert found.words.tolist() == same.words.tolist()
+
+
 def test_labels_that_say_nothing_cannot_be_read(one_thread: None) -> None:
     latents, texts, labels = data(300)
     shuffled = list(np.random.default_rng(0).permutation(labels))

@@ -215,7 +215,9 @@ def test_a_text_that_is_there_often_is_as_often_in_the_sample(monkeypatch: pytes
         found = Gathered()
         for part_N in np.array_split(keys_N, count):
             none_NZ, texts_N = np.zeros((len(part_N), 1), dtype="float32"), np.full(len(part_N), "", dtype=object)
-            found.add(Piece([], {}, part_N, part_N, Posteriors(part_N, texts_N, part_N, none_NZ, none_NZ, none_NZ)))
+            found.add(
+                Piece([], {}, part_N, part_N, Posteriors(part_N, texts_N, texts_N, part_N, none_NZ, none_NZ, none_NZ))
+            )
         assert found.sample is not None
         assert 0.25 < np.mean(found.sample.read_N == 12345) < 0.35
         samples.append(found.sample.read_N.tolist())
@@ -333,27 +335,35 @@ def test_equal_texts_have_no_other_to_be_told_from(checkpoint: Checkpoint) -> No
 def test_labels_are_read_off_the_means(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        report, "probe", lambda latents_NZ, texts, labels, seed, read: seen.append((latents_NZ, texts, labels, read))
+        report, "probe", lambda latents_NZ, texts, labels, **more: seen.append((latents_NZ, texts, labels, more))
     )
     with pytest.raises(AttributeError):  # it found nothing
         values_of(checkpoint, TEXTS, [text[:1] for text in TEXTS])
-    ((latents_NZ, texts, labels, read),) = seen
+    ((latents_NZ, texts, labels, more),) = seen
+    read = more["read"]
     assert [read.index(key) for key in read] == [texts.index(text) for text in texts], "equal keys for equal texts"
     encodings = list(Encoder(checkpoint, "line").encode(texts))
     assert np.allclose(latents_NZ, np.stack([encoding.mean_Z for encoding in encodings]), atol=1e-5)
     assert labels == [text[:1] for text in texts]
+    tokenizer, rows = checkpoint.tokenizer, list(Encoder(checkpoint, "line").rows(texts))
+    written = reconstruct(
+        checkpoint.model, padded(rows, checkpoint.header.model.pad_id), constraint=tokenizer.constraint("line")
+    )
+    assert more["written"] == [tokenizer.decode(ids) for ids in written]
 
 
 def test_the_figures_of_probes_are_in_their_places(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    latent_N, words_N, commonest_N = (np.arange(20) < count for count in (14, 9, 5))
-    made = Probe(100, 3, latent=latent_N, words=words_N, commonest=commonest_N, unit="words")
+    latent_N, words_N, written_N, commonest_N = (np.arange(20) < count for count in (14, 9, 7, 5))
+    made = Probe(100, 3, latent=latent_N, words=words_N, written=written_N, commonest=commonest_N, unit="words")
     monkeypatch.setattr(report, "probe", lambda *about, **more: made)
     found = report.report(gather(checkpoint, TEXTS), labels=["a"] * len(TEXTS), samples=SAMPLES, seed=2)
     values = found.values["probe"]
-    assert [values[f"{name}_accuracy"] for name in ("z", "words", "commonest_label")] == [0.7, 0.45, 0.25]
+    names = ("z", "words", "reconstruction_words", "commonest_label")
+    assert [values[f"{name}_accuracy"] for name in names] == [0.7, 0.45, 0.35, 0.25]
     assert (values["labels"], values["texts"], values["held_out_texts"]) == (3, 100, 20)
     assert found.intervals["probe.z_accuracy"] == bootstrap.of_share(14, 20)
     assert found.intervals["probe.words_accuracy"] == bootstrap.of_share(9, 20)
+    assert found.intervals["probe.reconstruction_words_accuracy"] == bootstrap.of_share(7, 20)
 
 
 def test_a_figure_that_is_no_number_is_the_models_fault(checkpoint: Checkpoint) -> None:

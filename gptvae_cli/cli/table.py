@@ -105,4 +105,5 @@ def _probe_lines(labels: str, values: dict[str, Any], intervals: dict[str, tuple
         yield f"  {texts - probe['texts']:,} left out: repeats, of a rare label or of none{more}"
     yield line("from z", "z_accuracy")
     yield line("from TF-IDF + SVD", "words_accuracy")
+    yield line("the same, of what is written", "reconstruction_words_accuracy")
     yield line("the commonest label", "commonest_label_accuracy")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -396,6 +397,7 @@ def test_labels_are_read_off_latents_and_off_words(evaluate: Evaluate, labelled:
         in table
     )
     assert f"{found['z_accuracy']:.1%}" in table
+    assert re.search(rf"the same, of what is written +{found['reconstruction_words_accuracy']:.1%}", table)
 
 
 def test_a_reconstruction_may_be_guided(evaluate: Evaluate, models: Path) -> None:

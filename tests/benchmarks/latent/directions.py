@@ -4,16 +4,16 @@
     python -m tests.benchmarks.latent.directions 'models/tatoeba_5langs, small, 0.safetensors' tatoeba_5langs
 
 A direction is the mean latent of the training texts with one label, less that of another's. It is added, so many times,
-to the latents of 100 test texts with the other. "Label" is the share of what is then written greedily that a classifier
-(TF-IDF of characters, a linear support vector machine) calls by the first label, the mean over pairs of labels. "Near"
-is over how many of nine other such texts the latent of what is written, less the direction, prefers that of its own, by
-the cosine; 4.5 is chance.
+to the latents of 100 test texts with the other, which are means of posteriors or refined. "Label" is the share of what
+is then written greedily that a classifier (TF-IDF of characters, a linear support vector machine) calls by the first
+label, the mean over pairs of labels. "Near" is over how many of nine other such texts the mean latent of what is
+written, less the direction, prefers that of its own, by the cosine; 4.5 is chance.
 """
 
 from __future__ import annotations
 
 import argparse
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -44,17 +44,22 @@ def main() -> None:
     means = {label: z_NZ[labels_N == label].mean(axis=0) for label in np.unique(labels_N)}
     pairs = list(permutations(means, 2))
     pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:PAIRS]]
-    for guidance in (1.0, 2.0):
-        for weight in (0.0, 0.5, 1.0, 1.5):
+    some = {
+        label: [text for text, own in zip(test, truth_N, strict=True) if own == label][:TEXTS]
+        for label in {source for source, _ in pairs}
+    }
+    for way in ("means", "refined"):
+        z = {label: model.encode(own, refine=way == "refined") for label, own in some.items()}
+        for guidance, weight in product((1.0, 2.0), (0.0, 0.5, 1.0, 1.5, 2.0)):
             hits, nearer = [], []
             for source, goal in pairs:
-                own = [text for text, label in zip(test, truth_N, strict=True) if label == source][:TEXTS]
-                z_own_NZ, direction_Z = model.encode(own), weight * (means[goal] - means[source])
-                written = model.generate(z_own_NZ + direction_Z, greedy=True, guidance=guidance)
+                direction_Z = weight * (means[goal] - means[source])
+                written = model.generate(z[source] + direction_Z, greedy=True, guidance=guidance)
                 hits.append(float((judge.predict(written) == goal).mean()))
-                nearer.append(near(z_own_NZ, model.encode(written) - direction_Z))
+                nearer.append(near(model.encode(some[source]), model.encode(written) - direction_Z))
             print(
-                f"guidance {guidance:<4} direction {weight:<4} label {np.mean(hits):6.1%}  near {np.mean(nearer):.1f}",
+                f"{way:<8}guidance {guidance:<4} direction {weight:<4} label {np.mean(hits):6.1%}"
+                f"  near {np.mean(nearer):.1f}",
                 flush=True,
             )
 
