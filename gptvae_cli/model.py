@@ -12,7 +12,7 @@ FREE Transformer (arXiv 2510.17558) for the floor under the KL.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from gptvae_cli import decoding, engines, fused
+from gptvae_cli import fused
 from gptvae_cli.conditioning import CONDITIONINGS
 from gptvae_cli.config import ConditioningName, ModelConfig
+from gptvae_cli.continuation import continued
 from gptvae_cli.errors import ConfigError, FieldError
 from gptvae_cli.latent import kl_to_standard_normal, reparameterize
 
@@ -412,8 +413,14 @@ class GPTVAE(nn.Module):
         latents: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
         seq_for_latents: Tensor | None = None,
         *,
+        eos_token: int | None = None,
+        temperature: float = 1.0,
+        prompt_lens: Tensor | None = None,
+        filter_logits_fn: str | Callable[..., Tensor] = top_k,
+        filter_kwargs: Mapping[str, Any] | None = None,
+        cache_kv: bool = True,
         generator: torch.Generator | None = None,
-        **generate_kwargs: Any,
+        **foreign: Any,
     ) -> Tensor:
         """Continues prompts, and returns the new tokens only [B n].
 
@@ -427,12 +434,13 @@ class GPTVAE(nn.Module):
             seq_len: new tokens at most; fewer are returned once every row has ended.
             latents: [B Z], or one latent [Z] for every prompt; one prompt with B latents is repeated (addition).
             seq_for_latents: tokens to encode the latents from, sampled as in the seed class [B T'].
+            eos_token, temperature, prompt_lens, filter_kwargs, cache_kv: as x-transformers takes them.
+            filter_logits_fn: likewise. It sees the rows that are computed together: not those that have ended, and on
+                their own those that outgrew the decoder.
             generator: (addition) a CPU generator; without one torch's global state is used.
-            generate_kwargs: `eos_token`, `temperature`, `prompt_lens`, `filter_logits_fn`, `filter_kwargs`,
-                `cache_kv`. A function that filters sees the rows that are computed together: not those that have
-                ended, and on their own those that outgrew the decoder. Any other keyword with a value that is not its
-                default hands the whole call to x-transformers' own loop. There none of the additions hold: latents are
-                lost beyond `max_seq_len` and hidden by `prompt_lens`, and token 0 stands behind `eos_token`.
+            foreign: other keywords of x-transformers. With a value that is not its default, one hands the whole call
+                to x-transformers' own loop. There none of the additions hold: latents are lost beyond `max_seq_len` and
+                hidden by `prompt_lens`, and token 0 stands behind `eos_token`.
 
         Returns:
             New tokens; behind a row's `eos_token` stands `pad_id`. One prompt [T] gives one row [n], as in the seed
@@ -444,6 +452,24 @@ class GPTVAE(nn.Module):
                 tokens and a `generator` to choose tokens with.
             CheckpointError: where the logits, or those that a filter leaves, are not finite numbers.
         """
+        if isinstance(filter_logits_fn, str):
+            if filter_logits_fn not in FILTER_LOGITS_FN:
+                allowed = f"{', '.join(FILTER_LOGITS_FN)} or a function"
+                raise FieldError("filter_logits_fn", filter_logits_fn, allowed, label="filter_logits_fn")
+            filter_logits_fn = FILTER_LOGITS_FN[filter_logits_fn]
+        same: dict[str, Any] = {
+            "eos_token": eos_token,
+            "temperature": temperature,
+            "prompt_lens": prompt_lens,
+            "filter_logits_fn": filter_logits_fn,
+            "filter_kwargs": dict(filter_kwargs or {}),
+            "cache_kv": cache_kv,
+        }
+        foreign = {
+            name: value
+            for name, value in foreign.items()
+            if name not in STOCK_DEFAULTS or value != STOCK_DEFAULTS[name]
+        }
         with self.evaluating():
             if seq_for_latents is not None:
                 if latents is not None:
@@ -451,35 +477,8 @@ class GPTVAE(nn.Module):
                 latents = self.encode_to_latents(seq_for_latents, generator=generator)
             if latents is not None:
                 latents = torch.as_tensor(latents, device=self.device, dtype=next(self.parameters()).dtype)
-            return self._generate(prompts, seq_len, latents, generator, **generate_kwargs)
-
-    def _generate(
-        self,
-        prompts: Tensor | Sequence[Tensor],
-        seq_len: int,
-        latents: Tensor | None,
-        generator: torch.Generator | None,
-        *,
-        eos_token: int | None = None,
-        temperature: float = 1.0,
-        prompt_lens: Tensor | None = None,
-        filter_logits_fn: str | Any = top_k,
-        filter_kwargs: Mapping[str, Any] | None = None,
-        cache_kv: bool = True,
-        **foreign: Any,
-    ) -> Tensor:
-        filter_fn = filter_logits_fn
-        if isinstance(filter_fn, str):
-            if filter_fn not in FILTER_LOGITS_FN:
-                allowed = f"{', '.join(FILTER_LOGITS_FN)} or a function"
-                raise FieldError("filter_logits_fn", filter_fn, allowed, label="filter_logits_fn")
-            filter_fn = FILTER_LOGITS_FN[filter_fn]
-        foreign = {
-            name: value
-            for name, value in foreign.items()
-            if name not in STOCK_DEFAULTS or value != STOCK_DEFAULTS[name]
-        }
-        if foreign:
+            if not foreign:
+                return continued(self, prompts, seq_len, latents, generator=generator, **same)
             if generator is not None and temperature != 0:
                 raise ConfigError(
                     f"found a generator and {', '.join(foreign)}, whose tokens are drawn from torch's global state",
@@ -493,74 +492,9 @@ class GPTVAE(nn.Module):
                 rows_BZ = latents.expand(batch, -1) if latents.ndim == 1 else latents
                 prepend = self.from_latent_to_prepend_token(rows_BZ)
             result: Tensor = self.ar_wrapped_decoder.generate(
-                prompts,
-                seq_len,
-                eos_token=eos_token,
-                temperature=temperature,
-                prompt_lens=prompt_lens,
-                filter_logits_fn=filter_fn,
-                filter_kwargs=dict(filter_kwargs or {}),
-                cache_kv=cache_kv,
-                prepend_embeds=prepend,
-                **foreign,
+                prompts, seq_len, prepend_embeds=prepend, **same, **foreign
             )
             return result
-
-        contexts = self._prompt_rows(prompts, prompt_lens)
-        if latents is not None and latents.ndim == 1:
-            latents = latents.expand(len(contexts), -1)
-        if latents is not None and len(contexts) == 1:
-            contexts = contexts * len(latents)
-        if latents is not None and len(contexts) != len(latents):
-            raise ConfigError(f"found {len(contexts)} prompts and {len(latents)} latents, they must be as many")
-
-        if not contexts:
-            return torch.empty(0, seq_len, dtype=torch.long, device=self.device)
-
-        uniforms_BT = None
-        if temperature != 0:
-            uniforms_BT = torch.rand(len(contexts), seq_len, generator=generator, dtype=torch.float64)
-
-        def choose(logits_BV: Tensor, rows: Sequence[engines.Row]) -> Tensor:
-            if uniforms_BT is None:
-                return decoding.greedy(logits_BV)
-            # Not in inference mode, as in the seed class: what a function keeps can be used for gradients then.
-            with torch.inference_mode(False), torch.no_grad():
-                filtered_BV = filter_fn(logits_BV.clone(), **(filter_kwargs or {})) / temperature
-            uniforms_B = torch.stack([uniforms_BT[row.index, len(row.new)] for row in rows])
-            return decoding.draw(filtered_BV, uniforms_B.to(logits_BV.device))
-
-        rows = [
-            engines.Row(index, context, None if latents is None else latents[index], seq_len)
-            for index, context in enumerate(contexts)
-        ]
-        done: Iterable[engines.Row] = rows
-        if seq_len > 0:
-            done = decoding.run(self, rows, choose, eos_id=eos_token, batch_size=len(rows), cached=cache_kv)
-        # A row keeps its EOS here, as in the seed class; what stands behind it is padding.
-        new = [torch.tensor(row.new, dtype=torch.long) for row in sorted(done, key=lambda row: row.index)]
-        padded_BT = nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=self.pad_id).to(self.device)
-        single = isinstance(prompts, Tensor) and prompts.ndim == 1 and len(rows) == 1
-        return padded_BT[0] if single else padded_BT
-
-    def _prompt_rows(self, prompts: Tensor | Sequence[Tensor], prompt_lens: Tensor | None) -> list[list[int]]:
-        if isinstance(prompts, Tensor) and prompts.ndim == 1:
-            prompts = prompts[None]
-        contexts: list[list[int]] = [row.tolist() for row in prompts]
-        if prompt_lens is not None:
-            lengths = prompt_lens.flatten().tolist()
-            if len(lengths) != len(contexts):
-                raise ConfigError(f"found {len(contexts)} prompts and {len(lengths)} prompt_lens, they must be as many")
-            for row, length in zip(contexts, lengths, strict=True):
-                if not 0 <= length <= len(row):
-                    raise ConfigError(f"found {length} in prompt_lens, for a prompt of {len(row)} tokens")
-            contexts = [row[:length] for row, length in zip(contexts, lengths, strict=True)]
-        for context in contexts:
-            if not context:
-                if self.bos_id is None:
-                    raise ConfigError("found an empty prompt, a model without a bos_id needs at least one token")
-                context.append(self.bos_id)
-        return contexts
 
     def _drop_latents(self, batch: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
         ones_B = torch.ones(batch, device=device)

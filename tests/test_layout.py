@@ -27,6 +27,7 @@ ROWS: list[set[str]] = [
     {"engines"},
     {"healing"},
     {"decoding"},
+    {"continuation"},
     {"model"},
     {"objective"},
     {"checkpoint", "data", "latent_file"},

@@ -329,9 +329,12 @@ def test_the_defaults_are_x_transformers() -> None:
     """Its decorators hide them."""
     inner: Any = inspect.unwrap(AutoregressiveWrapper.generate)
     parameters = inspect.signature(inspect.getclosurevars(inner).nonlocals["fn"]).parameters
-    own = inspect.signature(GPTVAE._generate).parameters
+    own = inspect.signature(GPTVAE.generate).parameters
     foreign = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
     assert {name: value for name, value in foreign.items() if name not in own} == STOCK_DEFAULTS
+    assert foreign.pop("filter_kwargs") == {}
+    assert own["filter_kwargs"].default is None  # none, likewise
+    assert all(own[name].default == value for name, value in foreign.items() if name in own)
 
 
 def test_a_generator_that_would_not_be_heard_is_refused(ours: Ours) -> None:
