@@ -279,6 +279,8 @@ def test_windows_is_told_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as caught:
         console_script()
     assert caught.value.code == "gptvae runs on Linux and macOS; on Windows use it in WSL"
+    with pytest.raises(ImportError, match="on Windows use it in WSL"):
+        from gptvae_cli import load  # noqa: F401
 
 
 def test_a_traceback_does_not_control_the_terminal(here: Path) -> None:
