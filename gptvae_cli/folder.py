@@ -119,7 +119,14 @@ def _foreign_in(cache: Path) -> Path | None:
         return None
     if cache.is_symlink() or not cache.is_dir():
         return None if cache.is_symlink() and cache.readlink() == SHARED_CACHE else cache
-    return next((path for path in sorted(cache.iterdir()) if not is_cache_file(path.name)), None)
+    return next(
+        (path for path in sorted(cache.iterdir()) if not (is_cache_file(path.name) or _is_finder_s(path))), None
+    )
+
+
+def _is_finder_s(path: Path) -> bool:
+    """Whether macOS leaves a file of this name: in a folder that was looked at, and on a disk of another system."""
+    return path.name == ".DS_Store" or path.name.startswith("._")
 
 
 def _remove_unfinished(folder: Path) -> None:

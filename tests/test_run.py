@@ -225,6 +225,17 @@ def test_a_cache_of_the_users_own_is_left_alone(folder: Path, force: bool, name:
         raise AssertionError
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "._train.tokens"])
+def test_what_macos_leaves_in_a_cache_is_not_in_the_way(folder: Path, corpus: str, name: str) -> None:
+    """One look at the folder in the Finder would keep `--force` from ever replacing the run."""
+    begin(folder, [corpus])
+    (folder / "cache" / name).touch()
+    with claimed(folder, resume=False, force=True):
+        Path(corpus).write_text("another\n" * 9 + "one\n" * 9)
+        begin(folder, [corpus])
+    assert name not in names(folder / "cache")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.prev.safetensors", "metrics.jsonl"])
 @pytest.mark.parametrize("kind", ["device", "folder", "loop"])
 def test_what_is_no_file_of_a_run_is_left_alone(folder: Path, name: str, kind: str) -> None:
