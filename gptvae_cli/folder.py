@@ -159,8 +159,9 @@ def remove_run(folder: Path, *, keep_model: bool = False, keep_cache: bool = Fal
 
 def place_cache(new: Path, folder: Path) -> None:
     """Gives the new cache its name. It is on the disk before any state that needs it: a power cut may come."""
-    for path in [*new.iterdir(), new]:
+    for path in new.iterdir():
         sync(path)
+    sync_folder(new)
     new.rename(folder / CACHE_NAME)
     sync_folder(folder)
 

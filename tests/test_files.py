@@ -101,6 +101,23 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> No
     assert (stat.S_IMODE(path.stat().st_mode), path.read_bytes()) == (mode, b"new")
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_file_system_that_has_one_mode_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    """A Windows disk in WSL refuses to change a mode, even to what it is."""
+    path = tmp_path / "file"
+    if exists:
+        path.touch()
+
+    def refuse(self: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_atomically(path, lambda new: new.write_bytes(b"new"))
+    assert path.read_bytes() == b"new"
+
+
 def test_a_link_leads_elsewhere_where_the_name_is_another(tmp_path: Path) -> None:
     links = {"here": "disk/here", "there": "here", "gone": "gone/else", "loop": "loop"}
     for name, target in links.items():

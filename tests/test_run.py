@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -951,6 +952,23 @@ def test_the_log_tells_every_step_once(folder: Path, corpus: str) -> None:
     finish(job)
     logged = [json.loads(line).get("step") for line in log.read_text().splitlines()]
     assert sorted(step for step in logged if step is not None) == list(range(1, 11))
+
+
+def test_a_run_starts_where_folders_cannot_be_synced(
+    folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network file systems. The files of its cache can be, and are."""
+    sync, synced = os.fsync, []
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    begin(folder, [corpus])
+    assert {path.stat().st_ino for path in (folder / "cache").iterdir()} <= set(synced)
 
 
 def test_a_full_disk_ends_a_run_in_one_line(folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
