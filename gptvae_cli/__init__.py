@@ -32,8 +32,13 @@ if not TYPE_CHECKING:  # or any name would be one to a type checker
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import sys
         from importlib import import_module
 
+        if sys.platform == "win32":
+            from gptvae_cli.errors import NOT_ON_WINDOWS
+
+            raise ImportError(NOT_ON_WINDOWS)
         home = "model" if name == "GPTVAE" else "errors" if name.endswith("Error") else "api"
         return getattr(import_module(f"{__name__}.{home}"), name)
 

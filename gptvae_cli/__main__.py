@@ -5,7 +5,7 @@ import sys
 from contextlib import suppress
 from typing import NoReturn
 
-from gptvae_cli.errors import ExitCode
+from gptvae_cli.errors import NOT_ON_WINDOWS, ExitCode
 
 _SIGNALLED = (ExitCode.HUNG_UP, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 
@@ -13,7 +13,7 @@ _SIGNALLED = (ExitCode.HUNG_UP, ExitCode.INTERRUPTED, ExitCode.TERMINATED)
 def main() -> None:
     """The console script. What it runs takes a moment to import, in which somebody may have changed their mind."""
     if sys.platform == "win32":
-        sys.exit("gptvae runs on Linux and macOS; on Windows use it in WSL")
+        sys.exit(NOT_ON_WINDOWS)
     try:
         from gptvae_cli.cli.app import main as run
 

@@ -247,7 +247,9 @@ def _check_files(sources: Sequence[str], config: DataConfig) -> None:
 
 
 def is_cache_file(name: str) -> bool:
-    """Whether `build` writes a file of this name."""
+    """Whether `build` writes a file of this name; the hidden `._train.tokens` beside one of them is macOS's."""
+    if name.startswith("."):
+        return False
     return name in (_FACTS_NAME, _TOKENIZER_NAME, f"{_FACTS_NAME}.part") or Path(name).suffix in (".tokens", ".offsets")
 
 

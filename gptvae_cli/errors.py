@@ -19,6 +19,8 @@ from enum import IntEnum
 from functools import partial
 from typing import Any
 
+NOT_ON_WINDOWS = "gptvae runs on Linux and macOS; on Windows use it in WSL"
+
 
 class ExitCode(IntEnum):
     """What a `gptvae` process says to the shell."""

@@ -72,7 +72,10 @@ def replacing(path: Path, *, previous_name: str | None = None) -> Iterator[Path]
             # The only way to learn the umask without changing it for every thread is to make a file.
             probe = Path(folder) / "mode"
             probe.touch()
-            new.chmod(stat.S_IMODE((target if exists else probe).stat().st_mode))
+            mode = stat.S_IMODE((target if exists else probe).stat().st_mode)
+            # All files of some systems, as of Windows's disks in WSL, have one mode, and asking for it is an error.
+            if stat.S_IMODE(new.stat().st_mode) != mode:
+                new.chmod(mode)
             if previous_name is not None and exists:
                 target.replace(target.with_name(previous_name))
             new.replace(target)

@@ -119,7 +119,14 @@ def _foreign_in(cache: Path) -> Path | None:
         return None
     if cache.is_symlink() or not cache.is_dir():
         return None if cache.is_symlink() and cache.readlink() == SHARED_CACHE else cache
-    return next((path for path in sorted(cache.iterdir()) if not is_cache_file(path.name)), None)
+    return next(
+        (path for path in sorted(cache.iterdir()) if not (is_cache_file(path.name) or _is_finder_s(path))), None
+    )
+
+
+def _is_finder_s(path: Path) -> bool:
+    """Whether macOS leaves a file of this name: in a folder that was looked at, and on a disk of another system."""
+    return path.name == ".DS_Store" or path.name.startswith("._")
 
 
 def _remove_unfinished(folder: Path) -> None:
@@ -152,8 +159,9 @@ def remove_run(folder: Path, *, keep_model: bool = False, keep_cache: bool = Fal
 
 def place_cache(new: Path, folder: Path) -> None:
     """Gives the new cache its name. It is on the disk before any state that needs it: a power cut may come."""
-    for path in [*new.iterdir(), new]:
+    for path in new.iterdir():
         sync(path)
+    sync_folder(new)
     new.rename(folder / CACHE_NAME)
     sync_folder(folder)
 

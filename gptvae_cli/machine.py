@@ -24,7 +24,9 @@ def memory() -> int:
 
 def processors() -> int:
     """How many this process may run on at once."""
-    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    count = os.cpu_count() or 1
+    if sys.platform == "linux":
+        count = len(os.sched_getaffinity(0))
     return min(count, processor_quota() or count)
 
 

@@ -19,7 +19,7 @@ LINES = [f"{word} number {i}" for i in range(40) for word in ("cat", "dog", "a b
 
 def pytest_configure(config: pytest.Config) -> None:
     # Of x-transformers, which tests import themselves: it scripts a function, which torch has begun to deprecate.
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated")
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is (deprecated|not supported)")
     # Commands compute on the CPU, on a machine that has a GPU too; what is tested on one names it.
     os.environ.setdefault("GPTVAE_DEVICE", "cpu")
     if "PYTEST_XDIST_WORKER" in os.environ:

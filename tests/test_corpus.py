@@ -153,6 +153,14 @@ def test_a_damaged_cache_is_an_error_and_not_other_tokens(tmp_path: Path, name: 
     assert "--force" in str(caught.value.hint)
 
 
+def test_what_macos_leaves_beside_tokens_is_no_damage(tmp_path: Path) -> None:
+    built = build(tmp_path, "\n".join(LINES))
+    for name in (".DS_Store", "._train.tokens", "._corpus.json"):
+        (tmp_path / "cache" / name).write_bytes(bytes(10))
+    opened = Corpus.open(tmp_path / "cache")
+    assert contents(opened, opened.train) == contents(built, built.train)
+
+
 @pytest.mark.parametrize(("fact", "value"), [("texts", "| x"), ("characters", None), ("digest", 3), ("empty", True)])
 def test_a_fact_of_another_type_is_an_error_at_once(tmp_path: Path, fact: str, value: object) -> None:
     """It may be a stranger's, and would fail in a sentence of the run."""

@@ -35,8 +35,7 @@ def test_full_disk_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) ->
 
     def fill_the_disk(new: Path) -> None:
         new.write_bytes(b"half")
-        with Path("/dev/full").open("wb") as full:  # every write there fails as on a full disk
-            full.write(b"the other half")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(GPTVAEError) as caught:
         write_atomically(path, fill_the_disk)
@@ -99,6 +98,23 @@ def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path, mode: int) -> No
     path.chmod(mode)
     write_atomically(path, lambda new: new.write_bytes(b"new"))
     assert (stat.S_IMODE(path.stat().st_mode), path.read_bytes()) == (mode, b"new")
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_file_system_that_has_one_mode_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    """A Windows disk in WSL refuses to change a mode, even to what it is."""
+    path = tmp_path / "file"
+    if exists:
+        path.touch()
+
+    def refuse(self: Path, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_atomically(path, lambda new: new.write_bytes(b"new"))
+    assert path.read_bytes() == b"new"
 
 
 def test_a_link_leads_elsewhere_where_the_name_is_another(tmp_path: Path) -> None:

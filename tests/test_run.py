@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -223,6 +224,17 @@ def test_a_cache_of_the_users_own_is_left_alone(folder: Path, force: bool, name:
     (folder / name).write_text("a file")
     with pytest.raises(ConfigError, match="in the way"), claimed(folder, resume=False, force=force):
         raise AssertionError
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._train.tokens"])
+def test_what_macos_leaves_in_a_cache_is_not_in_the_way(folder: Path, corpus: str, name: str) -> None:
+    """One look at the folder in the Finder would keep `--force` from ever replacing the run."""
+    begin(folder, [corpus])
+    (folder / "cache" / name).touch()
+    with claimed(folder, resume=False, force=True):
+        Path(corpus).write_text("another\n" * 9 + "one\n" * 9)
+        begin(folder, [corpus])
+    assert name not in names(folder / "cache")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.safetensors", "state.prev.safetensors", "metrics.jsonl"])
@@ -942,6 +954,24 @@ def test_the_log_tells_every_step_once(folder: Path, corpus: str) -> None:
     assert sorted(step for step in logged if step is not None) == list(range(1, 11))
 
 
+def test_a_run_starts_where_folders_cannot_be_synced(
+    folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network file systems. The files of its cache can be, and are."""
+    sync, synced = os.fsync, []
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    begin(folder, [corpus])
+    assert {path.stat().st_ino for path in (folder / "cache").iterdir()} <= set(synced)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
 def test_a_full_disk_ends_a_run_in_one_line(folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`/dev/full` fails as a full disk does. The state that was saved before is good."""
     job = begin(folder, [corpus])

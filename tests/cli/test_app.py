@@ -279,6 +279,8 @@ def test_windows_is_told_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as caught:
         console_script()
     assert caught.value.code == "gptvae runs on Linux and macOS; on Windows use it in WSL"
+    with pytest.raises(ImportError, match="on Windows use it in WSL"):
+        from gptvae_cli import load  # noqa: F401
 
 
 def test_a_traceback_does_not_control_the_terminal(here: Path) -> None:
@@ -630,6 +632,7 @@ def test_messages_that_cannot_be_written_cost_no_data(shell: Shell) -> None:
     assert shell("gptvae encode nowhere 2>/dev/full").returncode == 3
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
 def test_a_full_disk_is_named_where_it_has_a_name(here: Path) -> None:
     """And the device is still a device."""
     assert_fails(run("encode", "a.txt", "--out", "/dev/full"), 1, "cannot write /dev/full", "No space left")
