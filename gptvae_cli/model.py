@@ -29,7 +29,7 @@ from gptvae_cli.continuation import continued
 from gptvae_cli.errors import ConfigError, FieldError
 from gptvae_cli.latent import kl_to_standard_normal, reparameterize
 
-with warnings.catch_warnings():  # it uses torch.jit.script, of which torch 2.13 warns, in two ways by the Python
+with warnings.catch_warnings():  # it uses torch.jit.script, of which torch warns, in words that depend on the Python
     warnings.filterwarnings("ignore", "`torch.jit.script` is ")
     from x_transformers.autoregressive_wrapper import FILTER_LOGITS_FN, AutoregressiveWrapper, top_k
     from x_transformers.x_transformers import Decoder, Encoder, TransformerWrapper
