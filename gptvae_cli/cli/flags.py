@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from gptvae_cli.config import DEVICE, DType, Errors, Unit
 
 COMMON = "Model and machine"
+_common = partial(typer.Option, rich_help_panel=COMMON)
 DEBUG_KEY = "gptvae.debug"
 """Where `ctx.meta` says whether an error shows its traceback."""
 
@@ -30,55 +32,33 @@ def _check_device(value: str) -> str:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="PATH",
-        help="A run folder or a .safetensors file. [default: $GPTVAE_MODEL, else ./gptvae-run]",
-        rich_help_panel=COMMON,
-    ),
+    _common(metavar="PATH", help="A run folder or a .safetensors file. [default: $GPTVAE_MODEL, else ./gptvae-run]"),
 ]
 DeviceOption = Annotated[
     str,
-    typer.Option(
+    _common(
         metavar="DEVICE",
         envvar="GPTVAE_DEVICE",
         callback=_check_device,
         autocompletion=lambda: DEVICES,
         help="auto, cpu, cuda or cuda:1.",
-        rich_help_panel=COMMON,
     ),
 ]
-DTypeOption = Annotated[
-    DType,
-    typer.Option(
-        envvar="GPTVAE_DTYPE",
-        help="Numbers to compute with; auto is float32.",
-        rich_help_panel=COMMON,
-    ),
-]
+DTypeOption = Annotated[DType, _common(envvar="GPTVAE_DTYPE", help="Numbers to compute with; auto is float32.")]
 ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        envvar="GPTVAE_THREADS",
-        help="CPU threads. [default: as torch finds best]",
-        rich_help_panel=COMMON,
-    ),
+    int | None, _common(min=1, envvar="GPTVAE_THREADS", help="CPU threads. [default: as torch finds best]")
 ]
 SeedOption = Annotated[
     int | None,
-    typer.Option(
+    _common(
         min=0,
         max=2**63 - 1,
         envvar="GPTVAE_SEED",
         help="Seed of everything random. [default: one is picked and printed]",
-        rich_help_panel=COMMON,
     ),
 ]
-QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no progress.", rich_help_panel=COMMON)]
-DebugOption = Annotated[
-    bool,
-    typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug, rich_help_panel=COMMON),
-]
+QuietOption = Annotated[bool, _common("-q", "--quiet", help="No notes and no progress.")]
+DebugOption = Annotated[bool, _common("--debug", help="Show the traceback of an error.", callback=_remember_debug)]
 RefineOption = Annotated[
     bool,
     typer.Option(

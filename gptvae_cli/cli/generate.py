@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from gptvae_cli.decoding import Request
     from gptvae_cli.sampling import Floats
 
-_SOURCES, _TOKENS, _OUTPUT = "What to write from, one of these", "How to choose tokens", "Output"
+_source = partial(typer.Option, rich_help_panel="What to write from, one of these")
+_choice = partial(typer.Option, rich_help_panel="How to choose tokens")
+_output = partial(typer.Option, rich_help_panel="Output")
 
 EXAMPLES = """\
 gptvae generate --prior 5 --latents-out z.npy
@@ -34,79 +37,44 @@ gptvae generate --ref a.txt --sample --greedy -n 10 --format jsonl | jq -r .text
 
 def generate(
     latent: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Latents, .npy or JSON lines; - is standard input.", rich_help_panel=_SOURCES
-        ),
+        str | None, _source(metavar="FILE", help="Latents, .npy or JSON lines; - is standard input.")
     ] = None,
-    ref: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Texts to encode; - is standard input.", rich_help_panel=_SOURCES),
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A text to encode.", rich_help_panel=_SOURCES)
-    ] = None,
-    prior: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="N random latents. [default: 1]", rich_help_panel=_SOURCES),
-    ] = None,
+    ref: Annotated[str | None, _source(metavar="FILE", help="Texts to encode; - is standard input.")] = None,
+    text: Annotated[str | None, _source(metavar="TEXT", help="A text to encode.")] = None,
+    prior: Annotated[int | None, _source(min=1, metavar="N", help="N random latents. [default: 1]")] = None,
     sample: Annotated[
         bool,
-        typer.Option(
-            "--sample",
-            help="With --ref and --text: a fresh draw of the posterior for every copy, not its mean.",
-            rich_help_panel=_SOURCES,
-        ),
+        _source("--sample", help="With --ref and --text: a fresh draw of the posterior for every copy, not its mean."),
     ] = False,
     refine: Annotated[
         bool,
-        typer.Option(
-            "--refine",
-            help="With --ref and --text: fit every latent to its text, which then comes back more closely.",
-            rich_help_panel=_SOURCES,
+        _source(
+            "--refine", help="With --ref and --text: fit every latent to its text, which then comes back more closely."
         ),
     ] = False,
     add: Annotated[
         list[str] | None,
-        typer.Option(
+        _source(
             metavar="FILE[=W]",
             help="Add W times (once, if left out) the latent in a file to every latent; several are added up.",
-            rich_help_panel=_SOURCES,
         ),
     ] = None,
     copies: Annotated[int, typer.Option("-n", "--copies", min=1, help="Texts from each latent.")] = 1,
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What every text begins with.")] = "",
     max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Longest continuation. [default: as long as the model reads]", rich_help_panel=_TOKENS),
+        int | None, _choice(help="Longest continuation. [default: as long as the model reads]")
     ] = None,
     guidance: Annotated[
-        float,
-        typer.Option(
-            metavar="W",
-            help="Above 1, such as 2, keeps a text closer to its latent, for twice the work.",
-            rich_help_panel=_TOKENS,
-        ),
+        float, _choice(metavar="W", help="Above 1, such as 2, keeps a text closer to its latent, for twice the work.")
     ] = 1.0,
-    temperature: Annotated[
-        float, typer.Option(help="Below 1 is safer, above 1 is wilder.", rich_help_panel=_TOKENS)
-    ] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Among the k likeliest.", rich_help_panel=_TOKENS)] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Among the likeliest that share p of the probability.", rich_help_panel=_TOKENS),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Among those at least p times as likely as the likeliest.", rich_help_panel=_TOKENS),
-    ] = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest.", rich_help_panel=_TOKENS)] = False,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Print a text while it is written.", rich_help_panel=_OUTPUT)
-    ] = False,
+    temperature: Annotated[float, _choice(help="Below 1 is safer, above 1 is wilder.")] = 1.0,
+    top_k: Annotated[int | None, _choice(help="Among the k likeliest.")] = None,
+    top_p: Annotated[float | None, _choice(help="Among the likeliest that share p of the probability.")] = None,
+    min_p: Annotated[float | None, _choice(help="Among those at least p times as likely as the likeliest.")] = None,
+    greedy: Annotated[bool, _choice("--greedy", help="Always the likeliest.")] = False,
+    stream: Annotated[bool, _output("--stream", help="Print a text while it is written.")] = False,
     latents_out: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Also write the latent of every text, a .npy file.", rich_help_panel=_OUTPUT),
+        str | None, _output(metavar="FILE", help="Also write the latent of every text, a .npy file.")
     ] = None,
     format: flags.TextFormatOption = "text",
     null: flags.NullOption = False,

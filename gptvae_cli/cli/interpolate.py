@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from gptvae_cli.sampling import Floats
     from gptvae_cli.text import Repairs
 
-_POINTS, _OUTPUT = "Where the path leads, one of these", "Output"
+_point_on = partial(typer.Option, rich_help_panel="Where the path leads, one of these")
 
 EXAMPLES = """\
 gptvae interpolate a.txt b.txt
@@ -34,19 +35,11 @@ def interpolate(
         list[str] | None,
         typer.Argument(metavar="POINT", help="Two or more files, each with one text or, as .npy, one latent."),
     ] = None,
-    start: Annotated[
-        str | None, typer.Option("--from", metavar="TEXT", help="The first text.", rich_help_panel=_POINTS)
-    ] = None,
-    end: Annotated[
-        str | None, typer.Option("--to", metavar="TEXT", help="The last text.", rich_help_panel=_POINTS)
-    ] = None,
+    start: Annotated[str | None, _point_on("--from", metavar="TEXT", help="The first text.")] = None,
+    end: Annotated[str | None, _point_on("--to", metavar="TEXT", help="The last text.")] = None,
     latent: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            help=".npy or JSON lines; the path leads through its rows; - is standard input.",
-            rich_help_panel=_POINTS,
-        ),
+        _point_on(metavar="FILE", help=".npy or JSON lines; the path leads through its rows; - is standard input."),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, help="Texts from one point to the next, both counted.")] = 7,
     kind: Annotated[PathKind, typer.Option("--path", help="Along an arc around the origin, or straight.")] = "slerp",
@@ -55,7 +48,7 @@ def interpolate(
         float, typer.Option(metavar="W", help="Above 1, such as 2, keeps a text closer to its latent.")
     ] = 1.0,
     latents_out: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Also write the latents, a .npy file.", rich_help_panel=_OUTPUT)
+        str | None, typer.Option(metavar="FILE", help="Also write the latents, a .npy file.", rich_help_panel="Output")
     ] = None,
     format: flags.TextFormatOption = "text",
     null: flags.NullOption = False,
