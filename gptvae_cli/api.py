@@ -262,7 +262,7 @@ class Model:
             max_tokens=max_tokens,
             seed=_seed(seed),
         )
-        self.header.require_guidance(config.guidance, "the model")
+        self.header.require("the model", latent=False, guidance=config.guidance)
         copies = _whole("copies", copies, least=1)
         if not isinstance(prompt, str):
             raise ConfigError(f"prompt is of type {type(prompt).__name__}, expected a string")
@@ -306,12 +306,9 @@ class Model:
             DataError: for a point that is not one text or one latent of this model.
         """
         config = SampleConfig(guidance=guidance, greedy=True)
-        self.header.require_latent("the model")
-        self.header.require_guidance(config.guidance, "the model")
-        if refine:
-            self.header.require_refinement("the model")
-            if not any(isinstance(point, str) for point in points):
-                raise ConfigError("refine fits latents to texts, and there are none", hint="leave it out")
+        self.header.require("the model", guidance=config.guidance, refine=refine)
+        if refine and not any(isinstance(point, str) for point in points):
+            raise ConfigError("refine fits latents to texts, and there are none", hint="leave it out")
         steps, points_NZ = _whole("steps", steps, least=2), []
         for place, point in enumerate(points):  # no comprehension, which is a line of its own to a warning
             points_NZ.append(self._point(point, f"points[{place}]", refine=refine))
@@ -320,9 +317,7 @@ class Model:
         return self._write(path_KZ, 1, config, "")
 
     def _encoded(self, texts: Iterable[str], *, refine: bool = False) -> list[Encoding]:
-        self.header.require_latent("the model")
-        if refine:
-            self.header.require_refinement("the model")
+        self.header.require("the model", refine=refine)
         encoder = Encoder(self._checkpoint, self.header.data.unit, refine=refine)
         with _default_cpu():
             encodings = list(encoder.encode(self._checked(texts)))
@@ -373,7 +368,7 @@ class Model:
 
     def _latents(self, values: npt.ArrayLike, name: str) -> Floats:
         """Latents as they were given, checked [N Z]."""
-        self.header.require_latent("the model")
+        self.header.require("the model")
         try:
             array = np.asarray(values)
             if array.dtype == object and array.ndim > 0 and not any(isinstance(each, str) for each in array.flat):

@@ -98,51 +98,30 @@ class ModelHeader:
         """Whether the latents come from other texts than the model writes: it was trained with `--latents-from`."""
         return self.has_latent and self.data.latents_from is not None
 
-    def require_latent(self, name: str | Path) -> None:
-        """Keeps latents away from a model that was trained without one, and would make nonsense of them.
+    def require(self, name: str | Path, *, latent: bool = True, guidance: float = 1.0, refine: bool = False) -> None:
+        """Keeps a model from what it has not learnt, and would make nonsense of.
 
         Args:
             name: what the error calls the model.
+            latent: reading or giving latents.
+            guidance: see `SampleConfig`; 1 is none, which every model takes.
+            refine: fitting latents to texts.
 
         Raises:
-            CheckpointError: for a model without a latent.
+            CheckpointError: for a model that was trained without a latent, or, with guidance, always with one; to
+                refine, for one that writes other texts than it encodes.
         """
-        if not self.has_latent:
+        if (latent or guidance != 1 or refine) and not self.has_latent:
             raise CheckpointError(
                 f"{name} has no latent: it was trained as a baseline, with --latents-dropout-prob 1",
                 hint="name another model; this one writes texts of its own: gptvae generate --prior N",
             )
-
-    def require_guidance(self, guidance: float, name: str | Path) -> None:
-        """Keeps guidance away from a model whose decoder has not learnt to write without a latent.
-
-        Args:
-            guidance: see `SampleConfig`; 1 is none, which every model takes.
-            name: what the error calls the model.
-
-        Raises:
-            CheckpointError: for a model that was trained without one, or always with one.
-        """
-        if guidance == 1:
-            return
-        self.require_latent(name)
-        if not self.takes_guidance:
+        if guidance != 1 and not self.takes_guidance:
             raise CheckpointError(
                 f"guidance compares with no latent, and {name} has always had one: --latents-dropout-prob was 0",
                 hint="leave guidance out, or train with --latents-dropout-prob 0.1",
             )
-
-    def require_refinement(self, name: str | Path) -> None:
-        """Keeps texts that only an encoder reads from being written.
-
-        Args:
-            name: what the error calls the model.
-
-        Raises:
-            CheckpointError: for a model without a latent, and for one that writes other texts than it encodes.
-        """
-        self.require_latent(name)
-        if self.reads_other_texts:
+        if refine and self.reads_other_texts:
             raise CheckpointError(
                 f"a latent is refined so that its text comes back, and {name} writes other texts than it encodes",
                 hint="leave refining out",

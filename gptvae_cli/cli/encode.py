@@ -83,13 +83,9 @@ def encode(
     streams.refuse_input("--out", out, [*sources, str(path)])
     streams.refuse_input("--std-out", std_out, [*sources, str(path)])
     header = read_header(path)
-    header.require_latent(path)
-    if refine:
-        if sample:
-            raise ConfigError(
-                "--sample draws from posteriors, which --refine leaves alone", hint="leave one of them out"
-            )
-        header.require_refinement(path)
+    if sample and refine:
+        raise ConfigError("--sample draws from posteriors, which --refine leaves alone", hint="leave one of them out")
+    header.require(path, refine=refine)
     config = header.data.overridden(unit=unit, field=field, errors=errors)
     repairs = Repairs()
     texts = read_texts(sources, config, repairs=repairs)

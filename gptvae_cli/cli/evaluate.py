@@ -136,9 +136,7 @@ def evaluate(
     _check(headers, data.unit, texts, labels=labels, latents_from=latents_from)
     for name, each in zip(paths, headers, strict=True):
         if each is header or each.has_latent:  # a baseline reconstructs nothing
-            each.require_guidance(SampleConfig(guidance=guidance).guidance, name)
-            if refine:
-                each.require_refinement(name)
+            each.require(name, latent=False, guidance=SampleConfig(guidance=guidance).guidance, refine=refine)
     wanted = _held_out(path, header, data.unit) if held_out else None
     files = expand(read)
     if not held_out:

@@ -118,11 +118,8 @@ def generate(
         (ref,) = with_field([ref], field)
     path = locate_model(model)
     header = read_header(path)
-    if (latent, ref, text, latents_out) != (None, None, None, None) or directions:
-        header.require_latent(path)
-    header.require_guidance(guidance, path)
-    if refine:
-        header.require_refinement(path)
+    takes_latents = (latent, ref, text, latents_out) != (None, None, None, None) or bool(directions)
+    header.require(path, latent=takes_latents, guidance=guidance, refine=refine)
     streams.refuse_stdout("--latents-out", latents_out)
     inputs = [*filter(None, [latent, ref]), *(name for name, _ in directions), str(path)]
     streams.refuse_input("--latents-out", latents_out, inputs)

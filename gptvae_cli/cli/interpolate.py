@@ -80,10 +80,7 @@ def interpolate(
     path = locate_model(model)
     streams.refuse_input("--latents-out", latents_out, [*(points or []), *([latent] if latent else []), str(path)])
     header = read_header(path)
-    header.require_latent(path)
-    header.require_guidance(guidance, path)
-    if refine:
-        header.require_refinement(path)
+    header.require(path, guidance=guidance, refine=refine)
     data, width = header.data.overridden(unit=unit, field=field, errors=errors), header.model.dim_latent
     printer = streams.TextWriter(format, data.unit, null=null)
     repairs = Repairs()
