@@ -93,6 +93,12 @@ class ModelConfig:
             f"three different tokens below {self.num_tokens}",
         )
 
+    @property
+    def preset(self) -> str | None:
+        """The name of the preset that has these sizes, or None."""
+        sizes = Preset(dim=self.dim, depth=self.depth, enc_depth=self.enc_depth, heads=self.heads)
+        return next((name for name, values in PRESETS.items() if values == sizes), None)
+
 
 def _check_one_head(dim: int, width: int) -> None:
     """x-transformers gives a single head no output product that could bring it back to the width of the model."""
@@ -117,12 +123,33 @@ def _check_sizes(sizes: ModelConfig | SizeConfig) -> None:
     )
 
 
+@dataclass(frozen=True)
+class Preset:
+    """Widths and depths under one name."""
+
+    dim: int
+    depth: int
+    enc_depth: int
+    heads: int
+
+
+PRESETS = {
+    "nano": Preset(dim=64, depth=3, enc_depth=2, heads=2),
+    "micro": Preset(dim=128, depth=4, enc_depth=1, heads=2),
+    "small": Preset(dim=192, depth=4, enc_depth=2, heads=3),
+    "medium": Preset(dim=256, depth=6, enc_depth=3, heads=4),
+    "large": Preset(dim=512, depth=8, enc_depth=4, heads=8),
+}
+LATENT_WIDTH = 32
+CONDITIONING: ConditioningName = "bos"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SizeConfig:
     """The model that was asked for; None is left to the preset, the corpus or the default.
 
     Args:
-        preset: a name from `sizing.PRESETS`, or `auto`.
+        preset: a name from `PRESETS`, or `auto`.
         dim, depth, enc_depth, heads, attn_dim_head, dim_latent, max_seq_len, conditioning: as in `ModelConfig`.
     """
 

@@ -17,6 +17,8 @@ from typing import Any, get_args, get_type_hints
 
 from gptvae_cli import __version__
 from gptvae_cli.config import (
+    CONDITIONING,
+    LATENT_WIDTH,
     STOCK_RECIPE,
     Config,
     DataConfig,
@@ -30,7 +32,6 @@ from gptvae_cli.config import (
     type_name,
 )
 from gptvae_cli.errors import ConfigError, FieldError
-from gptvae_cli.sizing import CONDITIONING, LATENT_WIDTH
 
 Options = RunConfig | DataConfig | SizeConfig | TrainConfig | MachineConfig
 TABLES: dict[str, type[Options]] = {

@@ -27,13 +27,13 @@ from gptvae_cli.doctor import treatment, verdict
 from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
-from gptvae_cli.fitting import fit_preset, fit_sizes
 from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run, replace_cache, trim_log
 from gptvae_cli.header import FORMAT_VERSION, METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
 from gptvae_cli.hub import foreign_companions, with_digests, write_companions
 from gptvae_cli.learner import Learner, check_weights, counters_dict
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.schedule import UNTREATED
+from gptvae_cli.sizing import fit_preset, fit_sizes
 from gptvae_cli.text import Repairs
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import StepReport, share_done, train

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gptvae_cli.config import (
+    PRESETS,
     STOCK_RECIPE,
     Config,
     DataConfig,
@@ -26,7 +27,6 @@ from gptvae_cli.config import (
     from_dict,
 )
 from gptvae_cli.errors import ConfigError, ExitCode, FieldError
-from gptvae_cli.sizing import PRESETS
 
 INF, NAN = float("inf"), float("nan")
 MODEL: dict[str, Any] = {

@@ -16,7 +16,7 @@ PACKAGE = Path(gptvae_cli.__file__).parent
 
 ROWS: list[set[str]] = [
     {
-        *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "noise"),
+        *("config", "options", "schedule", "sources", "text", "tokenizer", "header", "errors", "noise"),
         *("arrivals", "files", "bleu", "bootstrap", "probe", "machine", "constraint"),
     },
     {"latent", "attention", "products", "snapshot", "tokens", "device"},
@@ -34,7 +34,7 @@ ROWS: list[set[str]] = [
     {"evaluation", "refinement"},
     {"doctor", "learner"},
     {"training", "sampling", "events", "hub", "folder"},
-    {"fitting"},
+    {"sizing"},
     {"run"},
     {"api"},
     {"measuring", "baseline"},
@@ -47,7 +47,7 @@ ROWS: list[set[str]] = [
 """From the bottom to the top. Those of a row may know each other's names, but nothing may go in circles."""
 
 LIGHT = (
-    *("config", "options", "schedule", "sizing", "sources", "text", "tokenizer", "header", "errors", "files"),
+    *("config", "options", "schedule", "sources", "text", "tokenizer", "header", "errors", "files"),
     *("machine", "arrivals"),
 )
 HEAVY = {"torch", "numpy", "x_transformers", "einops", "safetensors", "tokenizers", "pyarrow", "zstandard"}

@@ -41,7 +41,6 @@ from gptvae_cli.folder import claimed
 from gptvae_cli.header import read_header
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.run import Job, resume, start
-from gptvae_cli.sizing import preset_of
 from gptvae_cli.tokenizer import Tokenizer
 from tests.conftest import LINES
 
@@ -151,9 +150,9 @@ def test_the_sizes_fit_what_the_machine_can_do_in_the_time(
         asked.append(args)
         return speed or math.nan
 
-    monkeypatch.setattr("gptvae_cli.fitting.tokens_per_second", measured)
+    monkeypatch.setattr("gptvae_cli.sizing.tokens_per_second", measured)
     job = begin(folder, [corpus], shape={}, preset="auto", **{"steps": None, **limits})
-    assert preset_of(job.model_config) == name
+    assert job.model_config.preset == name
     assert any(f"model: {name}" in note and why in note for note in job.notes)
     assert len(asked) == (speed is not None)
 

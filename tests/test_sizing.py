@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gptvae_cli.config import ModelConfig
-from gptvae_cli.sizing import LATENT_WIDTH, PRESETS, choose_max_seq_len, choose_preset, choose_preset_on_gpu
+from gptvae_cli.config import LATENT_WIDTH, PRESETS, ModelConfig
+from gptvae_cli.sizing import choose_max_seq_len, choose_preset, choose_preset_on_gpu
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -68,7 +68,6 @@ def _fitted(text: str) -> str:
 
 def _summary(path: str, layout: Layout) -> dict[str, Any]:
     from gptvae_cli.header import DIGEST_KEY, ModelHeader, json_object
-    from gptvae_cli.sizing import preset_of
     from gptvae_cli.tokenizer import kind_of
 
     header = ModelHeader.from_metadata(layout.metadata)
@@ -79,7 +78,7 @@ def _summary(path: str, layout: Layout) -> dict[str, Any]:
         "sha256": layout.metadata.get(DIGEST_KEY),
         "format_version": header.format_version,
         "parameters": sum(tensor.numel for name, tensor in layout.tensors.items() if not name.endswith(_BUFFERS)),
-        "preset": preset_of(header.model),
+        "preset": header.model.preset,
         "has_latent": header.has_latent,
         "model": asdict(header.model),
         "tokenizer": {"kind": kind_of(tokenizer.get("model")), "num_tokens": header.model.num_tokens},

@@ -41,8 +41,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptvae_cli.config import STOCK_RECIPE, DataConfig, SizeConfig, TextConfig, TrainConfig
-from gptvae_cli.sizing import CONDITIONING
+from gptvae_cli.config import CONDITIONING, STOCK_RECIPE, DataConfig, SizeConfig, TextConfig, TrainConfig
 
 if TYPE_CHECKING:
     from gptvae_cli.checkpoint import Checkpoint

@@ -34,7 +34,7 @@ from x_transformers import gpt_vae as stock_module
 
 from gptvae_cli import objective
 from gptvae_cli.attention import attend, attend_by_kernel, attend_one
-from gptvae_cli.config import DType, ModelConfig, TextConfig, TrainConfig
+from gptvae_cli.config import PRESETS, DType, ModelConfig, Preset, TextConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tokens_together, tune_cpu
 from gptvae_cli.evaluation import measure
@@ -45,7 +45,6 @@ from gptvae_cli.noise import Purpose, row_bits, row_uniforms
 from gptvae_cli.objective import Batch, _LinearCrossEntropy
 from gptvae_cli.products import PackedProducts, Products, SplitProducts
 from gptvae_cli.schedule import Dropout
-from gptvae_cli.sizing import PRESETS, Preset
 from gptvae_cli.text import read_texts
 from gptvae_cli.tokenizer import Tokenizer
 from gptvae_cli.training import _step, _Sums

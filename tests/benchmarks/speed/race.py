@@ -42,8 +42,7 @@ import torch
 from torch import Tensor
 from x_transformers import gpt_vae as stock_module
 
-from gptvae_cli import sizing
-from gptvae_cli.config import DataConfig, PresetName, SizeConfig, TrainConfig
+from gptvae_cli.config import PRESETS, DataConfig, PresetName, SizeConfig, TrainConfig
 from gptvae_cli.data import batches_of
 from gptvae_cli.device import resolve_device, resolve_dtype, tune_cpu
 from gptvae_cli.evaluation import measure_texts
@@ -168,7 +167,7 @@ def race_stock(train: bytes, valid: bytes, limit: float, preset: PresetName, see
         rotary_pos_emb=True,
         vae_kl_loss_weight=1.0,
         dim_latent=1,
-        **asdict(sizing.PRESETS[preset]),
+        **asdict(PRESETS[preset]),
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     text = torch.frombuffer(bytearray(train), dtype=torch.uint8)
