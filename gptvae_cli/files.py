@@ -34,7 +34,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, previous_na
     Raises:
         GPTVAEError: where that fails; a file that was there is unchanged.
     """
-    with replacing(path, previous_name=previous_name) as new, _naming(path):
+    with replacing(path, previous_name=previous_name) as new, writing(path):
         write(new)
 
 
@@ -56,7 +56,7 @@ def replacing(path: Path, *, previous_name: str | None = None) -> Iterator[Path]
         GPTVAEError: where a file cannot be made there, or be replaced; likewise.
     """
     with ExitStack() as stack:
-        with _naming(path):
+        with writing(path):
             target = behind_links(path)
             exists = _is_replaceable(target)
             # A folder of its own, in the same file system: whatever is left in it by a failure goes with it.
@@ -67,7 +67,7 @@ def replacing(path: Path, *, previous_name: str | None = None) -> Iterator[Path]
             )
         new = Path(folder) / target.name
         yield new
-        with _naming(path):
+        with writing(path):
             sync(new)
             # The only way to learn the umask without changing it for every thread is to make a file.
             probe = Path(folder) / "mode"
@@ -83,13 +83,20 @@ def replacing(path: Path, *, previous_name: str | None = None) -> Iterator[Path]
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Says of an error of the system which file could not be written, and that it is unchanged."""
+def writing(name: str | Path, hint: str | None = None) -> Iterator[None]:
+    """Says of an error of the system, unless it is a closed pipe, which file could not be written.
+
+    Args:
+        name: of the file.
+        hint: by default what helps against this error, where what was there is unchanged.
+    """
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        hint = _WRITE_HINTS.get(error.errno or 0, "what was there is unchanged")
-        raise GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint) from error
+        hint = hint or _WRITE_HINTS.get(error.errno or 0, "what was there is unchanged")
+        raise GPTVAEError(f"cannot write {name}: {error.strerror or error}", hint=hint) from error
 
 
 def remove_file(path: Path) -> None:

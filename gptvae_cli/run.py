@@ -24,9 +24,10 @@ from gptvae_cli.corpus import Corpus
 from gptvae_cli.data import Epoch, Rows, padding_share
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.doctor import treatment, verdict
-from gptvae_cli.errors import CheckpointError, DataError, GPTVAEError
+from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
+from gptvae_cli.files import writing
 from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run, replace_cache, trim_log
 from gptvae_cli.header import FORMAT_VERSION, METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
 from gptvae_cli.hub import foreign_companions, with_digests, write_companions
@@ -44,6 +45,8 @@ _SAMPLE_BATCHES = 256
 """Batches that padding is told of, and their number estimated by."""
 _MANY = 20
 """Texts of which a twentieth can be held out."""
+_HINT = "make room there, or choose a folder on another disk with --out; what was there is unchanged"
+"""Of what cannot be written."""
 
 
 @dataclass
@@ -210,13 +213,10 @@ class Job:
             values["figures"]["nll_bound"] = report.figures.nll_bound
         line = json.dumps({"time": round(time.time(), 3), **values})
         path = self.folder / METRICS_NAME
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise _unwritable(path, error) from error
+        with writing(path, _HINT), path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         write_events(values)
 
 
@@ -250,7 +250,8 @@ def start(
     new_cache = folder / NEW_CACHE_NAME
     earlier = Corpus.recall(folder / CACHE_NAME, sources, data)
     try:
-        corpus = earlier or _read_corpus(sources, data, new_cache, on_progress=on_progress)
+        with writing(new_cache, _HINT):  # of reading, `text` makes errors of its own
+            corpus = earlier or Corpus.build(sources, data, new_cache, on_progress=on_progress)
         preset, reason = str(sizes.preset), "asked for"
         if preset == "auto":
             preset, reason = fit_preset(corpus, data, config, sizes, device, precision)
@@ -312,25 +313,6 @@ def _note_on_batches(rows: Rows, config: TrainConfig) -> str:
     return f"batches: {config.batch_tokens:,} tokens, about {count:,} an epoch, {padding}"
 
 
-def _read_corpus(
-    sources: Sequence[str],
-    data: DataConfig,
-    cache: Path,
-    *,
-    tokenizer: Tokenizer | None = None,
-    on_progress: Callable[[int], None] | None = None,
-) -> Corpus:
-    try:
-        return Corpus.build(sources, data, cache, tokenizer=tokenizer, on_progress=on_progress)
-    except OSError as error:  # of reading, `text` makes errors of its own
-        raise _unwritable(cache, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> GPTVAEError:
-    hint = "make room there, or choose a folder on another disk with --out; what was there is unchanged"
-    return GPTVAEError(f"cannot write {path}: {error.strerror or error}", hint=hint)
-
-
 def _place(device: Device, precision: Precision) -> str:
     return f"device: {device.device} ({device.reason}), {precision.name} ({precision.reason})"
 
@@ -357,7 +339,8 @@ def _reopened(folder: Path, sources: Sequence[str], data: DataConfig, tokenizer:
             raise another
         return corpus
     try:
-        corpus = _read_corpus(sources, data, new_cache, tokenizer=tokenizer)
+        with writing(new_cache, _HINT):
+            corpus = Corpus.build(sources, data, new_cache, tokenizer=tokenizer)
         if corpus.facts.digest != digest:
             raise another
         replace_cache(new_cache, folder)

@@ -21,8 +21,11 @@ from gptvae_cli.cli.console import discard, sanitize
 from gptvae_cli.cli.flags import TextFormat
 from gptvae_cli.config import Unit
 from gptvae_cli.errors import ConfigError, DataError, GPTVAEError
-from gptvae_cli.files import is_no_file, replacing
+from gptvae_cli.files import is_no_file, replacing, writing
 from gptvae_cli.sources import is_stdin
+
+_HINT = "choose another place, or make room there"
+"""Of what cannot be written."""
 
 
 class NothingToReadError(ConfigError):
@@ -153,13 +156,13 @@ def output(name: str | None, *, binary: bool = False) -> Iterator[BinaryIO]:
     assert name is not None
     path, descriptor = Path(name), _descriptor(name)
     with nullcontext(path) if descriptor is not None or is_no_file(path) else replacing(path) as written:
-        with _naming(name):
+        with writing(name, _HINT):
             stream = io.BufferedWriter(_NamedFile(written if descriptor is None else os.dup(descriptor), name))
         try:
             if binary and stream.isatty():
                 raise ConfigError(f"{name} is a terminal, latents are binary", hint="name a file, or pipe them on")
             yield stream
-            with _naming(name):
+            with writing(name, _HINT):
                 stream.close()
         except BaseException:
             with suppress(OSError, GPTVAEError):
@@ -175,20 +178,8 @@ class _NamedFile(io.FileIO):
         self.label = label
 
     def write(self, data: Any) -> int:
-        with _naming(self.label):
+        with writing(self.label, _HINT):
             return super().write(data)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as problem:
-        raise GPTVAEError(
-            f"cannot write {name}: {problem.strerror}", hint="choose another place, or make room there"
-        ) from problem
 
 
 def forget_terminal() -> None:
