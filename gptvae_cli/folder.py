@@ -136,38 +136,27 @@ def _remove_unfinished(folder: Path) -> None:
     shutil.rmtree(folder / NEW_CACHE_NAME, ignore_errors=True)
 
 
-def remove_run(folder: Path, *, keep_model: bool = False, keep_cache: bool = False) -> None:
+def remove_run(folder: Path, *, replaced: bool = False) -> None:
     """Removes what a run left in its folder, and nothing else.
 
     Args:
         folder: of the run.
-        keep_model: leaves the model, and what lies beside it, until another one takes its place: others may use it.
-        keep_cache: leaves the corpus as tokens.
+        replaced: leaves the model, and what lies beside it, and the corpus as tokens, until others take their place:
+            a model may be in use.
     """
-    if not keep_model:
+    if not replaced:
         remove_companions(folder)  # which are known by the model
         remove_file(folder / MODEL_NAME)
     remove_state(folder / STATE_NAME)  # before the cache, without which it would only be in the way
     remove_file(folder / METRICS_NAME)
-    cache = folder / CACHE_NAME
-    if cache.is_symlink() and not keep_cache:
-        cache.unlink()
-    elif cache.exists() and not keep_cache:
-        shutil.rmtree(cache)
+    if not replaced:
+        _remove_cache(folder / CACHE_NAME)
     remove_events(folder)
 
 
 def place_cache(new: Path, folder: Path) -> None:
-    """Gives the new cache its name. It is on the disk before any state that needs it: a power cut may come."""
-    for path in new.iterdir():
-        sync(path)
-    sync_folder(new)
-    new.rename(folder / CACHE_NAME)
-    sync_folder(folder)
-
-
-def replace_cache(new: Path, folder: Path) -> None:
-    """As `place_cache`, where a damaged one may be in its place.
+    """Puts the new cache in the place of an old one, which may be damaged. It is on the disk before any state that
+    needs it: a power cut may come.
 
     Raises:
         ConfigError: where something else is in its place.
@@ -175,10 +164,19 @@ def replace_cache(new: Path, folder: Path) -> None:
     cache = folder / CACHE_NAME
     if foreign := _foreign_in(cache):
         raise ConfigError(f"{foreign} is in the way and is not of gptvae's making", hint="move it elsewhere")
+    for path in new.iterdir():
+        sync(path)
+    sync_folder(new)
+    _remove_cache(cache)
+    new.rename(cache)
+    sync_folder(folder)
+
+
+def _remove_cache(cache: Path) -> None:
     if cache.is_symlink():
         cache.unlink()
-    shutil.rmtree(cache, ignore_errors=True)
-    place_cache(new, folder)
+    elif cache.exists():
+        shutil.rmtree(cache)
 
 
 def trim_log(path: Path, step: int) -> None:

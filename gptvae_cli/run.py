@@ -28,7 +28,7 @@ from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.events import EVENTS_NAME, event_log, require_log
 from gptvae_cli.files import writing
-from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run, replace_cache, trim_log
+from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run, trim_log
 from gptvae_cli.header import FORMAT_VERSION, METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
 from gptvae_cli.hub import foreign_companions, with_digests, write_companions
 from gptvae_cli.learner import Learner, check_weights, counters_dict
@@ -259,7 +259,7 @@ def start(
         torch.manual_seed(config.seed)
         model = GPTVAE.from_config(fitted).to(device.device)
         # Only now, with a corpus and a model in hand, does an earlier run have to go, and its model later still.
-        remove_run(folder, keep_model=True, keep_cache=earlier is not None)
+        remove_run(folder, replaced=True)
         if earlier is None:
             place_cache(new_cache, folder)
     except BaseException:
@@ -343,7 +343,7 @@ def _reopened(folder: Path, sources: Sequence[str], data: DataConfig, tokenizer:
             corpus = Corpus.build(sources, data, new_cache, tokenizer=tokenizer)
         if corpus.facts.digest != digest:
             raise another
-        replace_cache(new_cache, folder)
+        place_cache(new_cache, folder)
     except BaseException:
         shutil.rmtree(new_cache, ignore_errors=True)
         raise
