@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from gptvae_cli.errors import ConfigError, FieldError
 
 Unit = Literal["line", "paragraph", "file", "window"]
-UNITS: tuple[Unit, ...] = get_args(Unit)
 PresetName = Literal["auto", "nano", "micro", "small", "medium", "large"]
 Errors = Literal["strict", "replace"]
 LONGEST_SEQUENCE = 2**20
@@ -38,9 +37,18 @@ def _require(condition: bool, field: str, value: object, allowed: str) -> None:
         raise FieldError(field, value, allowed)
 
 
-def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise FieldError(field, value, "one of " + ", ".join(allowed), hint=did_you_mean(str(value), allowed))
+def _each(config: object, allowed: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Checks fields of a config by themselves; None is one that is not set."""
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or holds(value), name, value, allowed)
+
+
+def _one_of(field: str, value: object, kind: Any) -> None:
+    """Checks a field whose type is a `Literal`."""
+    if value not in get_args(kind):
+        words = get_args(kind)
+        raise FieldError(field, value, "one of " + ", ".join(words), hint=did_you_mean(str(value), words))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:
@@ -81,8 +89,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self)
-        _one_of("conditioning", self.conditioning, get_args(ConditioningName))
-        _require(4 <= self.num_tokens <= 2**22, "num_tokens", self.num_tokens, "between 4 and 4194304")
+        _one_of("conditioning", self.conditioning, ConditioningName)
+        _each(self, "between 4 and 4194304", lambda n: 4 <= n <= 2**22, "num_tokens")
         if self.heads == 1:
             _check_one_head(self.dim, self.attn_dim_head)
         specials = (self.pad_id, self.bos_id, self.eos_id)
@@ -107,20 +115,10 @@ def _check_one_head(dim: int, width: int) -> None:
 
 def _check_sizes(sizes: ModelConfig | SizeConfig) -> None:
     """What holds of every size by itself, where it is set."""
-    for names, most in ((("dim", "dim_latent", "heads"), 65536), (("depth", "enc_depth"), 1024)):
-        for name in names:
-            value = getattr(sizes, name)
-            _require(value is None or 1 <= value <= most, name, value, f"between 1 and {most}")
-    length, width = sizes.max_seq_len, sizes.attn_dim_head
-    _require(
-        length is None or 3 <= length <= LONGEST_SEQUENCE, "max_seq_len", length, f"between 3 and {LONGEST_SEQUENCE}"
-    )
-    _require(
-        width is None or (8 <= width <= 1024 and width % 4 == 0),
-        "attn_dim_head",
-        width,
-        "a multiple of 4 between 8 and 1024",
-    )
+    _each(sizes, "between 1 and 65536", lambda n: 1 <= n <= 65536, "dim", "dim_latent", "heads")
+    _each(sizes, "between 1 and 1024", lambda n: 1 <= n <= 1024, "depth", "enc_depth")
+    _each(sizes, f"between 3 and {LONGEST_SEQUENCE}", lambda n: 3 <= n <= LONGEST_SEQUENCE, "max_seq_len")
+    _each(sizes, "a multiple of 4 between 8 and 1024", lambda n: 8 <= n <= 1024 and n % 4 == 0, "attn_dim_head")
 
 
 @dataclass(frozen=True)
@@ -164,9 +162,9 @@ class SizeConfig:
     conditioning: ConditioningName | None = None
 
     def __post_init__(self) -> None:
-        _one_of("preset", self.preset, get_args(PresetName))
+        _one_of("preset", self.preset, PresetName)
         if self.conditioning is not None:
-            _one_of("conditioning", self.conditioning, get_args(ConditioningName))
+            _one_of("conditioning", self.conditioning, ConditioningName)
         _check_sizes(self)
         if self.heads == 1 and self.dim is not None and self.attn_dim_head is not None:
             _check_one_head(self.dim, self.attn_dim_head)
@@ -208,9 +206,9 @@ class MachineConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        _require(DEVICE.fullmatch(self.device) is not None, "device", self.device, "auto, cpu, cuda or cuda:n")
-        _one_of("dtype", self.dtype, get_args(DType))
-        _require(self.threads is None or 1 <= self.threads <= 4096, "threads", self.threads, "between 1 and 4096")
+        _each(self, "auto, cpu, cuda or cuda:n", lambda name: DEVICE.fullmatch(name) is not None, "device")
+        _one_of("dtype", self.dtype, DType)
+        _each(self, "between 1 and 4096", lambda n: 1 <= n <= 4096, "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +226,8 @@ class TextConfig:
     errors: Errors = "strict"
 
     def __post_init__(self) -> None:
-        _one_of("unit", self.unit, UNITS)
-        _one_of("errors", self.errors, get_args(Errors))
+        _one_of("unit", self.unit, Unit)
+        _one_of("errors", self.errors, Errors)
 
     def overridden(self, *, unit: Unit | None, field: str | None, errors: Errors | None) -> TextConfig:
         """The same, but for what is given."""
@@ -256,21 +254,13 @@ class DataConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.vocab_size is not None:
-            _require(256 <= self.vocab_size <= 2**20, "vocab_size", self.vocab_size, "between 256 and 1048576")
-            if self.tokenizer not in ("auto", "bpe"):
-                allowed = f"left out where the tokenizer is {self.tokenizer}, whose size is given"
-                raise FieldError("vocab_size", self.vocab_size, allowed, hint="--tokenizer bpe")
+        _each(self, "between 256 and 1048576", lambda n: 256 <= n <= 2**20, "vocab_size")
+        if self.vocab_size is not None and self.tokenizer not in ("auto", "bpe"):
+            allowed = f"left out where the tokenizer is {self.tokenizer}, whose size is given"
+            raise FieldError("vocab_size", self.vocab_size, allowed, hint="--tokenizer bpe")
         share = self.valid_share
-        if share is not None:
-            _require(0 < share <= 0.5, "valid", self.valid, "a file or a share above 0 and up to 0.5")
-        if self.latents_from is not None:
-            _require(
-                self.unit != "window",
-                "latents_from",
-                self.latents_from,
-                "used with a unit of line, paragraph or file",
-            )
+        _require(share is None or 0 < share <= 0.5, "valid", self.valid, "a file or a share above 0 and up to 0.5")
+        _each(self, "used with a unit of line, paragraph or file", lambda _: self.unit != "window", "latents_from")
 
     @property
     def valid_share(self) -> float | None:
@@ -348,30 +338,21 @@ class TrainConfig:
     log: Log | None = None
 
     def __post_init__(self) -> None:
-        _one_of("objective", self.objective, get_args(Objective))
-        _one_of("on_collapse", self.on_collapse, get_args(OnCollapse))
+        _one_of("objective", self.objective, Objective)
+        _one_of("on_collapse", self.on_collapse, OnCollapse)
         if self.log is not None:
-            _one_of("log", self.log, get_args(Log))
-        _require(
-            not (self.steps is None and self.epochs is None and self.max_time is None),
-            "steps, epochs, max_time",
-            None,
-            "set, one of them at least",
-        )
-        for name in ("steps", "epochs", "max_time", "lr"):
-            value = getattr(self, name)
-            if value is not None:
-                _require(0 < value < float("inf"), name, value, "above 0")
-        for name, least in (("batch_tokens", 16), ("accumulate", 1)):
-            _require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-        _require(0 < self.clip < float("inf"), "clip", self.clip, "above 0")
-        for name in ("weight_decay", "vae_kl_loss_weight", "vae_kl_div_floor", "target_rate", "bag_of_words"):
-            _require(0 <= getattr(self, name) <= 1e9, name, getattr(self, name), "between 0 and 1e9")
-        for name in ("warmup", "decay", "kl_warmup", "latents_dropout_prob"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        for name in ("word_dropout", "dropout"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
+            _one_of("log", self.log, Log)
+        limited = (self.steps, self.epochs, self.max_time) != (None, None, None)
+        _require(limited, "steps, epochs, max_time", None, "set, one of them at least")
+        _each(self, "above 0", lambda x: 0 < x < float("inf"), "steps", "epochs", "max_time", "lr", "clip")
+        _each(self, "at least 16", lambda n: n >= 16, "batch_tokens")
+        _each(self, "at least 1", lambda n: n >= 1, "accumulate")
+        costs = ("weight_decay", "vae_kl_loss_weight", "vae_kl_div_floor", "target_rate", "bag_of_words")
+        _each(self, "between 0 and 1e9", lambda x: 0 <= x <= 1e9, *costs)
+        shares = ("warmup", "decay", "kl_warmup", "latents_dropout_prob")
+        _each(self, "between 0 and 1", lambda x: 0 <= x <= 1, *shares)
+        _each(self, "at least 0 and below 1", lambda x: 0 <= x < 1, "word_dropout", "dropout")
+        _each(self, "between 0 and 2^63 - 1", lambda n: 0 <= n < 2**63, "seed")
 
     @property
     def without_latent(self) -> bool:
@@ -429,19 +410,13 @@ class SampleConfig:
                 _require(isinstance(value, kind) and not isinstance(value, bool), name, value, allowed)
                 with suppress(OverflowError):
                     object.__setattr__(self, name, plain(value))
-        _require(0 <= self.guidance <= 1000, "guidance", self.guidance, "between 0 and 1000")
+        _each(self, "between 0 and 1000", lambda x: 0 <= x <= 1000, "guidance")
         # Where denormals count as zero, dividing by one is dividing by zero.
         usable = self.greedy or sys.float_info.min <= self.temperature <= sys.float_info.max
         _require(usable, "temperature", self.temperature, "above 0 (or use --greedy)")
-        if self.top_k is not None:
-            _require(self.top_k >= 1, "top_k", self.top_k, "at least 1")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None:
-                _require(0 < value <= 1, name, value, "above 0 and up to 1")
-        if self.max_tokens is not None:
-            _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "between 0 and 2^63 - 1")
+        _each(self, "at least 1", lambda n: n >= 1, "top_k", "max_tokens")
+        _each(self, "above 0 and up to 1", lambda x: 0 < x <= 1, "top_p", "min_p")
+        _each(self, "between 0 and 2^63 - 1", lambda n: 0 <= n < 2**63, "seed")
 
 
 AnyConfig = ModelConfig | DataConfig | TrainConfig | SampleConfig | RunConfig | SizeConfig | MachineConfig

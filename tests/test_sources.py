@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow
 import pytest
 import zstandard
 from pyarrow import parquet
 
-from gptvae_cli.config import UNITS, Errors, TextConfig
+from gptvae_cli.config import Errors, TextConfig, Unit
 from gptvae_cli.errors import ConfigError, DataError, ExitCode, GPTVAEError
 from gptvae_cli.sources import _Zstd, excerpt, expand
 from gptvae_cli.text import Repairs, is_plain, read_texts
@@ -177,7 +177,7 @@ def write_parquet(path: Path, column: Any, name: str = "text", **options: Any) -
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_a_row_is_a_text_whatever_strings_are_stored_as(array: Any, size: int, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "c.parquet", array, row_group_size=size)
-    texts = {unit: read(path, unit=unit) for unit in UNITS}
+    texts = {unit: read(path, unit=unit) for unit in get_args(Unit)}
     assert texts["line"] == ["a b", "", "\ufeff中\0"]
     assert texts["paragraph"] == texts["file"] == ["a\nb", "", "\ufeff中\0"]
     assert texts["window"] == ["a\nb\n\n\n\n\ufeff中\0"]

@@ -14,13 +14,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 from pyarrow import csv as arrow_csv
 
-from gptvae_cli.config import UNITS, Errors, TextConfig, Unit
+from gptvae_cli.config import Errors, TextConfig, Unit
 from gptvae_cli.errors import ConfigError, DataError
 from gptvae_cli.text import Part, Repairs, read_texts, with_field
 from gptvae_cli.tokenizer import pieces
@@ -176,7 +176,7 @@ def test_unreadable_files_and_folders_are_bad_input(tmp_path: Path) -> None:
     (tmp_path / "sub").chmod(0o700)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", get_args(Unit))
 @pytest.mark.parametrize(
     ("data", "line", "byte"),
     [
@@ -198,7 +198,7 @@ def test_bytes_that_are_not_utf8_are_named(unit: Unit, data: bytes, line: int, b
     assert (caught.value.hint and "iconv -f latin1" in caught.value.hint) or line == 1
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", get_args(Unit))
 def test_a_document_is_not_taken_for_text_in_another_encoding(unit: Unit, tmp_path: Path) -> None:
     """As of a word processor, which is an archive, or a PDF."""
     archive, pdf = tmp_path / "poems.docx", tmp_path / "poems.pdf"
@@ -235,7 +235,7 @@ def test_bytes_that_are_not_utf8_are_where_pythons_decoder_finds_them() -> None:
             data.decode("utf-8")
         before = data[: reference.value.start]
         lines = re.split(rb"\r\n|\r|\n", before)
-        for unit in UNITS:
+        for unit in get_args(Unit):
             with pytest.raises(DataError) as caught:
                 read(data, unit)
             assert caught.value.message == (
@@ -368,7 +368,7 @@ def test_json_lines_that_are_read_as_they_stand_are_told_of(line: str, noted: bo
         assert repairs.note == (note if noted else None)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", get_args(Unit))
 def test_every_character_but_line_ends_is_text(unit: Unit) -> None:
     text = "".join(map(chr, [*range(0x20), *range(0x7F, 0xA0), 0x200B, 0x2028, 0x202E, 0xFEFF, 0xFFFF]))
     text = "a" + text.replace("\n", "").replace("\r", "")
