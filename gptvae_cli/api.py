@@ -83,12 +83,7 @@ def load(
 
 
 class Model:
-    """A trained model with its tokenizer, in evaluation mode. `load` makes one.
-
-    Args:
-        checkpoint: what a model file holds.
-        path: of the file.
-    """
+    """A trained model with its tokenizer, in evaluation mode. `load` makes one."""
 
     def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
         self._checkpoint = checkpoint

@@ -32,11 +32,7 @@ _BY_HAND = "train one, gptvae train CORPUS --latents-dropout-prob 1 --out baseli
 
 
 class Baseline:
-    """The baseline of a model, trained or not yet.
-
-    Args:
-        model: the model's file, in its run folder.
-        header: of the model.
+    """The baseline of a model, trained or not yet, whose file lies in its run folder.
 
     Raises:
         CheckpointError: where there is no run folder with the model's corpus around it.
@@ -108,9 +104,6 @@ class Baseline:
     def training(self, device: Device, precision: Precision) -> Iterator[run.Job]:
         """The run that trains it, or the rest of one that was interrupted, with its folder claimed.
 
-        Args:
-            device, precision: where and in what to compute.
-
         Raises:
             BusyError, ConfigError, GPTVAEError: as `claimed`.
         """
@@ -141,7 +134,6 @@ def _is_done(folder: Path, step: int | None = None) -> bool:
     """Whether the run in a folder reached its limit, as its log then says of its last step.
 
     Args:
-        folder: of the run.
         step: of its state, which may be that of a later session; None where it has none.
     """
     try:

@@ -112,10 +112,7 @@ def decline(kept: Figures, last: Figures, config: TrainConfig, epochs: float) ->
     """That a run made its model worse before its end, and what may keep it from that; None where it did not.
 
     Args:
-        kept: of the best model.
-        last: of the one at the end of the run, on the same texts.
-        config: of the run.
-        epochs: passes over the corpus that the run made.
+        kept, last: of the best model, and of the one at the end of the run, on the same texts.
     """
     best, end = (
         f.cross_entropy_without if config.without_latent else f.cross_entropy + config.vae_kl_loss_weight * f.kl
@@ -129,13 +126,7 @@ def decline(kept: Figures, last: Figures, config: TrainConfig, epochs: float) ->
 
 
 def advice(figures: Figures, config: TrainConfig, steps: int) -> str | None:
-    """What to do where the latent is not being used; None where it is, or where there is none.
-
-    Args:
-        figures: of the model that is kept.
-        config: of the run.
-        steps: that the run made.
-    """
+    """What to do where the latent is not being used; None where it is, or where there is none."""
     if config.without_latent or diagnosis(figures, config) is None:
         return None
     if figures.texts < FEW_TEXTS:

@@ -51,7 +51,6 @@ def event_log(folder: Path, log: Log | None, *, step: int) -> Iterator[Callable[
     figures of the held-out texts, `speed/` for tokens and texts a second.
 
     Args:
-        folder: of the run.
         log: None writes nothing.
         step: that the run goes on from; what an earlier session logged behind it is taken back.
     """

@@ -24,16 +24,7 @@ _WRITE_HINTS = {
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, previous_name: str | None = None) -> None:
-    """Replaces a file in one step, see `replacing`.
-
-    Args:
-        path: the file to make or replace.
-        write: writes the new content to the path that it is given.
-        previous_name: keep a file that is replaced under this name in the same folder.
-
-    Raises:
-        GPTVAEError: where that fails; a file that was there is unchanged.
-    """
+    """As `replacing`, whatever fails; `write` writes the new content to the path that it is given."""
     with replacing(path, previous_name=previous_name) as new, writing(path):
         write(new)
 
@@ -46,7 +37,6 @@ def replacing(path: Path, *, previous_name: str | None = None) -> Iterator[Path]
     file it points to replaced.
 
     Args:
-        path: the file to make or replace.
         previous_name: keep a file that is replaced under this name in the same folder.
 
     Yields:

@@ -47,7 +47,6 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
     """Makes the folder, and keeps every other training run out of it meanwhile.
 
     Args:
-        folder: of the run.
         resume: there must be a state to go on from.
         force: an earlier run may be there; `start` replaces it once the new corpus has been read.
 
@@ -140,7 +139,6 @@ def remove_run(folder: Path, *, replaced: bool = False) -> None:
     """Removes what a run left in its folder, and nothing else.
 
     Args:
-        folder: of the run.
         replaced: leaves the model, and what lies beside it, and the corpus as tokens, until others take their place:
             a model may be in use.
     """

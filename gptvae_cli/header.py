@@ -84,14 +84,17 @@ class ModelHeader:
     @property
     def has_latent(self) -> bool:
         """Whether the model has learnt what a latent is; a baseline (see `TrainConfig.without_latent`) has not."""
-        train = self.training.get("train")
-        return not (isinstance(train, dict) and train.get("latents_dropout_prob") == 1)
+        return self._latents_dropout != 1
 
     @property
     def takes_guidance(self) -> bool:
         """Whether the decoder has learnt to write both with a latent and without one."""
+        return self._latents_dropout not in (0, 1)
+
+    @property
+    def _latents_dropout(self) -> object:
         train = self.training.get("train")
-        return self.has_latent and not (isinstance(train, dict) and train.get("latents_dropout_prob") == 0)
+        return train.get("latents_dropout_prob") if isinstance(train, dict) else None
 
     @property
     def reads_other_texts(self) -> bool:

@@ -56,10 +56,8 @@ def write_companions(folder: Path, header: ModelHeader, foreign: Sequence[str], 
     """Writes these files, each in one step, but for those that are somebody else's.
 
     Args:
-        folder: of the run.
         header: of the model that lies there, `with_digests`.
         foreign: the `foreign_companions` of the model that lay there before.
-        parameters: how many the model has.
 
     Raises:
         GPTVAEError: where one cannot be written; one that was there is unchanged.
@@ -153,12 +151,7 @@ def tokenizer_json(header: ModelHeader) -> str:
 
 
 def model_card(header: ModelHeader, *, parameters: int) -> str:
-    """The page that the Hub shows: numbers only, neither text nor names nor paths of the corpus.
-
-    Args:
-        header: of the model.
-        parameters: how many it has.
-    """
+    """The page that the Hub shows: numbers only, neither text nor names nor paths of the corpus."""
     model, training = header.model, header.training
     verdict = training["verdict"]
     summary = f"{verdict[0].upper()}{verdict[1:]}.\n\n" if verdict else ""

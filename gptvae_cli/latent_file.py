@@ -253,7 +253,6 @@ class LatentWriter:
 
     Args:
         stream: where the file goes, from its present position on.
-        width: Z.
 
     Raises:
         GPTVAEError: for a full temporary folder.

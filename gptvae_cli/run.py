@@ -90,18 +90,11 @@ class Job:
         """Trains, keeps the files, and passes the reports on.
 
         Args:
-            should_stop: asked after every step.
             seconds: since this session of the run began.
         """
         saved = logged = time.monotonic()
-        steps = train(
-            self.learner,
-            self.rows,
-            self.valid,
-            dtype=self.precision.dtype,
-            should_stop=should_stop,
-            seconds=seconds,
-        )
+        dtype = self.precision.dtype
+        steps = train(self.learner, self.rows, self.valid, dtype=dtype, should_stop=should_stop, seconds=seconds)
         report = None
         with event_log(self.folder, self.learner.config.log, step=self.learner.counters.step) as write_events:
             for report in steps:
@@ -143,12 +136,7 @@ class Job:
         header, model = with_digests(self.header()), self.learner.model
         foreign = foreign_companions(self.folder)
         save_model(self.folder / MODEL_NAME, model, header)
-        write_companions(
-            self.folder,
-            header,
-            foreign,
-            parameters=sum(p.numel() for p in model.parameters()),
-        )
+        write_companions(self.folder, header, foreign, parameters=sum(p.numel() for p in model.parameters()))
 
     def save_state(self) -> None:
         """Writes all that resuming needs to `state.safetensors`.
@@ -234,10 +222,8 @@ def start(
     """A new run: reads the corpus, fits the sizes that were not given, and builds the model.
 
     Args:
-        folder: claimed, see `claimed`.
-        sources: the corpus.
+        folder: claimed, see `folder.claimed`.
         data, config, sizes: as they were asked for; sizes that were not are fitted.
-        device, precision: where and in what to compute.
         on_progress: called with the characters read so far.
 
     Raises:
@@ -364,7 +350,6 @@ def resume(
         folder: claimed.
         limits: fields of `TrainConfig` that say when to stop, where they were given anew.
         sources: the corpus, where it was given again: it must be the same; none takes the cache.
-        device, precision: where and in what to compute.
 
     Raises:
         CheckpointError: for a state or cache that is missing, damaged or of another shape.

@@ -50,11 +50,6 @@ class Opened(NamedTuple):
 def open_model(path: Path, *, device: str = "auto", dtype: DType = "auto") -> Opened:
     """Loads a model to encode and write with. Nothing of the process is changed: see `device.tune_cpu`.
 
-    Args:
-        path: of the model file, see `header.locate_model`.
-        device: `auto`, `cpu`, `cuda` or `cuda:n`.
-        dtype: `auto` is float32.
-
     Raises:
         CheckpointError, DeviceError, ConfigError: for what cannot be loaded, is not there, or is not known.
     """
@@ -89,7 +84,6 @@ class Encoder:
     """Encodes texts, and counts those that were too long, and those that a user's tokenizer changes.
 
     Args:
-        checkpoint: the model.
         unit: what a text is. A `window` text is cut into consecutive windows, each with a latent of its own.
         refine: give latents from which the texts come back more closely in place of the means, see `refinement`.
     """
@@ -286,9 +280,7 @@ def write(
     """Writes the texts that are asked for, in their order, the prompt included.
 
     Args:
-        checkpoint: the model.
         requests: taken as there is room for them; None before one that has to be waited for.
-        sample: how tokens are chosen.
         unit: a `line` never holds a line break.
         prompt: what every text begins with, in place of a prompt of its own.
         on_text: called with the pieces of a text as they come. Texts are then written one after another.

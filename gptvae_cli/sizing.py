@@ -79,20 +79,10 @@ def choose_max_seq_len(long_length: int, unit: Unit, *, of_bytes: bool) -> int:
 
 
 def fit_preset(
-    corpus: Corpus,
-    data: DataConfig,
-    config: TrainConfig,
-    sizes: SizeConfig,
-    device: Device,
-    precision: Precision,
+    corpus: Corpus, data: DataConfig, config: TrainConfig, sizes: SizeConfig, device: Device, precision: Precision
 ) -> tuple[str, str]:
-    """The preset that the limits of a run leave time for, on this machine where they are of time, and why.
-
-    Args:
-        corpus, data, config: what to learn, and until when.
-        sizes: that were asked for.
-        device, precision: where and in what to compute. A CPU's speed is measured where it decides; that takes seconds.
-    """
+    """The preset that the limits of a run leave time for, on this machine where they are of time, and why. A CPU's
+    speed is measured where it decides; that takes seconds."""
     model = fit_sizes(corpus, data, MEASURED, sizes)
     rows = Rows(corpus.train, model, window=data.unit == "window", source=corpus.train_source)
     tokens = math.inf if config.steps is None else config.steps * config.batch_tokens
@@ -109,12 +99,7 @@ def fit_preset(
 
 
 def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, sizes: SizeConfig) -> ModelConfig:
-    """The sizes of a preset, a length that fits the corpus, and the default conditioning.
-
-    Args:
-        corpus, data: what to learn.
-        preset: a name from `PRESETS`.
-        sizes: that were asked for, and win.
+    """The sizes that were asked for, and for the others those of a preset, a length that fits the corpus, and defaults.
 
     Raises:
         ConfigError: for sizes that do not go together.
@@ -142,11 +127,7 @@ def fit_sizes(corpus: Corpus, data: DataConfig, preset: str, sizes: SizeConfig) 
 
 def _long_length(pieces: Iterable[npt.NDArray[np.int64]]) -> int:
     """Tokens of the longest text, but no more than twice those that all but a thousandth of the texts stay under: a
-    corpus may have a giant among its sentences. Lengths that no model reads count as one.
-
-    Args:
-        pieces: lengths in tokens.
-    """
+    corpus may have a giant among its sentences. Lengths that no model reads count as one."""
     counts = np.zeros(LONGEST_SEQUENCE + 1, dtype=np.int64)
     for lengths_N in pieces:
         counts += np.bincount(np.minimum(lengths_N, LONGEST_SEQUENCE), minlength=len(counts))

@@ -201,10 +201,7 @@ def progress(
     """Shows how far a command is: a bar on a terminal, else a plain line now and then.
 
     Args:
-        label: what is being done.
         things: what is counted.
-        quiet: shows nothing.
-        total: how many there will be, if that is known.
         beside_data: data is printed to stdout meanwhile; nothing is shown where that is a terminal too, and no bar
             where it is a pipe, whose reader may print to the terminal.
 

@@ -37,10 +37,7 @@ class TrainingDisplay:
     """Shows reports as they come, on stderr.
 
     Args:
-        console: of stderr.
-        title: of the panel.
         dim_latent: width of the latent; None for a model that learns without one.
-        quiet: shows nothing.
     """
 
     def __init__(self, console: Console, title: str, dim_latent: int | None, *, quiet: bool) -> None:

@@ -141,7 +141,6 @@ def output(name: str | None, *, binary: bool = False) -> Iterator[BinaryIO]:
     to as they are.
 
     Args:
-        name: of the file.
         binary: what is written is not for a terminal.
 
     Raises:

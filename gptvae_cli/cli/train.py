@@ -56,8 +56,6 @@ def _option(key: str, help: str, panel: str, metavar: str | None = None, words: 
     """An option that a configuration file may hold, too. Its default is None, which lets the file speak.
 
     Args:
-        key: in the file.
-        help, panel, metavar: for its line in the help.
         words: values to complete beside the names of files.
     """
     return typer.Option(
@@ -259,8 +257,6 @@ def watch(job: Job, *, quiet: bool, began: float = _PROCESS_BEGAN) -> None:
     """Runs a job under the display; an interrupt ends it at a step's end, with its state saved.
 
     Args:
-        job: the run.
-        quiet: shows nothing.
         began: when the time of the run began to count, of `time.monotonic`.
     """
     from gptvae_cli.cli.display import TrainingDisplay
