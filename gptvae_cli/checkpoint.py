@@ -254,8 +254,7 @@ def load_tokenizer(text: str, model: ModelConfig) -> Tokenizer:
     expected = (model.num_tokens, model.pad_id, model.bos_id, model.eos_id)
     if found != expected:
         raise CheckpointError(
-            f"its tokenizer has (tokens, pad, bos, eos) {found}, its model configuration has {expected}",
-            hint=_UNFIT,
+            f"its tokenizer has (tokens, pad, bos, eos) {found}, its model configuration has {expected}", hint=_UNFIT
         )
     return tokenizer
 
@@ -290,19 +289,13 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name, tensor in expected.items():
-        if name not in found:
-            raise CheckpointError(f"tensor {name!r} of shape {tuple(tensor.shape)} is missing", hint=_UNFIT)
-        if found[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"tensor {name!r} has the shape {tuple(found[name].shape)}, "
-                f"the configuration expects {tuple(tensor.shape)}",
-                hint=_UNFIT,
-            )
-        if found[name].dtype != tensor.dtype:
-            raise CheckpointError(
-                f"tensor {name!r} has the type {found[name].dtype}, the configuration expects {tensor.dtype}",
-                hint=_UNFIT,
-            )
+        shape, other = tuple(tensor.shape), found.get(name)
+        if other is None:
+            raise CheckpointError(f"tensor {name!r} of shape {shape} is missing", hint=_UNFIT)
+        for what, has, wanted in (("shape", tuple(other.shape), shape), ("type", other.dtype, tensor.dtype)):
+            if has != wanted:
+                message = f"tensor {name!r} has the {what} {has}, the configuration expects {wanted}"
+                raise CheckpointError(message, hint=_UNFIT)
     if unexpected := sorted(set(found) - set(expected)):
         shape = tuple(found[unexpected[0]].shape)
         raise CheckpointError(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ def _validation(training: Mapping[str, Any]) -> str:
     return f"{intro}; one sample of each posterior, seed {config.seed}.\n\n{_table(rows)}"
 
 
-def _table(rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> str:
+def _table(rows: Iterable[tuple[str, str]]) -> str:
     return "".join(["| | |\n|---|---|\n", *(f"| {name} | {value} |\n" for name, value in rows)])
 
 

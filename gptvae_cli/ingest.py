@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -59,20 +60,14 @@ def read_pairs(sources: Sequence[str], config: DataConfig, repairs: Repairs) -> 
         yield from ((text, "") for text in texts)
         return
     others = read_texts([config.latents_from], config, repairs=repairs)
-    nothing = object()
-    for count, text in enumerate(texts):
-        source = next(others, nothing)
-        if source is nothing:
-            raise DataError(
-                f"the corpus has more than {count} texts, {config.latents_from} has {count}",
-                hint="--latents-from needs one text for every text of the corpus, in the same order",
-            )
-        yield text, str(source)
-    if next(others, nothing) is not nothing:
-        raise DataError(
-            f"{config.latents_from} has more texts than the corpus",
-            hint="--latents-from needs one text for every text of the corpus, in the same order",
-        )
+    for count, (text, source) in enumerate(zip_longest(texts, others)):
+        if text is None or source is None:
+            problem = f"the corpus has more than {count} texts, {config.latents_from} has {count}"
+            if text is None:
+                problem = f"{config.latents_from} has more texts than the corpus"
+            hint = "--latents-from needs one text for every text of the corpus, in the same order"
+            raise DataError(problem, hint=hint)
+        yield text, source
 
 
 class NotEmpty(Iterator[Pair]):
