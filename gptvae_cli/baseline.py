@@ -20,9 +20,10 @@ from gptvae_cli.config import DType, TrainConfig
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, ConfigError, GPTVAEError
-from gptvae_cli.folder import CACHE_NAME, SHARED_CACHE, claimed, remove_run, step_of
-from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, read_header, stored_config
+from gptvae_cli.folder import CACHE_NAME, SHARED_CACHE, claimed, remove_run
+from gptvae_cli.header import MODEL_NAME, STATE_NAME, ModelHeader, read_header, stored_config
 from gptvae_cli.learner import Learner, stored_counters
+from gptvae_cli.log import is_done
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.tokenizer import Tokenizer
 
@@ -98,7 +99,7 @@ class Baseline:
 
     def finished(self) -> bool:
         """Whether it fits and was trained to its end, which its log then says."""
-        return self.fits() and _is_done(self.folder)
+        return self.fits() and is_done(self.folder)
 
     @contextmanager
     def training(self, device: Device, precision: Precision) -> Iterator[run.Job]:
@@ -130,20 +131,6 @@ class Baseline:
         return run.Job(self.folder, self.corpus, self.header.data, Learner(model, self.config), precision, [])
 
 
-def _is_done(folder: Path, step: int | None = None) -> bool:
-    """Whether the run in a folder reached its limit, as its log then says of its last step.
-
-    Args:
-        step: of its state, which may be that of a later session; None where it has none.
-    """
-    try:
-        lines = (folder / METRICS_NAME).read_bytes().splitlines()
-    except OSError:
-        return False
-    done = [line for line in lines if b'"done": true' in line]
-    return bool(done) and step in (None, step_of(done[-1]))
-
-
 def _digest(header: ModelHeader) -> object:
     corpus = header.training.get("corpus")
     return corpus.get("digest") if isinstance(corpus, dict) else None
@@ -166,7 +153,7 @@ def _config(folder: Path, header: ModelHeader) -> TrainConfig:
     else:
         config = stored_config(TrainConfig, "training", header.training.get("train"))
         seconds = config.max_time or seconds
-    if config.max_time is None and _is_done(folder, step):
+    if config.max_time is None and is_done(folder, step):
         return replace(config, latents_dropout_prob=1.0, strict=False)
     if not 0 < seconds < 2**31:
         raise CheckpointError(f"{folder} does not say how long its model was trained", hint=_BY_HAND)

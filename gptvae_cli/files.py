@@ -21,6 +21,8 @@ _WRITE_HINTS = {
     errno.EROFS: "choose a folder that you may write to",
     errno.ENOENT: "make the folder first",
 }
+NO_ROOM = "make room there, or choose a folder on another disk with --out; what was there is unchanged"
+"""A hint where it is the folder of a run that cannot be written to."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, previous_name: str | None = None) -> None:

@@ -22,18 +22,10 @@ from pathlib import Path
 from gptvae_cli.checkpoint import remove_state, state_exists
 from gptvae_cli.corpus import is_cache_file
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, GPTVAEError
-from gptvae_cli.events import remove_events
-from gptvae_cli.files import (
-    is_no_file,
-    leads_elsewhere,
-    remove_file,
-    remove_unfinished,
-    sync,
-    sync_folder,
-    write_atomically,
-)
+from gptvae_cli.files import is_no_file, leads_elsewhere, remove_file, remove_unfinished, sync, sync_folder
 from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME, VERSION_KEY, read_layout
 from gptvae_cli.hub import COMPANION_NAMES, remove_companions
+from gptvae_cli.log import remove_log
 
 CACHE_NAME = "cache"
 NEW_CACHE_NAME = "cache.part"
@@ -146,10 +138,9 @@ def remove_run(folder: Path, *, replaced: bool = False) -> None:
         remove_companions(folder)  # which are known by the model
         remove_file(folder / MODEL_NAME)
     remove_state(folder / STATE_NAME)  # before the cache, without which it would only be in the way
-    remove_file(folder / METRICS_NAME)
     if not replaced:
         _remove_cache(folder / CACHE_NAME)
-    remove_events(folder)
+    remove_log(folder)
 
 
 def place_cache(new: Path, folder: Path) -> None:
@@ -175,22 +166,3 @@ def _remove_cache(cache: Path) -> None:
         cache.unlink()
     elif cache.exists():
         shutil.rmtree(cache)
-
-
-def trim_log(path: Path, step: int) -> None:
-    """Drops what the log says of steps after the state's, which will be taken again, and a last line that was cut."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and step_of(line) <= step]
-    if len(kept) < len(lines):
-        write_atomically(path, lambda new: new.write_bytes(b"".join(kept)))
-
-
-def step_of(line: bytes) -> int:
-    """The step that a line of the log is about; 0 for one of somebody else."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return 0
-    return step if isinstance(step, int) else 0

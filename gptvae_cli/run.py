@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import shutil
 import time
@@ -26,12 +24,12 @@ from gptvae_cli.device import Device, Precision
 from gptvae_cli.doctor import treatment, verdict
 from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.evaluation import Figures, reconstruct
-from gptvae_cli.events import EVENTS_NAME, event_log, require_log
-from gptvae_cli.files import writing
-from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run, trim_log
-from gptvae_cli.header import FORMAT_VERSION, METRICS_NAME, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
+from gptvae_cli.files import NO_ROOM, writing
+from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run
+from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
 from gptvae_cli.hub import foreign_companions, with_digests, write_companions
 from gptvae_cli.learner import Learner, check_weights, counters_dict
+from gptvae_cli.log import EVENTS_NAME, open_log, require_log, trim_log
 from gptvae_cli.model import GPTVAE
 from gptvae_cli.schedule import UNTREATED
 from gptvae_cli.sizing import fit_preset, fit_sizes
@@ -45,8 +43,6 @@ _SAMPLE_BATCHES = 256
 """Batches that padding is told of, and their number estimated by."""
 _MANY = 20
 """Texts of which a twentieth can be held out."""
-_HINT = "make room there, or choose a folder on another disk with --out; what was there is unchanged"
-"""Of what cannot be written."""
 
 
 @dataclass
@@ -96,7 +92,7 @@ class Job:
         dtype = self.precision.dtype
         steps = train(self.learner, self.rows, self.valid, dtype=dtype, should_stop=should_stop, seconds=seconds)
         report = None
-        with event_log(self.folder, self.learner.config.log, step=self.learner.counters.step) as write_events:
+        with open_log(self.folder, self.learner.config.log, step=self.learner.counters.step) as write_log:
             for report in steps:
                 self.last_figures = report.figures or self.last_figures
                 # A model of any kind is better than none; once there is a best one, only better ones take its place.
@@ -104,7 +100,7 @@ class Job:
                     self.figures = report.figures
                     self.save_model()
                 if report.figures is not None or time.monotonic() - logged > METRICS_SECONDS:
-                    self._log(report, write_events)
+                    write_log(report)
                     logged = time.monotonic()
                 if report.done or time.monotonic() - saved > STATE_SECONDS:
                     self.save_state()
@@ -195,18 +191,6 @@ class Job:
         began, config = self.learner.counters.treated_at, self.learner.config
         return None if began == UNTREATED else f"from {began:.0%} of the run on: {treatment(config, again=False)}"
 
-    def _log(self, report: StepReport, write_events: Callable[[Mapping[str, Any]], None]) -> None:
-        values = {key: value for key, value in asdict(report).items() if value is not None}
-        if report.figures is not None:
-            values["figures"]["nll_bound"] = report.figures.nll_bound
-        line = json.dumps({"time": round(time.time(), 3), **values})
-        path = self.folder / METRICS_NAME
-        with writing(path, _HINT), path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        write_events(values)
-
 
 def start(
     folder: Path,
@@ -236,7 +220,7 @@ def start(
     new_cache = folder / NEW_CACHE_NAME
     earlier = Corpus.recall(folder / CACHE_NAME, sources, data)
     try:
-        with writing(new_cache, _HINT):  # of reading, `text` makes errors of its own
+        with writing(new_cache, NO_ROOM):  # of reading, `text` makes errors of its own
             corpus = earlier or Corpus.build(sources, data, new_cache, on_progress=on_progress)
         preset, reason = str(sizes.preset), "asked for"
         if preset == "auto":
@@ -325,7 +309,7 @@ def _reopened(folder: Path, sources: Sequence[str], data: DataConfig, tokenizer:
             raise another
         return corpus
     try:
-        with writing(new_cache, _HINT):
+        with writing(new_cache, NO_ROOM):
             corpus = Corpus.build(sources, data, new_cache, tokenizer=tokenizer)
         if corpus.facts.digest != digest:
             raise another
@@ -373,7 +357,7 @@ def resume(
     learner = Learner(model, config)
     with reading(folder / STATE_NAME):
         learner.restore(state.tensors, state.metadata["counters"])
-    trim_log(folder / METRICS_NAME, learner.counters.step)
+    trim_log(folder, learner.counters.step)
     counters = learner.counters
     notes = [f"resumed at step {counters.step:,}, after {counters.seconds:.0f} s", _place(device, precision)]
     if (before := state.metadata["precision"]) != precision.name:

@@ -33,7 +33,7 @@ ROWS: list[set[str]] = [
     {"checkpoint", "data", "latent_file"},
     {"evaluation", "refinement"},
     {"doctor", "learner"},
-    {"training", "sampling", "events", "hub", "folder"},
+    {"training", "sampling", "log", "hub", "folder"},
     {"sizing"},
     {"run"},
     {"api"},

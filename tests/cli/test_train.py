@@ -750,7 +750,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, place: str, call: int, *numbers: in
         ("gptvae_cli.training._step", 1),
         ("gptvae_cli.training.measure", 2),
         ("gptvae_cli.run.save_model", 1),
-        ("gptvae_cli.run.Job._log", 2),
+        ("gptvae_cli.log.append_line", 2),
     ],
     ids=["before the first step", "validation", "save", "log"],
 )

@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from gptvae_cli import checkpoint, latent_file, run, training
+from gptvae_cli import checkpoint, latent_file, log, run, training
 from gptvae_cli.cli import app
 from gptvae_cli.header import STATE_NAME
 from gptvae_cli.learner import Learner
@@ -133,7 +133,7 @@ TRAINING: dict[str, Moment] = {
     "before the first step": before(training, "_step"),
     "in a step": before(torch.nn.utils, "clip_grad_norm_", 7),
     "in a validation": before(training, "measure", 4),
-    "writing the log": before(run.Job, "_log", 5),
+    "writing the log": before(log, "append_line", 5),
     "writing a model": while_writing("model.safetensors", 2),
     "model written, not renamed": before(Path, "replace", 2, to="model.safetensors"),
     "writing a state": while_writing("state.safetensors", 5),

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from gptvae_cli.cli.app import app
 from gptvae_cli.errors import GPTVAEError
-from gptvae_cli.events import event_log, remove_events
+from gptvae_cli.log import event_log, remove_log
 from tests.test_run import begin, finish, go_on, names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,5 +154,5 @@ def test_a_link_to_a_folder_of_events_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "other/events.out.tfevents.1").touch()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/tensorboard").symlink_to(tmp_path / "other")
-    remove_events(tmp_path / "run")
+    remove_log(tmp_path / "run")
     assert names(tmp_path / "other") == {"events.out.tfevents.1"}
