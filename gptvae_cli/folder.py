@@ -48,6 +48,27 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
         CheckpointError: for `resume` without a state.
         GPTVAEError: for a folder that cannot be written.
     """
+    with _locked(folder):
+        if resume and not state_exists(folder / STATE_NAME):
+            raise CheckpointError(f"no run to resume in {folder}", hint="start one without --resume")
+        # A folder may come from a stranger: no link in it may lead what is written to any file of the user's.
+        foreign = [path for name in (*_FILES, *COMPANION_NAMES) if leads_elsewhere(path := folder / name)]
+        foreign += [path for name in _FILES if is_no_file(path := folder / name) or _is_foreign(path)]
+        caches = [NEW_CACHE_NAME] if resume else [NEW_CACHE_NAME, CACHE_NAME]
+        foreign += filter(None, (_foreign_in(folder / name) for name in caches))
+        if foreign:
+            raise ConfigError(
+                f"{foreign[0]} is in the way and is not of gptvae's making", hint="choose another folder with --out"
+            )
+        if not (resume or force) and any((folder / name).exists() for name in _FILES):
+            raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
+        _remove_unfinished(folder)
+        yield
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within, the folder is there, and ours alone; one that was made for it and is empty goes again."""
     was_there, locked = folder.exists(), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,20 +91,6 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
             ) from error
         if not os.access(folder, os.W_OK):
             raise GPTVAEError(f"cannot write to {folder}: it is not writable", hint="choose another one with --out")
-        if resume and not state_exists(folder / STATE_NAME):
-            raise CheckpointError(f"no run to resume in {folder}", hint="start one without --resume")
-        # A folder may come from a stranger: no link in it may lead what is written to any file of the user's.
-        foreign = [path for name in (*_FILES, *COMPANION_NAMES) if leads_elsewhere(path := folder / name)]
-        foreign += [path for name in _FILES if is_no_file(path := folder / name) or _is_foreign(path)]
-        caches = [NEW_CACHE_NAME] if resume else [NEW_CACHE_NAME, CACHE_NAME]
-        foreign += filter(None, (_foreign_in(folder / name) for name in caches))
-        if foreign:
-            raise ConfigError(
-                f"{foreign[0]} is in the way and is not of gptvae's making", hint="choose another folder with --out"
-            )
-        if not (resume or force) and any((folder / name).exists() for name in _FILES):
-            raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
-        _remove_unfinished(folder)
         yield
     finally:
         # While it is ours: an empty folder may be another run's, which has just claimed it.
