@@ -275,11 +275,7 @@ def claimed_model(config: ModelConfig, tensors: Mapping[str, Tensor]) -> GPTVAE:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuses what a file should not hold: a single NaN would soon be everywhere.
-
-    Raises:
-        CheckpointError: where a tensor holds NaN or infinity.
-    """
+    """Raises a `CheckpointError` where a tensor holds NaN or infinity, which would soon be everywhere."""
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise CheckpointError(

@@ -43,12 +43,7 @@ class Report:
 
 
 def report(
-    model: Gathered,
-    baseline: Gathered | None = None,
-    *,
-    labels: Sequence[str] | None = None,
-    samples: int,
-    seed: int,
+    model: Gathered, baseline: Gathered | None = None, *, labels: Sequence[str] | None = None, samples: int, seed: int
 ) -> Report:
     """All figures of a model.
 

@@ -321,12 +321,7 @@ def _reopened(folder: Path, sources: Sequence[str], data: DataConfig, tokenizer:
 
 
 def resume(
-    folder: Path,
-    limits: Mapping[str, Any],
-    *,
-    sources: Sequence[str],
-    device: Device,
-    precision: Precision,
+    folder: Path, limits: Mapping[str, Any], *, sources: Sequence[str], device: Device, precision: Precision
 ) -> Job:
     """A run as its last state left it.
 

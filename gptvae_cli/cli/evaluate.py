@@ -53,8 +53,7 @@ def evaluate(
         ),
     ] = False,
     baseline: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="A model to compare with, such as one trained without a latent."),
+        str | None, typer.Option(metavar="PATH", help="A model to compare with, such as one trained without a latent.")
     ] = None,
     guidance: Annotated[
         float, typer.Option(metavar="W", help="Of the reconstruction, as generate --greedy takes it.")
@@ -64,8 +63,7 @@ def evaluate(
         typer.Option("--refine", help="Reconstruct from latents that are fitted to the texts, as generate --refine."),
     ] = False,
     labels: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="One label a line, for each text: how well z tells them apart."),
+        str | None, typer.Option(metavar="FILE", help="One label a line, for each text: how well z tells them apart.")
     ] = None,
     label_field: Annotated[
         str | None,
@@ -74,13 +72,11 @@ def evaluate(
         ),
     ] = None,
     latents_from: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Texts for the encoder, one for each text of the corpus."),
+        str | None, typer.Option(metavar="FILE", help="Texts for the encoder, one for each text of the corpus.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: one JSON object.")] = False,
     per_text: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Also write the figures of every text, one JSON object a line."),
+        str | None, typer.Option(metavar="FILE", help="Also write the figures of every text, one JSON object a line.")
     ] = None,
     unit: flags.UnitOption = None,
     field: flags.FieldOption = None,

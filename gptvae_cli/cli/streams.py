@@ -33,11 +33,7 @@ class NothingToReadError(ConfigError):
 
 
 def refuse_terminal_stdin(example: str) -> None:
-    """Keeps a command from waiting for somebody to type a corpus or a binary.
-
-    Raises:
-        NothingToReadError: where standard input is a terminal.
-    """
+    """Raises a `NothingToReadError` where standard input is a terminal: nobody types a corpus or a binary."""
     if sys.stdin is not None and sys.stdin.isatty():
         raise NothingToReadError("nothing to read: standard input is a terminal", hint=example)
 
@@ -65,11 +61,7 @@ def _are_files(names: Sequence[str]) -> bool:
 
 
 def refuse_terminal_stdout(example: str) -> None:
-    """Keeps a binary off the terminal.
-
-    Raises:
-        ConfigError: where standard output is a terminal.
-    """
+    """Raises a `ConfigError` where standard output is a terminal, to keep a binary off it."""
     if sys.stdout.isatty():
         raise ConfigError("latents are binary, and standard output is a terminal", hint=f"redirect it: {example}")
 
@@ -87,21 +79,13 @@ def _descriptor(name: str | None) -> int | None:
 
 
 def refuse_stdout(option: str, name: str | None) -> None:
-    """Keeps two things from being mixed on standard output.
-
-    Raises:
-        ConfigError: where the name is that.
-    """
+    """Raises a `ConfigError` where a name means standard output, on which two things would be mixed."""
     if name is not None and is_stdout(name):
         raise ConfigError(f"{option} needs a file, standard output is in use", hint=f"{option} FILE")
 
 
 def refuse_input(option: str, name: str | None, inputs: Sequence[str]) -> None:
-    """Keeps a command from replacing what it reads.
-
-    Raises:
-        ConfigError: where the name is that of one of the inputs.
-    """
+    """Raises a `ConfigError` where a command would replace what it reads."""
     for file in inputs:
         with suppress(OSError):
             if name is not None and Path(name).samefile(file):
@@ -115,11 +99,7 @@ def called(name: str) -> str:
 
 @contextmanager
 def source(name: str, *, hint: str = "check the path") -> Iterator[BinaryIO]:
-    """A file to read, or standard input for `-`.
-
-    Raises:
-        DataError: for one that cannot be opened.
-    """
+    """A file to read, or standard input for `-`; a `DataError` tells of one that cannot be opened."""
     if is_stdin(name):
         if sys.stdin is None:
             raise DataError("cannot read stdin: it is closed", hint="name a file")

@@ -18,17 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gptvae_cli.cli import console, flags, streams
-from gptvae_cli.config import (
-    ConditioningName,
-    DataConfig,
-    DType,
-    Errors,
-    Log,
-    Objective,
-    OnCollapse,
-    PresetName,
-    Unit,
-)
+from gptvae_cli.config import ConditioningName, DataConfig, DType, Errors, Log, Objective, OnCollapse, PresetName, Unit
 from gptvae_cli.errors import CollapsedError, ConfigError, ExitCode
 from gptvae_cli.header import DEFAULT_RUN, MODEL_NAME
 from gptvae_cli.options import Plan, default_in_words, misspelt
@@ -106,8 +96,7 @@ def train(
         str | None, _option("valid", "Held-out texts: a file, or a share of the corpus.", _TEXTS, "FILE|SHARE")
     ] = None,
     latents_from: Annotated[
-        str | None,
-        _option("latents_from", "Texts for the encoder, one for each text of the corpus.", _TEXTS, "FILE"),
+        str | None, _option("latents_from", "Texts for the encoder, one for each text of the corpus.", _TEXTS, "FILE")
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -132,8 +121,7 @@ def train(
         ConditioningName | None, _option("conditioning", "The latent is a token, or is added to BOS.", _SIZES)
     ] = None,
     objective: Annotated[
-        Objective | None,
-        _option("objective", "The ELBO, or x-transformers' loss and defaults.", _LEARNING),
+        Objective | None, _option("objective", "The ELBO, or x-transformers' loss and defaults.", _LEARNING)
     ] = None,
     vae_kl_loss_weight: Annotated[
         float | None, _option("vae_kl_loss_weight", "Beta, the weight of the KL.", _LEARNING)
