@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,6 @@ _PROCESS_BEGAN = time.monotonic()
 _SAME_WISH_SECONDS = 1.0
 _SHORT = 60
 """Characters of a text that is shown in a command to paste."""
-_TEXTS, _SIZES, _LEARNING, _RUN = "The texts", "The model", "Learning", "The run"
 
 EXAMPLES = """\
 gptvae train corpus.txt
@@ -42,7 +42,7 @@ gptvae train --resume --max-time 20m
 """
 
 
-def _option(key: str, help: str, panel: str, metavar: str | None = None, words: Sequence[str] = ()) -> Any:
+def _option(panel: str, key: str, help: str, metavar: str | None = None, words: Sequence[str] = ()) -> Any:
     """An option that a configuration file may hold, too. Its default is None, which lets the file speak.
 
     Args:
@@ -56,8 +56,12 @@ def _option(key: str, help: str, panel: str, metavar: str | None = None, words: 
     )
 
 
-def _flag(name: str, help: str) -> Any:
-    return typer.Option(name, help=help, rich_help_panel=_RUN)
+_run = partial(_option, "The run")
+_texts = partial(_option, "The texts")
+_sizes = partial(_option, "The model")
+_learning = partial(_option, "Learning")
+_machine = partial(_option, flags.COMMON)
+_flag = partial(typer.Option, rich_help_panel="The run")
 
 
 def train(
@@ -65,108 +69,86 @@ def train(
         list[str] | None,
         typer.Argument(metavar="CORPUS", help="Files, folders or patterns of text; - or nothing reads stdin."),
     ] = None,
-    out: Annotated[str | None, _option("out", "The run folder.", _RUN, "FOLDER")] = None,
+    out: Annotated[str | None, _run("out", "The run folder.", "FOLDER")] = None,
     max_time: Annotated[
-        str | None, _option("max_time", "In all, a resumed run's earlier parts too: 90s, 10m, 2h.", _RUN, "TIME")
+        str | None, _run("max_time", "In all, a resumed run's earlier parts too: 90s, 10m, 2h.", "TIME")
     ] = None,
-    steps: Annotated[int | None, _option("steps", "Optimizer steps.", _RUN)] = None,
-    epochs: Annotated[float | None, _option("epochs", "Passes over the corpus.", _RUN)] = None,
-    resume: Annotated[bool, _flag("--resume", "Go on with the run in --out.")] = False,
-    force: Annotated[bool, _flag("--force", "Replace the run in --out, once the new corpus has been read.")] = False,
-    log: Annotated[Log | None, _option("log", "Also write RUN/tensorboard, for TensorBoard.", _RUN)] = None,
+    steps: Annotated[int | None, _run("steps", "Optimizer steps.")] = None,
+    epochs: Annotated[float | None, _run("epochs", "Passes over the corpus.")] = None,
+    resume: Annotated[bool, _flag("--resume", help="Go on with the run in --out.")] = False,
+    force: Annotated[
+        bool, _flag("--force", help="Replace the run in --out, once the new corpus has been read.")
+    ] = False,
+    log: Annotated[Log | None, _run("log", "Also write RUN/tensorboard, for TensorBoard.")] = None,
     on_collapse: Annotated[
-        OnCollapse | None, _option("on_collapse", "A latent that is not being used: change the run, or say so.", _RUN)
+        OnCollapse | None, _run("on_collapse", "A latent that is not being used: change the run, or say so.")
     ] = None,
-    strict: Annotated[bool | None, _flag("--strict", "Exit with 5 if the latent is not being used.")] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A TOML file of these options.", rich_help_panel=_RUN)
-    ] = None,
-    print_config: Annotated[bool, _flag("--print-config", "Print such a file, and stop.")] = False,
-    unit: Annotated[Unit | None, _option("unit", "What one text is.", _TEXTS)] = None,
+    strict: Annotated[bool | None, _flag("--strict", help="Exit with 5 if the latent is not being used.")] = None,
+    config: Annotated[Path | None, _flag(metavar="FILE", help="A TOML file of these options.")] = None,
+    print_config: Annotated[bool, _flag("--print-config", help="Print such a file, and stop.")] = False,
+    unit: Annotated[Unit | None, _texts("unit", "What one text is.")] = None,
     field: Annotated[
         str | None,
-        _option(
-            "field", "Key of the text in .jsonl, .csv and .parquet files; stdin is then JSON lines.", _TEXTS, "KEY"
-        ),
+        _texts("field", "Key of the text in .jsonl, .csv and .parquet files; stdin is then JSON lines.", "KEY"),
     ] = None,
-    errors: Annotated[
-        Errors | None, _option("errors", "Bytes that are not UTF-8 are an error, or U+FFFD.", _TEXTS)
-    ] = None,
+    errors: Annotated[Errors | None, _texts("errors", "Bytes that are not UTF-8 are an error, or U+FFFD.")] = None,
     valid: Annotated[
-        str | None, _option("valid", "Held-out texts: a file, or a share of the corpus.", _TEXTS, "FILE|SHARE")
+        str | None, _texts("valid", "Held-out texts: a file, or a share of the corpus.", "FILE|SHARE")
     ] = None,
     latents_from: Annotated[
-        str | None, _option("latents_from", "Texts for the encoder, one for each text of the corpus.", _TEXTS, "FILE")
+        str | None, _texts("latents_from", "Texts for the encoder, one for each text of the corpus.", "FILE")
     ] = None,
     tokenizer: Annotated[
         str | None,
-        _option(
+        _texts(
             "tokenizer",
             "bpe is trained on the corpus; FILE is a tokenizer.json.",
-            _TEXTS,
             "auto|bytes|bpe|FILE",
             ("auto", "bytes", "bpe"),
         ),
     ] = None,
-    vocab_size: Annotated[int | None, _option("vocab_size", "Tokens of a trained BPE, at most.", _TEXTS)] = None,
-    preset: Annotated[PresetName | None, _option("preset", "Width, depths and heads under one name.", _SIZES)] = None,
-    dim: Annotated[int | None, _option("dim", "Width of encoder and decoder.", _SIZES)] = None,
-    depth: Annotated[int | None, _option("depth", "Layers of the decoder.", _SIZES)] = None,
-    enc_depth: Annotated[int | None, _option("enc_depth", "Layers of the encoder.", _SIZES)] = None,
-    heads: Annotated[int | None, _option("heads", "Attention heads.", _SIZES)] = None,
-    attn_dim_head: Annotated[int | None, _option("attn_dim_head", "Width of a head.", _SIZES)] = None,
-    dim_latent: Annotated[int | None, _option("dim_latent", "Width of the latent.", _SIZES)] = None,
-    max_seq_len: Annotated[int | None, _option("max_seq_len", "Longest text in tokens.", _SIZES)] = None,
+    vocab_size: Annotated[int | None, _texts("vocab_size", "Tokens of a trained BPE, at most.")] = None,
+    preset: Annotated[PresetName | None, _sizes("preset", "Width, depths and heads under one name.")] = None,
+    dim: Annotated[int | None, _sizes("dim", "Width of encoder and decoder.")] = None,
+    depth: Annotated[int | None, _sizes("depth", "Layers of the decoder.")] = None,
+    enc_depth: Annotated[int | None, _sizes("enc_depth", "Layers of the encoder.")] = None,
+    heads: Annotated[int | None, _sizes("heads", "Attention heads.")] = None,
+    attn_dim_head: Annotated[int | None, _sizes("attn_dim_head", "Width of a head.")] = None,
+    dim_latent: Annotated[int | None, _sizes("dim_latent", "Width of the latent.")] = None,
+    max_seq_len: Annotated[int | None, _sizes("max_seq_len", "Longest text in tokens.")] = None,
     conditioning: Annotated[
-        ConditioningName | None, _option("conditioning", "The latent is a token, or is added to BOS.", _SIZES)
+        ConditioningName | None, _sizes("conditioning", "The latent is a token, or is added to BOS.")
     ] = None,
     objective: Annotated[
-        Objective | None, _option("objective", "The ELBO, or x-transformers' loss and defaults.", _LEARNING)
+        Objective | None, _learning("objective", "The ELBO, or x-transformers' loss and defaults.")
     ] = None,
-    vae_kl_loss_weight: Annotated[
-        float | None, _option("vae_kl_loss_weight", "Beta, the weight of the KL.", _LEARNING)
-    ] = None,
-    kl_warmup: Annotated[
-        float | None, _option("kl_warmup", "Share of the run over which beta rises from 0.", _LEARNING)
-    ] = None,
+    vae_kl_loss_weight: Annotated[float | None, _learning("vae_kl_loss_weight", "Beta, the weight of the KL.")] = None,
+    kl_warmup: Annotated[float | None, _learning("kl_warmup", "Share of the run over which beta rises from 0.")] = None,
     target_rate: Annotated[
-        float | None, _option("target_rate", "Free bits: nats per text that the latent may carry.", _LEARNING)
+        float | None, _learning("target_rate", "Free bits: nats per text that the latent may carry.")
     ] = None,
-    vae_kl_div_floor: Annotated[
-        float | None, _option("vae_kl_div_floor", "Free bits: nats per dimension.", _LEARNING)
-    ] = None,
+    vae_kl_div_floor: Annotated[float | None, _learning("vae_kl_div_floor", "Free bits: nats per dimension.")] = None,
     latents_dropout_prob: Annotated[
-        float | None,
-        _option("latents_dropout_prob", "Share of the texts that train without z; more at first.", _LEARNING),
+        float | None, _learning("latents_dropout_prob", "Share of the texts that train without z; more at first.")
     ] = None,
     bag_of_words: Annotated[
-        float | None, _option("bag_of_words", "Weight of the loss that predicts the words from z alone.", _LEARNING)
+        float | None, _learning("bag_of_words", "Weight of the loss that predicts the words from z alone.")
     ] = None,
     word_dropout: Annotated[
-        float | None, _option("word_dropout", "Share of the decoder's input hidden at first.", _LEARNING)
+        float | None, _learning("word_dropout", "Share of the decoder's input hidden at first.")
     ] = None,
-    dropout: Annotated[float | None, _option("dropout", "Of the decoder; it grows with the epochs.", _LEARNING)] = None,
-    batch_tokens: Annotated[int | None, _option("batch_tokens", "Tokens of a step.", _LEARNING)] = None,
-    accumulate: Annotated[
-        int | None, _option("accumulate", "Parts that a step is cut into, to save memory.", _LEARNING)
-    ] = None,
-    lr: Annotated[float | None, _option("lr", "Peak learning rate.", _LEARNING)] = None,
-    warmup: Annotated[float | None, _option("warmup", "Share of the run in which the rate rises.", _LEARNING)] = None,
-    decay: Annotated[
-        float | None, _option("decay", "Share of the run, at its end, in which it falls.", _LEARNING)
-    ] = None,
-    weight_decay: Annotated[
-        float | None, _option("weight_decay", "Weight decay of the weight matrices.", _LEARNING)
-    ] = None,
-    clip: Annotated[float | None, _option("clip", "Largest gradient norm.", _LEARNING)] = None,
-    seed: Annotated[int | None, _option("seed", "Seed of weights, order and noise.", flags.COMMON)] = None,
-    device: Annotated[
-        str | None, _option("device", "auto, cpu, cuda or cuda:1.", flags.COMMON, "DEVICE", flags.DEVICES)
-    ] = None,
-    dtype: Annotated[
-        DType | None, _option("dtype", "Numbers to compute with; auto takes the faster ones.", flags.COMMON)
-    ] = None,
-    threads: Annotated[int | None, _option("threads", "CPU threads.", flags.COMMON)] = None,
+    dropout: Annotated[float | None, _learning("dropout", "Of the decoder; it grows with the epochs.")] = None,
+    batch_tokens: Annotated[int | None, _learning("batch_tokens", "Tokens of a step.")] = None,
+    accumulate: Annotated[int | None, _learning("accumulate", "Parts that a step is cut into, to save memory.")] = None,
+    lr: Annotated[float | None, _learning("lr", "Peak learning rate.")] = None,
+    warmup: Annotated[float | None, _learning("warmup", "Share of the run in which the rate rises.")] = None,
+    decay: Annotated[float | None, _learning("decay", "Share of the run, at its end, in which it falls.")] = None,
+    weight_decay: Annotated[float | None, _learning("weight_decay", "Weight decay of the weight matrices.")] = None,
+    clip: Annotated[float | None, _learning("clip", "Largest gradient norm.")] = None,
+    seed: Annotated[int | None, _machine("seed", "Seed of weights, order and noise.")] = None,
+    device: Annotated[str | None, _machine("device", "auto, cpu, cuda or cuda:1.", "DEVICE", flags.DEVICES)] = None,
+    dtype: Annotated[DType | None, _machine("dtype", "Numbers to compute with; auto takes the faster ones.")] = None,
+    threads: Annotated[int | None, _machine("threads", "CPU threads.")] = None,
     quiet: flags.QuietOption = False,
     debug: flags.DebugOption = False,
 ) -> None:
