@@ -90,12 +90,9 @@ class Baseline:
             config = stored_config(TrainConfig, "training", found.training.get("train"))
         except GPTVAEError:
             return False
-        same = (found.model, found.data, found.tokenizer) == (
-            self.header.model,
-            self.header.data,
-            self.header.tokenizer,
-        )
-        return same and config == self.config and _digest(found) == _digest(self.header)
+        own = self.header
+        same = (found.model, found.data, found.tokenizer) == (own.model, own.data, own.tokenizer)
+        return same and config == self.config and _digest(found) == _digest(own)
 
     def finished(self) -> bool:
         """Whether it fits and was trained to its end, which its log then says."""

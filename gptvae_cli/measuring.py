@@ -171,12 +171,8 @@ def measured(
         seed: of the latents that are drawn.
         on_progress: called with the texts measured so far.
     """
-    model, config, tokenizer, dtype = (
-        checkpoint.model,
-        checkpoint.header.model,
-        checkpoint.tokenizer,
-        checkpoint.dtype,
-    )
+    model, tokenizer, dtype = checkpoint.model, checkpoint.tokenizer, checkpoint.dtype
+    config = checkpoint.header.model
     tally, constraint = _Tally(checkpoint, running=unit == "window"), tokenizer.constraint(unit)
     done, most = 0, tokens_together(model.device)
     for piece in _pieces(zip(rows, repeat(None) if sources is None else sources, strict=False)):
