@@ -20,8 +20,8 @@ from gptvae_cli.config import DType, TrainConfig
 from gptvae_cli.corpus import Corpus
 from gptvae_cli.device import Device, Precision
 from gptvae_cli.errors import CheckpointError, ConfigError, GPTVAEError
-from gptvae_cli.folder import CACHE_NAME, SHARED_CACHE, claimed, remove_run
-from gptvae_cli.header import MODEL_NAME, STATE_NAME, ModelHeader, read_header, stored_config
+from gptvae_cli.folder import SHARED_CACHE, claimed, remove_run
+from gptvae_cli.header import CACHE_NAME, MODEL_NAME, STATE_NAME, ModelHeader, read_header, stored_config
 from gptvae_cli.learner import Learner, stored_counters
 from gptvae_cli.log import is_done
 from gptvae_cli.model import GPTVAE

@@ -23,11 +23,10 @@ from gptvae_cli.checkpoint import remove_state, state_exists
 from gptvae_cli.corpus import is_cache_file
 from gptvae_cli.errors import BusyError, CheckpointError, ConfigError, GPTVAEError
 from gptvae_cli.files import is_no_file, leads_elsewhere, remove_file, remove_unfinished, sync, sync_folder
-from gptvae_cli.header import METRICS_NAME, MODEL_NAME, STATE_NAME, VERSION_KEY, read_layout
+from gptvae_cli.header import CACHE_NAME, METRICS_NAME, MODEL_NAME, STATE_NAME, VERSION_KEY, read_layout
 from gptvae_cli.hub import COMPANION_NAMES, remove_companions
 from gptvae_cli.log import remove_log
 
-CACHE_NAME = "cache"
 NEW_CACHE_NAME = "cache.part"
 SHARED_CACHE = Path("..", CACHE_NAME)
 """What the cache of a baseline, which lies in the folder of its model, is a link to."""

@@ -35,6 +35,7 @@ DEFAULT_RUN = "./gptvae-run"
 MODEL_NAME = "model.safetensors"
 STATE_NAME = "state.safetensors"
 METRICS_NAME = "metrics.jsonl"
+CACHE_NAME = "cache"
 
 _MAX_HEADER_BYTES = 100_000_000  # as in the reference library; a BPE of a million tokens takes about 50 MB
 _MAX_RANK = 8

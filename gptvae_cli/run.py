@@ -25,8 +25,8 @@ from gptvae_cli.doctor import treatment, verdict
 from gptvae_cli.errors import CheckpointError, DataError
 from gptvae_cli.evaluation import Figures, reconstruct
 from gptvae_cli.files import NO_ROOM, writing
-from gptvae_cli.folder import CACHE_NAME, NEW_CACHE_NAME, place_cache, remove_run
-from gptvae_cli.header import FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
+from gptvae_cli.folder import NEW_CACHE_NAME, place_cache, remove_run
+from gptvae_cli.header import CACHE_NAME, FORMAT_VERSION, MODEL_NAME, STATE_NAME, ModelHeader, reading, stored_config
 from gptvae_cli.hub import foreign_companions, with_digests, write_companions
 from gptvae_cli.learner import Learner, check_weights, counters_dict
 from gptvae_cli.log import EVENTS_NAME, open_log, require_log, trim_log

@@ -266,7 +266,7 @@ def _held_out(path: Path, header: ModelHeader, unit: Unit) -> Callable[[str], bo
 def _learnt_from(path: Path, header: ModelHeader, files: Sequence[str]) -> str | None:
     """A note where the files are those that a model was trained on, as the run folder around it tells."""
     from gptvae_cli.corpus import Corpus
-    from gptvae_cli.folder import CACHE_NAME
+    from gptvae_cli.header import CACHE_NAME
 
     cache = path.parent / CACHE_NAME
     if not cache.is_dir() or Corpus.recall(cache, files, header.data) is None:
