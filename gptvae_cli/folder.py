@@ -61,7 +61,10 @@ def claimed(folder: Path, *, resume: bool, force: bool) -> Iterator[None]:
             )
         if not (resume or force) and any((folder / name).exists() for name in _FILES):
             raise ConfigError(f"{folder} holds a run already", hint="--resume goes on with it, --force replaces it")
-        _remove_unfinished(folder)
+        # What a run left that was killed while it wrote: nobody writes now.
+        for name in (*_FILES, *COMPANION_NAMES):
+            remove_unfinished(folder / name)
+        shutil.rmtree(folder / NEW_CACHE_NAME, ignore_errors=True)
         yield
 
 
@@ -124,13 +127,6 @@ def _foreign_in(cache: Path) -> Path | None:
 def _is_finder_s(path: Path) -> bool:
     """Whether macOS leaves a file of this name: in a folder that was looked at, and on a disk of another system."""
     return path.name == ".DS_Store" or path.name.startswith("._")
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Removes what a run left that was killed while it wrote; `claimed` knows that nobody writes now."""
-    for name in (*_FILES, *COMPANION_NAMES):
-        remove_unfinished(folder / name)
-    shutil.rmtree(folder / NEW_CACHE_NAME, ignore_errors=True)
 
 
 def remove_run(folder: Path, *, replaced: bool = False) -> None:
