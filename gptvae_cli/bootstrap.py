@@ -40,8 +40,6 @@ def intervals(
     Args:
         columns: of every text [N].
         figures: from the sums of the columns, by name.
-        resamples: R.
-        seed: of the resampling.
 
     Returns:
         (low, high) of each figure, by name.

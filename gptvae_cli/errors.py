@@ -70,11 +70,7 @@ class FieldError(ConfigError):
     """One field of a configuration has a value that it cannot have.
 
     Args:
-        field: its name in Python.
-        value: what was found.
-        allowed: what it must be.
-        label: what the place where it was set calls it; by default its name as a flag has it.
-        hint: what to do about it.
+        label: what the place where it was set calls the field; by default its name as a flag has it.
     """
 
     def __init__(

@@ -54,13 +54,7 @@ def take_back(
 
 
 class Healing:
-    """Weighs the first tokens of texts.
-
-    Args:
-        model: which writes them.
-        endings: as `take_back` has them, one or more.
-        constraint: what a text may go on with.
-    """
+    """Weighs the first tokens of texts, whose `endings`, one or more, are as `take_back` has them."""
 
     def __init__(self, model: GPTVAE, endings: Sequence[Sequence[int]], constraint: Constraint) -> None:
         self._model, self._constraint = model, constraint

@@ -183,8 +183,6 @@ class Ingest:
 
     Args:
         folder: where `train` and `valid` go, and `train.source` and `valid.source` where the encoder reads other texts.
-        tokenizer: of all.
-        config: what a text is, and what is held out.
         repairs: counts those of the validation file, where there is one.
         salt: which texts are held out, as `even_salt` gives it.
     """

@@ -164,11 +164,10 @@ def measured(
         checkpoint: the model; one that was trained without a latent is measured without.
         rows: places and texts, as tokens with their specials, what the decoder writes.
         sources: what the encoder reads, if not the same.
-        unit: what a text is; of `window` they are windows of running ones.
+        unit: of `window` the texts are windows of running ones.
         samples: K of the importance-weighted likelihood.
         guidance: of the reconstruction, see `SampleConfig`.
         refine: reconstruct from latents that are fitted to the texts, not from the means.
-        seed: of the latents that are drawn.
         on_progress: called with the texts measured so far.
     """
     model, tokenizer, dtype = checkpoint.model, checkpoint.tokenizer, checkpoint.dtype
@@ -241,7 +240,6 @@ class _Tally:
     """Counts the tokens, words and bytes of texts, which come in pieces.
 
     Args:
-        checkpoint: whose tokens they are.
         running: texts are windows, and one that is as long as the model reads goes on in the next: a word may be in
             two of them, and counts once. (So does one too few where a file ends as a window does, once in T files.)
     """

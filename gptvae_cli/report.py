@@ -45,13 +45,11 @@ class Report:
 def report(
     model: Gathered, baseline: Gathered | None = None, *, labels: Sequence[str] | None = None, samples: int, seed: int
 ) -> Report:
-    """All figures of a model.
+    """All figures of a model, `samples` and `seed` as in `measuring.measured`.
 
     Args:
-        model: what was measured of it.
         baseline: the same texts by a model to compare with.
         labels: of the texts, in their order.
-        samples, seed: as in `measuring.measured`.
 
     Raises:
         CheckpointError: for figures that are not finite.

@@ -323,10 +323,9 @@ def _reopened(folder: Path, sources: Sequence[str], data: DataConfig, tokenizer:
 def resume(
     folder: Path, limits: Mapping[str, Any], *, sources: Sequence[str], device: Device, precision: Precision
 ) -> Job:
-    """A run as its last state left it.
+    """A run as its last state left it, in a folder that is claimed.
 
     Args:
-        folder: claimed.
         limits: fields of `TrainConfig` that say when to stop, where they were given anew.
         sources: the corpus, where it was given again: it must be the same; none takes the cache.
 

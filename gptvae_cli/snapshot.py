@@ -14,11 +14,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 class Snapshot:
-    """All that a module and its parts are, but for the numbers in their weights and buffers, and their mode.
-
-    Args:
-        module: as it is now.
-    """
+    """All that a module and its parts are now, but for the numbers in their weights and buffers, and their mode."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

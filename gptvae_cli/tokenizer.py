@@ -120,7 +120,6 @@ class Tokenizer:
         """A BPE over bytes (arXiv 1508.07909).
 
         Args:
-            texts: to learn from.
             vocab_size: tokens that it may have at most, the 256 bytes among them; None is as many as occur `OFTEN`, and
                 no more than `MOST`.
         """
@@ -177,7 +176,6 @@ class Tokenizer:
         gigabytes and, where they are one word, minutes.
 
         Args:
-            texts: any number of them.
             longest: tokens of a text that are wanted at most. They are the first of those that it has without a
                 limit; of a long text no more is tokenised than they need.
 

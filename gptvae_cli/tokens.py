@@ -67,7 +67,6 @@ class BulkTokenizer:
         """The tokens of all texts, one after another, and how many each has [N].
 
         Args:
-            texts: any number of them.
             longest: tokens of a text that are wanted at most, see `Tokenizer.encode_batch`.
 
         Raises:
@@ -220,9 +219,6 @@ class TokenWriter:
 
 class TokenStore:
     """Rows of tokens as `TokenWriter` wrote them, read where they are asked for.
-
-    Args:
-        folder, name: of the files.
 
     Raises:
         OSError, ValueError: for files that are missing, or whose sizes do not fit each other.

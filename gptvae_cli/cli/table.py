@@ -14,12 +14,7 @@ _SOME_WORDS = 3
 
 
 def table(about: dict[str, Any], report: Report) -> Iterator[str]:
-    """The lines of a report, in 80 columns where names are short.
-
-    Args:
-        about: what was asked for, as `--json` shows it.
-        report: what was found.
-    """
+    """The lines of a report, in 80 columns where names are short; `about` is what was asked for, as `--json` has it."""
     from gptvae_cli import bootstrap
 
     values, intervals = report.values, report.intervals
