@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gptvae_cli.cli import console, flags, streams
-from gptvae_cli.cli.encode import latents_to
+from gptvae_cli.cli.encode import Write, latents_to
 from gptvae_cli.config import SampleConfig
 from gptvae_cli.errors import ConfigError, DataError
 
@@ -161,18 +161,12 @@ def generate(
             requests = sampling.repeated(sampling.unconditioned(checkpoint, config.seed, prior or 1), copies)
         if offset_Z is not None:
             requests = sampling.shifted(requests, offset_Z)
+        write: Write | None = None
         if latents_out is not None:
             write = stack.enter_context(latents_to(latents_out, "npy", header.model.dim_latent))
-            requests = _noted(requests, write)
         names: deque[tuple[int, int]] = deque()
-        written = sampling.write(
-            checkpoint,
-            _named(requests, names),
-            config,
-            unit=data.unit,
-            prompt=prompt,
-            on_text=printer.piece if stream else None,
-        )
+        taken, on_text = _taken(requests, names, write), printer.piece if stream else None
+        written = sampling.write(checkpoint, taken, config, unit=data.unit, prompt=prompt, on_text=on_text)
         advance = stack.enter_context(console.progress("writing", "texts", quiet=quiet, total=total, beside_data=True))
         for done, new in enumerate(written):
             row, copy = names.popleft()
@@ -230,20 +224,16 @@ def _sum(directions: Sequence[tuple[str, float]], width: int) -> Floats:
     return sum_Z
 
 
-def _named(requests: Iterator[Request | None], names: deque[tuple[int, int]]) -> Iterator[Request | None]:
-    """The same requests; the rows and copies of those that were taken are in `names`."""
+def _taken(
+    requests: Iterator[Request | None], names: deque[tuple[int, int]], write: Write | None
+) -> Iterator[Request | None]:
+    """The same requests. As one is taken, its row and copy are put into `names`, and its latent is written."""
     for request in requests:
         if request is not None:
             names.append((request.row, request.copy))
-        yield request
-
-
-def _noted(requests: Iterator[Request | None], write: Callable[[Floats], object]) -> Iterator[Request | None]:
-    """The same requests, whose latents are written as they are taken."""
-    for request in requests:
-        if request is not None:
-            assert request.latent is not None, "the model has a latent"
-            write(request.latent.numpy())
+            if write is not None:
+                assert request.latent is not None, "the model has a latent"
+                write(request.latent.numpy())
         yield request
 
 
