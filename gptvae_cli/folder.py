@@ -166,5 +166,4 @@ def place_cache(new: Path, folder: Path) -> None:
 def _remove_cache(cache: Path) -> None:
     if cache.is_symlink():
         cache.unlink()
-    elif cache.exists():
-        shutil.rmtree(cache)
+    shutil.rmtree(cache, ignore_errors=True)  # what stays is in the way of a new one, which then tells
