@@ -970,7 +970,7 @@ def test_a_run_starts_where_folders_cannot_be_synced(
     assert {path.stat().st_ino for path in (folder / "cache").iterdir()} <= set(synced)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no full device")
 def test_a_full_disk_ends_a_run_in_one_line(folder: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`/dev/full` fails as a full disk does. The state that was saved before is good."""
     job = begin(folder, [corpus])

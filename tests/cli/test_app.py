@@ -615,7 +615,7 @@ def test_a_short_output_to_nobody_is_quiet_too(shell: Shell, arguments: str) -> 
     assert process.stderr == b"141\n"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no full device")
 @pytest.mark.parametrize("arguments", ["info", "--help", "generate --seed 1"])
 def test_a_full_disk_is_one_line(shell: Shell, arguments: str) -> None:
     process = shell(f"gptvae {arguments} > /dev/full")
@@ -623,7 +623,7 @@ def test_a_full_disk_is_one_line(shell: Shell, arguments: str) -> None:
     assert_one_error(process.stderr.decode(), "No space left on device")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no full device")
 def test_messages_that_cannot_be_written_cost_no_data(shell: Shell) -> None:
     written = shell("gptvae generate --prior 2 2>/dev/full")
     assert (written.returncode, written.stdout.count(b"\n")) == (0, 2)
@@ -632,7 +632,7 @@ def test_messages_that_cannot_be_written_cost_no_data(shell: Shell) -> None:
     assert shell("gptvae encode nowhere 2>/dev/full").returncode == 3
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no full device")
 def test_a_full_disk_is_named_where_it_has_a_name(here: Path) -> None:
     """And the device is still a device."""
     assert_fails(run("encode", "a.txt", "--out", "/dev/full"), 1, "cannot write /dev/full", "No space left")
